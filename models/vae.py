@@ -1,0 +1,271 @@
+"""The KL autoencoder of latent diffusion: pixels to latents at 1/8 of the size, and back.
+
+Reads: the `vae/` of timbrooks/instruct-pix2pix, MudeHui/HQ-Edit and every SD 1.x (4 latent channels, 1x1 convolutions
+around the latent), and of stabilityai/stable-diffusion-3-medium (16 channels, without them). Parameters carry the names
+of the published files. Paper: Rombach et al. 2022, section 3.1 and appendix G.
+
+`encode` returns the posterior's mean and log variance, and `decode` takes what a mean is: unscaled latents. The
+diffusion model works on (latent - shift_factor) * scaling_factor; that conversion is the editor's.
+"""
+
+import json
+from dataclasses import MISSING, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Keys of the published config.json that are not fields below: they change nothing at inference ...
+IGNORED = {
+    "sample_size": "the training resolution; the network is convolutional",
+    "force_upcast": "which dtype to run in is the caller's decision",
+}
+# ... or have one value that this file implements.
+ONLY = {
+    "act_fn": "silu",
+    "latents_mean": None,
+    "latents_std": None,
+}
+BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+
+# Older files spell the attention's four layers differently (the fp32 file of SD 1.5, for one).
+LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+NORM_EPS = 1e-6                                     # of every GroupNorm; the U-Net's residual blocks use 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """`vae/config.json`. Defaults stand in for keys that files older than the option leave out."""
+
+    block_out_channels: tuple[int, ...]             # channels per resolution, finest first
+    layers_per_block: int                           # residual blocks per resolution; the decoder has one more
+    latent_channels: int
+    in_channels: int = 3
+    out_channels: int = 3
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None               # None, as files write it, becomes 0.0
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
+        object.__setattr__(self, "shift_factor", 0.0 if self.shift_factor is None else self.shift_factor)
+        if not self.block_out_channels:
+            raise ValueError("the VAE's block_out_channels is empty; it needs one number per resolution")
+        if uneven := [c for c in self.block_out_channels if c % self.norm_num_groups]:
+            raise ValueError(f"the VAE's block_out_channels has {uneven[0]}, not a multiple of "
+                             f"norm_num_groups {self.norm_num_groups}")
+
+    @classmethod
+    def from_json(cls, text: str) -> "VAEConfig":
+        """The config in the text of a `config.json`; a key or value that this file does not implement is refused."""
+        try:
+            given = {key: value for key, value in json.loads(text).items() if not key.startswith("_")}
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"the VAE's config.json is not a JSON object ({error})") from None
+        for key, implemented in ONLY.items():
+            if (value := given.pop(key, implemented)) != implemented:
+                raise ValueError(f"the VAE's config.json sets {key} to {value!r}; only {implemented!r} is implemented")
+        for key, implemented in BLOCK_TYPES.items():
+            types = given.pop(key, [implemented] * len(given.get("block_out_channels", ())))
+            if other := [name for name in types if name != implemented]:
+                raise ValueError(f"the VAE's config.json has {other[0]!r} in {key}; only {implemented} is implemented")
+            if len(types) != len(given.get("block_out_channels", types)):
+                raise ValueError(f"the VAE's config.json lists {len(types)} {key} for "
+                                 f"{len(given['block_out_channels'])} block_out_channels")
+        given = {key: value for key, value in given.items() if key not in IGNORED}
+        if extra := sorted(given.keys() - {field.name for field in fields(cls)}):
+            raise ValueError(f"the VAE's config.json sets {', '.join(extra)}, which this VAE does not implement")
+        if absent := [field.name for field in fields(cls) if field.default is MISSING and field.name not in given]:
+            raise ValueError(f"the VAE's config.json does not set {', '.join(absent)}")
+        return cls(**given)
+
+
+class ResidualBlock(nn.Module):
+    """x + f(x), with a 1x1 convolution on the x path where the number of channels changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=NORM_EPS)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x):                                                   # (B, in, h, w) -> (B, out, h, w)
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all positions, as wide as the features, with a residual connection."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])        # a list: the files say to_out.0
+
+    def forward(self, x):                                                   # (B, C, h, w) -> (B, C, h, w)
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)              # (B, C, h, w) -> (B, h*w, C)
+        q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))         # (B, 1, h*w, C)
+        tokens = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return x + tokens.transpose(1, 2).unflatten(2, x.shape[-2:])        # (B, h*w, C) -> (B, C, h, w)
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention (unless the config says without), residual block, at the coarsest resolution."""
+
+    def __init__(self, channels: int, groups: int, add_attention: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(channels, channels, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(channels, groups)] if add_attention else [])
+
+    def forward(self, x):
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class Downsample(nn.Module):
+    """Half the size. The padding is on the right and the bottom only: symmetric padding gives other numbers."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):                                                   # (B, C, h, w) -> (B, C, h // 2, w // 2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the size: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):                                                   # (B, C, h, w) -> (B, C, 2h, 2w)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DownBlock(nn.Module):
+    """Residual blocks at one resolution of the encoder, then half the size, except at the coarsest."""
+
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, downsample: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResidualBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(layers))
+        self.downsamplers = nn.ModuleList([Downsample(out_channels)] if downsample else [])
+
+    def forward(self, x):
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    """Residual blocks at one resolution of the decoder, then twice the size, except at the finest."""
+
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, upsample: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResidualBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(layers))
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
+
+    def forward(self, x):
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Pixels to the posterior's moments, before `quant_conv`."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(widths[max(i - 1, 0)], width, config.layers_per_block, groups, downsample=i < len(widths) - 1)
+            for i, width in enumerate(widths))
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x):                                                   # (B, 3, H, W) -> (B, 2 * latent, h, w)
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Latents, after `post_quant_conv`, to pixels."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups          # coarsest first
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, upsample=i < len(widths) - 1)
+            for i, width in enumerate(widths))
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, x):                                                   # (B, latent, h, w) -> (B, 3, H, W)
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """The two halves and the optional 1x1 convolutions between them and the latent."""
+
+    Config = VAEConfig
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        latent = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent position along one side: 8 in every published file."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log variance, each (B, latent_channels, H // factor, W // factor), of (B, 3, H, W) in [-1, 1].
+
+        Neither is scaled or shifted. A sample is mean + exp(logvar / 2) * noise, with the caller's noise.
+        """
+        moments = self.encoder(pixels)
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """Pixels, (B, 3, h * factor, w * factor), nominally in [-1, 1] and not clamped, of an unscaled latent."""
+        if self.post_quant_conv is not None:
+            latent = self.post_quant_conv(latent)
+        return self.decoder(latent)
+
+    @staticmethod
+    def rename(name: str) -> str:
+        """The name used here of a tensor in a published file, in either spelling of the attention's layers."""
+        return ".".join(LEGACY_NAMES.get(part, part) for part in name.split("."))
