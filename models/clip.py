@@ -101,7 +101,7 @@ class CLIPTextConfig:
             raise ValueError(f"config.json is of a {architecture} but gives no projection_dim")
         known = {field.name for field in fields(cls)}
         if extra := sorted(given.keys() - known - IGNORED.keys()):
-            raise ValueError(f"config.json sets {', '.join(extra)}, which this CLIP text transformer does not implement")
+            raise ValueError(f"config.json sets {', '.join(extra)}, which this CLIP does not implement")
         needed = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                   "max_position_embeddings", "hidden_act"}
         if missing := sorted(needed - given.keys()):
@@ -190,7 +190,7 @@ class CLIPText(nn.Module):
         return PREFIX + name                                   # transformers 5 saves CLIPTextModel without the prefix
 
     def forward(self, ids):
-        """`ids`: (B, L) int64, L at most max_position_embeddings; each row holds the end token (the tokenizer's job)."""
+        """`ids`: (B, L) int64, L at most max_position_embeddings; each row holds the end token."""
         model, length = self.text_model, ids.shape[1]
         if length > self.config.max_position_embeddings:
             raise ValueError(f"{length} tokens, but this CLIP has {self.config.max_position_embeddings} positions")

@@ -1,0 +1,282 @@
+"""Tokenizers: a prompt to token ids, from the vocabulary files that lie in a checkpoint. Standard library only.
+
+Reads `tokenizer` of timbrooks/instruct-pix2pix, MudeHui/HQ-Edit and SD 1.5, `tokenizer` and `tokenizer_2` of
+stabilityai/stable-diffusion-3-medium-diffusers, and what transformers writes for any of them: CLIP's byte-level BPE,
+from `vocab.json` with `merges.txt`, or from `tokenizer.json`. The ids are those of the Hugging Face tokenizer, which
+unlike OpenAI's original repairs neither mojibake nor HTML entities. Text is classified by this Python's Unicode tables:
+characters younger than they are (Python 3.11: Unicode 14) count as symbols.
+"""
+
+import heapq
+import json
+import re
+import unicodedata
+from itertools import pairwise
+from pathlib import Path
+
+# ---------------------------------------------------------------------------------------------------- reading files
+
+
+def _read(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _read_json(path):
+    try:
+        found = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return found
+
+
+# ---------------------------------------------------------------------------------------- CLIP: from text to words
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+
+# Unicode White_Space. str.isspace would add U+001C to U+001F, which the published pattern takes for symbols.
+WHITE_SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | {chr(c) for c in range(8192, 8203)}
+
+
+def byte_symbols():
+    """The 256 characters that stand for the bytes 0..255 in the vocabulary, as a dict byte -> character.
+
+    Printable Latin-1 stands for itself; the other 68 bytes, in order, are the characters from U+0100 on. The order of
+    the dict is that of the published vocabulary.
+    """
+    themselves = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in themselves]
+    return {byte: chr(byte) for byte in themselves} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def normalise(text):
+    """NFC, then lower case by single characters: a final sigma gets no special treatment, as in the reference."""
+    return "".join([c.lower() for c in unicodedata.normalize("NFC", text)])
+
+
+def _kind(character):
+    if character in WHITE_SPACE:
+        return " "
+    major = unicodedata.category(character)[0]
+    return major if major in "LN" else "S"                     # letter, number, or symbol: anything else
+
+
+def words(text):
+    """Split normalised text: contractions, runs of letters, single digits, runs of symbols; white space is dropped."""
+    here = 0
+    while here < len(text):
+        start, kind = here, _kind(text[here])
+        here += 1
+        if kind == " ":
+            continue
+        if kind == "S" and (special := next((s for s in (START, END) if text.startswith(s, start)), None)):
+            # Written in capitals, it was no special token in the raw text. The published pattern still takes it whole
+            # and then cuts it, so a symbol right behind it does not join the last part.
+            here = start + len(special)
+            yield from ("<|", special[2:-2], "|>")
+            continue
+        if kind == "S" and (short := next((c for c in CONTRACTIONS if text.startswith(c, start)), None)):
+            here = start + len(short)
+        elif kind != "N":
+            while here < len(text) and _kind(text[here]) == kind:
+                here += 1
+        yield text[start:here]
+
+
+# ------------------------------------------------------------------------------------------- CLIP: from words to ids
+
+
+class CLIPTokenizer:
+    """CLIP's byte-level BPE. Made by `from_folder`; then `tokenizer(prompts)` gives one row of ids for each prompt.
+
+    `vocab`: token -> id. `merges`: pairs of tokens, the most urgent first. `specials`: text -> (id, folded); each is
+    cut out of the prompt before anything else, where folded means that capitals match too. `start`, `end`, `pad`,
+    `unknown`: ids. `length`: ids in each row.
+    """
+
+    def __init__(self, vocab, merges, specials, *, start, end, pad, unknown, length):
+        self.vocab, self.start, self.end, self.pad, self.length = vocab, start, end, pad, length
+        self._specials = {text: number for text, (number, _) in specials.items()}
+        self._raw = _splitter(text for text, (_, folded) in specials.items() if not folded)
+        self._folded = _splitter(text for text, (_, folded) in specials.items() if folded)
+        self._symbols = byte_symbols()
+        self._unknown = unknown
+        # The pair (left id, right id) -> (urgency, merged id).
+        self._merges = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(merges)}
+        self._known = {}                                       # word -> ids, of words met before
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Read a `tokenizer` folder of a checkpoint. A damaged or foreign one is a ValueError that names the file."""
+        folder = Path(folder)
+        single = folder / "tokenizer.json"
+        config_file, map_file = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+        config = _read_json(config_file) if config_file.exists() else {}
+        if config.get("tokenizer_class", "CLIPTokenizer") not in ("CLIPTokenizer", "CLIPTokenizerFast"):
+            raise ValueError(f"{config_file} is of a {config['tokenizer_class']}, not of a CLIPTokenizer")
+        for side in ("padding_side", "truncation_side"):
+            if config.get(side, "right") != "right":
+                raise ValueError(f"{config_file} sets {side} to {config[side]!r}; only 'right' is implemented")
+        length = config.get("model_max_length", 77)            # what every CLIP was trained with
+        if type(length) is not int or not 2 <= length <= 100_000:
+            raise ValueError(
+                f"{config_file} gives model_max_length {length!r}; set it to the text encoder's max_position_embeddings"
+            )
+
+        if (folder / "vocab.json").exists() or (folder / "merges.txt").exists():
+            source, listed = folder / "vocab.json", []
+            vocab, merges = _read_json(source), _read_merges(folder / "merges.txt")
+        elif single.exists():
+            source = single
+            vocab, merges, listed = _read_single(single)
+        else:
+            raise ValueError(f"{folder} holds no tokenizer: neither vocab.json and merges.txt nor tokenizer.json")
+        if not all(type(number) is int and number >= 0 for number in vocab.values()):
+            raise ValueError(f"{source}: the vocabulary must map each token to a whole number")
+        for a, b in merges:
+            if unknown := next((t for t in (a, b, a + b) if t not in vocab), None):
+                raise ValueError(f"{folder}: the merge {a!r} {b!r} needs the token {unknown!r}, which {source} lacks")
+
+        # The special tokens, as transformers finds them: a full list if there is one, else by their roles.
+        if "added_tokens_decoder" in config:
+            listed = [{"id": int(number), **token} for number, token in config["added_tokens_decoder"].items()]
+            roles = config
+        else:
+            roles = config | (_read_json(map_file) if map_file.exists() else {})
+        specials = {}
+        for token in listed:
+            _refuse_greedy(token, source)
+            specials[token["content"]] = token["id"], token.get("normalized", False)
+        fulfilled, listed_texts = {}, set(specials)
+        for role, usual in (("bos_token", START), ("eos_token", END), ("unk_token", END), ("pad_token", END)):
+            token = roles.get(role) or usual
+            token = {"content": token, "normalized": False} if isinstance(token, str) else token
+            _refuse_greedy(token, config_file)
+            text = token["content"]
+            if text not in listed_texts:
+                if text not in vocab:
+                    raise ValueError(f"{folder}: the {role} {text!r} is not in the vocabulary of {source}")
+                specials[text] = vocab[text], token.get("normalized", False)
+            fulfilled[role] = specials[text][0]
+        return cls(
+            vocab, merges, specials, start=fulfilled["bos_token"], end=fulfilled["eos_token"],
+            pad=fulfilled["pad_token"], unknown=fulfilled["unk_token"], length=length,
+        )
+
+    def __call__(self, prompts):
+        """A list of prompts to a list of rows, each of exactly `length` ids: start, text, end, padding.
+
+        A prompt that is too long is cut; its row still ends with the end token.
+        """
+        if isinstance(prompts, str):
+            raise TypeError("the tokenizer takes a list of prompts, not one string")
+        rows = ([self.start, *self.encode(prompt)[:self.length - 2], self.end] for prompt in prompts)
+        return [row + [self.pad] * (self.length - len(row)) for row in rows]
+
+    def encode(self, text):
+        """The ids of a text of any length, without start, end and padding."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the prompt is not valid Unicode: a lone surrogate U+{ord(text[error.start]):04X} at {error.start}"
+            ) from None
+        ids = []
+        for raw, is_special in _alternate(self._raw, text):
+            if is_special:
+                ids.append(self._specials[raw])
+                continue
+            for piece, is_folded_special in _alternate(self._folded, normalise(raw)):
+                if is_folded_special:
+                    ids.append(self._specials[piece])
+                    continue
+                for word in words(piece):
+                    ids.extend(self._word(word))
+        return ids
+
+    def _word(self, word):
+        if word not in self._known:
+            ids = self._merge(word)
+            if len(word) > 64 or len(self._known) >= 65536:    # memory stays bounded whatever is typed
+                return ids
+            self._known[word] = ids
+        return self._known[word]
+
+    def _merge(self, word):
+        """Byte-pair encoding: the most urgent pair first, the leftmost of equals, until no pair can be merged.
+
+        The symbols are a linked list and the candidates a heap, so that n bytes cost n log n steps, also for a word
+        without end. A candidate is not deleted when a neighbour's merge spoils it; it is found to be stale later.
+        """
+        symbols = [self._symbols[byte] for byte in word.encode()]
+        symbols[-1] += "</w>"
+        ids = [self.vocab.get(symbol, self._unknown) for symbol in symbols]
+        before, after = list(range(-1, len(ids) - 1)), [*range(1, len(ids)), -1]
+        heap = [(self._merges[pair][0], i) for i, pair in enumerate(pairwise(ids)) if pair in self._merges]
+        heapq.heapify(heap)
+        while heap:
+            rank, i = heapq.heappop(heap)
+            j = after[i]
+            urgency, merged = self._merges.get((ids[i], ids[j]), (None, None)) if j >= 0 else (None, None)
+            if urgency != rank:
+                continue
+            ids[i], ids[j], after[i] = merged, None, after[j]
+            if after[i] >= 0:
+                before[after[i]] = i
+            for left, right in ((before[i], i), (i, after[i])):
+                if left >= 0 and right >= 0 and (ids[left], ids[right]) in self._merges:
+                    heapq.heappush(heap, (self._merges[ids[left], ids[right]][0], left))
+        return [number for number in ids if number is not None]
+
+
+def _splitter(texts):
+    """A pattern that splits at any of `texts`, the longest first, and keeps them; one that never matches for none."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile(f"({'|'.join(re.escape(text) for text in longest_first) or '(?!)'})")
+
+
+def _alternate(splitter, text):
+    """The parts of `text` with True for those that the splitter matched."""
+    return [(part, index % 2 == 1) for index, part in enumerate(splitter.split(text))]
+
+
+def _refuse_greedy(token, path):
+    if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not token["content"]:
+        raise ValueError(f"{path} declares a special token without content: {token!r}")
+    for flag in ("lstrip", "rstrip", "single_word"):
+        if token.get(flag):
+            raise ValueError(f"{path} sets {flag} on the token {token['content']!r}, which is not implemented")
+
+
+def _read_merges(path):
+    """Lines of two tokens. The first line may be a `#version`; any other line that begins with # is a merge."""
+    pairs = []
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if not line or line.startswith("#version"):
+            continue
+        pair = tuple(line.split(" "))
+        if len(pair) != 2:
+            raise ValueError(f"{path}, line {number}: expected two tokens, found {line!r}")
+        pairs.append(pair)
+    return pairs
+
+
+def _read_single(path):
+    """vocab, merges and the list of special tokens of a `tokenizer.json`; older ones write each merge as one string."""
+    found = _read_json(path)
+    model = found.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("end_of_word_suffix") != "</w>":
+        raise ValueError(f"{path} is not of a CLIP tokenizer: its model must be a BPE with the suffix </w>")
+    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+        raise ValueError(f"{path}: its model has no vocab or no merges")
+    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    if wrong := next((pair for pair in pairs if len(pair) != 2), None):
+        raise ValueError(f"{path}: a merge must be two tokens, found {wrong!r}")
+    return model["vocab"], pairs, found.get("added_tokens") or []
