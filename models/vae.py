@@ -27,6 +27,7 @@ ONLY = {
     "latents_std": None,
 }
 BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+COUNTS = ("layers_per_block", "latent_channels", "in_channels", "out_channels", "norm_num_groups")
 
 # Older files spell the attention's four layers differently (the fp32 file of SD 1.5, for one).
 LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -53,11 +54,13 @@ class VAEConfig:
     def __post_init__(self):
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
         object.__setattr__(self, "shift_factor", 0.0 if self.shift_factor is None else self.shift_factor)
-        if not self.block_out_channels:
-            raise ValueError("the VAE's block_out_channels is empty; it needs one number per resolution")
+        counts = {key: (getattr(self, key),) for key in COUNTS} | {"block_out_channels": self.block_out_channels}
+        for key, values in counts.items():
+            if not values or not all(isinstance(value, int) and value > 0 for value in values):
+                raise ValueError(f"the VAE's config.json sets {key} to {getattr(self, key)!r}, not positive integers")
         if uneven := [c for c in self.block_out_channels if c % self.norm_num_groups]:
-            raise ValueError(f"the VAE's block_out_channels has {uneven[0]}, not a multiple of "
-                             f"norm_num_groups {self.norm_num_groups}")
+            raise ValueError(f"the VAE's config.json has {uneven[0]} in block_out_channels, "
+                             f"which is not a multiple of norm_num_groups {self.norm_num_groups}")
 
     @classmethod
     def from_json(cls, text: str) -> "VAEConfig":
