@@ -7,7 +7,7 @@ Paper: Radford et al. 2021, "Learning Transferable Visual Models From Natural La
 """
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -72,41 +72,45 @@ class CLIPTextConfig:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < (field.name != "eos_token_id")):
-                raise ValueError(f"CLIP text config: {field.name} is {value!r}, expected a positive whole number")
+            least = 0 if field.name == "eos_token_id" else 1
+            if field.type is int and (type(value) is not int or value < least):
+                raise ValueError(f"config.json gives {field.name} {value!r}, expected a whole number from {least}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"CLIP text config: hidden_size {self.hidden_size} is not a multiple of "
+                f"config.json gives hidden_size {self.hidden_size}, which is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
-        if self.hidden_act not in ACTIVATIONS:
+        if self.hidden_act not in tuple(ACTIVATIONS):
             raise ValueError(
-                f"CLIP text config: hidden_act {self.hidden_act!r} is not implemented; known: {', '.join(ACTIVATIONS)}"
+                f"config.json gives hidden_act {self.hidden_act!r}, which this CLIP does not implement; "
+                f"it knows {' and '.join(ACTIVATIONS)}"
             )
 
     @classmethod
     def from_json(cls, text):
         """Read the text of a `config.json`; whatever would change the numbers and is not implemented is refused."""
-        given = {k: v for k, v in json.loads(text).items() if not k.startswith("_")}
-        for key, accepted in IGNORED.items():
-            if key in given and isinstance(accepted, tuple) and given[key] not in accepted:
-                raise ValueError(f"config.json sets {key} to {given[key]!r}, which this CLIP does not implement")
+        given = json.loads(text)
+        if not isinstance(given, dict):
+            raise ValueError("config.json holds no JSON object")
+        given = {key: value for key, value in given.items() if not key.startswith("_")}
         # The class name alone says whether the file holds a projection: both kinds write projection_dim.
         architecture = (given.pop("architectures", None) or ["CLIPTextModel"])[0]
         if architecture not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-            raise ValueError(f"config.json is of a {architecture}, which this CLIP text transformer does not implement")
+            raise ValueError(f"config.json is of a {architecture}, not of a CLIP text transformer")
         if architecture == "CLIPTextModel":
             given.pop("projection_dim", None)
-        elif not isinstance(given.get("projection_dim"), int):
-            raise ValueError(f"config.json is of a {architecture} but gives no projection_dim")
-        known = {field.name for field in fields(cls)}
-        if extra := sorted(given.keys() - known - IGNORED.keys()):
+        elif type(given.get("projection_dim")) is not int or given["projection_dim"] < 1:
+            raise ValueError(f"config.json is of a {architecture}, but its projection_dim is no whole number from 1")
+        for key in given.keys() & IGNORED.keys():
+            value, accepted = given.pop(key), IGNORED[key]
+            if isinstance(accepted, tuple) and value not in accepted:
+                raise ValueError(f"config.json sets {key} to {value!r}, which this CLIP does not implement")
+        known = {field.name: field.default is MISSING for field in fields(cls)}
+        if extra := sorted(given.keys() - known):
             raise ValueError(f"config.json sets {', '.join(extra)}, which this CLIP does not implement")
-        needed = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                  "max_position_embeddings", "hidden_act"}
-        if missing := sorted(needed - given.keys()):
-            raise ValueError(f"config.json of a CLIP text transformer must set {', '.join(missing)}")
-        return cls(**{k: v for k, v in given.items() if k in known})
+        if missing := sorted(name for name, needed in known.items() if needed and name not in given):
+            raise ValueError(f"config.json does not set {', '.join(missing)}, which a CLIP text transformer needs")
+        return cls(**given)
 
 
 class TextStates(NamedTuple):
@@ -194,8 +198,8 @@ class CLIPText(nn.Module):
         model, length = self.text_model, ids.shape[1]
         if length > self.config.max_position_embeddings:
             raise ValueError(f"{length} tokens, but this CLIP has {self.config.max_position_embeddings} positions")
-        tokens, positions = model["embeddings"].values()
-        x = tokens(ids) + positions.weight[:length]            # (B, L, C)
+        embeddings = model["embeddings"]
+        x = embeddings["token_embedding"](ids) + embeddings["position_embedding"].weight[:length]        # (B, L, C)
         for layer in model["encoder"]["layers"]:
             penultimate, x = x, layer(x)
         last = model["final_layer_norm"](x)

@@ -39,6 +39,12 @@ def _read_json(path):
 # ---------------------------------------------------------------------------------------- CLIP: from text to words
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+ROLES = {                                                      # as the files call them -> (as we do, the usual token)
+    "bos_token": ("start", START),
+    "eos_token": ("end", END),
+    "unk_token": ("unknown", END),
+    "pad_token": ("pad", END),
+}
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 
 # Unicode White_Space. str.isspace would add U+001C to U+001F, which the published pattern takes for symbols.
@@ -116,59 +122,35 @@ class CLIPTokenizer:
     def from_folder(cls, folder):
         """Read a `tokenizer` folder of a checkpoint. A damaged or foreign one is a ValueError that names the file."""
         folder = Path(folder)
-        single = folder / "tokenizer.json"
-        config_file, map_file = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+        config_file = folder / "tokenizer_config.json"
         config = _read_json(config_file) if config_file.exists() else {}
         if config.get("tokenizer_class", "CLIPTokenizer") not in ("CLIPTokenizer", "CLIPTokenizerFast"):
             raise ValueError(f"{config_file} is of a {config['tokenizer_class']}, not of a CLIPTokenizer")
         for side in ("padding_side", "truncation_side"):
             if config.get(side, "right") != "right":
                 raise ValueError(f"{config_file} sets {side} to {config[side]!r}; only 'right' is implemented")
-        length = config.get("model_max_length", 77)            # what every CLIP was trained with
+        length = config.get("model_max_length", 77)            # what every published CLIP was trained with
         if type(length) is not int or not 2 <= length <= 100_000:
             raise ValueError(
                 f"{config_file} gives model_max_length {length!r}; set it to the text encoder's max_position_embeddings"
             )
 
+        listed = []                                            # special tokens that stand beside the vocabulary
         if (folder / "vocab.json").exists() or (folder / "merges.txt").exists():
-            source, listed = folder / "vocab.json", []
+            source = folder / "vocab.json"
             vocab, merges = _read_json(source), _read_merges(folder / "merges.txt")
-        elif single.exists():
-            source = single
-            vocab, merges, listed = _read_single(single)
+        elif (folder / "tokenizer.json").exists():
+            source = folder / "tokenizer.json"
+            vocab, merges, listed = _read_single(source)
         else:
             raise ValueError(f"{folder} holds no tokenizer: neither vocab.json and merges.txt nor tokenizer.json")
         if not all(type(number) is int and number >= 0 for number in vocab.values()):
             raise ValueError(f"{source}: the vocabulary must map each token to a whole number")
         for a, b in merges:
-            if unknown := next((t for t in (a, b, a + b) if t not in vocab), None):
+            if unknown := next((token for token in (a, b, a + b) if token not in vocab), None):
                 raise ValueError(f"{folder}: the merge {a!r} {b!r} needs the token {unknown!r}, which {source} lacks")
-
-        # The special tokens, as transformers finds them: a full list if there is one, else by their roles.
-        if "added_tokens_decoder" in config:
-            listed = [{"id": int(number), **token} for number, token in config["added_tokens_decoder"].items()]
-            roles = config
-        else:
-            roles = config | (_read_json(map_file) if map_file.exists() else {})
-        specials = {}
-        for token in listed:
-            _refuse_greedy(token, source)
-            specials[token["content"]] = token["id"], token.get("normalized", False)
-        fulfilled, listed_texts = {}, set(specials)
-        for role, usual in (("bos_token", START), ("eos_token", END), ("unk_token", END), ("pad_token", END)):
-            token = roles.get(role) or usual
-            token = {"content": token, "normalized": False} if isinstance(token, str) else token
-            _refuse_greedy(token, config_file)
-            text = token["content"]
-            if text not in listed_texts:
-                if text not in vocab:
-                    raise ValueError(f"{folder}: the {role} {text!r} is not in the vocabulary of {source}")
-                specials[text] = vocab[text], token.get("normalized", False)
-            fulfilled[role] = specials[text][0]
-        return cls(
-            vocab, merges, specials, start=fulfilled["bos_token"], end=fulfilled["eos_token"],
-            pad=fulfilled["pad_token"], unknown=fulfilled["unk_token"], length=length,
-        )
+        specials, roles = _read_specials(folder, config, listed, vocab)
+        return cls(vocab, merges, specials, **roles, length=length)
 
     def __call__(self, prompts):
         """A list of prompts to a list of rows, each of exactly `length` ids: start, text, end, padding.
@@ -247,12 +229,55 @@ def _alternate(splitter, text):
     return [(part, index % 2 == 1) for index, part in enumerate(splitter.split(text))]
 
 
-def _refuse_greedy(token, path):
+def _read_specials(folder, config, listed, vocab):
+    """`(specials, roles)`: text -> (id, folded), and the ids that play the four roles.
+
+    The rules are those of transformers, which has written these files in several ways over the years: a list of tokens
+    with ids (`added_tokens_decoder`, or in tokenizer.json) decides where there is one; a token that is not listed is
+    declared by its role, in special_tokens_map.json before tokenizer_config.json.
+    """
+    path = folder / "tokenizer_config.json"
+    if "added_tokens_decoder" in config:
+        listed = list(config["added_tokens_decoder"].items())
+    else:
+        if (folder / "special_tokens_map.json").exists():
+            path = folder / "special_tokens_map.json"
+            config = config | _read_json(path)
+        if (folder / "added_tokens.json").exists():
+            named = {_special(config.get(role) or usual, path)[0] for role, (_, usual) in ROLES.items()}
+            added = _read_json(folder / "added_tokens.json")
+            listed = [(number, {"content": text, "normalized": text not in named}) for text, number in added.items()]
+    specials = {}
+    for number, token in listed:
+        text, folded = _special(token, path)
+        if not str(number).isdecimal():
+            raise ValueError(f"{folder}: the special token {text!r} has the id {number!r}, which is not a whole number")
+        specials[text] = int(number), folded
+    decided = set(specials)
+
+    def declare(token):
+        text, folded = _special(token, path)
+        if text not in decided:
+            if text not in vocab:
+                raise ValueError(f"{path} declares the special token {text!r}, which the vocabulary lacks")
+            specials[text] = vocab[text], folded               # declared twice: the later one decides
+        return specials[text][0]
+
+    roles = {name: declare(config.get(role) or usual) for role, (name, usual) in ROLES.items()}
+    for token in config.get("additional_special_tokens") or ():
+        declare(token)
+    return specials, roles
+
+
+def _special(token, path):
+    """(text, folded) of a special token as files declare it: a plain string, or a dict with the text and its flags."""
+    token = {"content": token} if isinstance(token, str) else token
     if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not token["content"]:
-        raise ValueError(f"{path} declares a special token without content: {token!r}")
+        raise ValueError(f"{path} declares a special token without a text: {token!r}")
     for flag in ("lstrip", "rstrip", "single_word"):
         if token.get(flag):
             raise ValueError(f"{path} sets {flag} on the token {token['content']!r}, which is not implemented")
+    return token["content"], bool(token.get("normalized", False))
 
 
 def _read_merges(path):
@@ -269,14 +294,15 @@ def _read_merges(path):
 
 
 def _read_single(path):
-    """vocab, merges and the list of special tokens of a `tokenizer.json`; older ones write each merge as one string."""
+    """vocab, merges and special tokens of a `tokenizer.json`; older ones write a merge as one string, not as a pair."""
     found = _read_json(path)
     model = found.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("end_of_word_suffix") != "</w>":
         raise ValueError(f"{path} is not of a CLIP tokenizer: its model must be a BPE with the suffix </w>")
     if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
         raise ValueError(f"{path}: its model has no vocab or no merges")
-    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-    if wrong := next((pair for pair in pairs if len(pair) != 2), None):
-        raise ValueError(f"{path}: a merge must be two tokens, found {wrong!r}")
-    return model["vocab"], pairs, found.get("added_tokens") or []
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(token, str) for token in pair):
+            raise ValueError(f"{path}: a merge must be two tokens, found {pair!r}")
+    return model["vocab"], pairs, [(token.get("id"), token) for token in found.get("added_tokens") or ()]
