@@ -1,0 +1,338 @@
+"""The schedulers against diffusers': timesteps, noise levels, and whole trajectories step by step."""
+
+import json
+
+import pytest
+import torch
+
+from sifm_min.models import schedulers
+from sifm_min.models.schedulers import ANCESTRAL, DDIM, EULER, load
+
+diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")        # theirs, thousands of them
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SETTINGS = {
+    "defaults": {},
+    "stable diffusion": SD,
+    "stable diffusion 1.5's other keys": SD | {"steps_offset": 1, "timestep_spacing": "leading"},
+    "leading": {"timestep_spacing": "leading", "steps_offset": 3},
+    "linspace": {"timestep_spacing": "linspace", "steps_offset": 1},
+    "trailing": SD | {"timestep_spacing": "trailing"},
+    "velocity": SD | {"prediction_type": "v_prediction"},
+    "clean latent": SD | {"prediction_type": "sample"},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "cosine velocity": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
+    "zero terminal": SD | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction",
+                           "timestep_spacing": "trailing"},
+    "own betas": {"trained_betas": [0.001 + 0.0001 * i for i in range(200)], "num_train_timesteps": 200},
+    "short training": SD | {"num_train_timesteps": 100},
+}
+DDIM_SETTINGS = {
+    "no clip": SD | {"clip_sample": False},
+    "wide clip": SD | {"clip_sample_range": 3.0},
+    "stable diffusion's own": SD | {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
+    "alpha of timestep 0": {"set_alpha_to_one": False, "timestep_spacing": "trailing"},
+}
+CASES = [(sampler, name) for sampler in (DDIM, EULER, ANCESTRAL) for name in SETTINGS
+         if (sampler, name) != (ANCESTRAL, "clean latent")]                     # diffusers does not implement that one
+CASES += [(DDIM, name) for name in DDIM_SETTINGS]
+
+
+def pair(sampler: str, name: str, folder) -> tuple:
+    """Their scheduler, and ours from the file that theirs writes."""
+    theirs = getattr(diffusers, sampler)(**(SETTINGS | DDIM_SETTINGS)[name])
+    theirs.save_pretrained(folder)
+    ours = load((folder / "scheduler_config.json").read_text())
+    assert (ours.note, ours.config.sampler) == ("", sampler)
+    return ours, theirs
+
+
+def assert_close(ours, theirs, tolerance=1e-6):
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    assert (ours - theirs).abs().max().item() <= tolerance * max(theirs.abs().max().item(), 1e-3)
+
+
+def toy(latent, timestep):
+    """In the network's place: nonlinear, not shift-invariant, depends on the timestep, and the size of noise."""
+    return torch.tanh(latent.roll(1, -1) * 1.5 + torch.cos(timestep / 100)) + 0.3 * latent
+
+
+def assert_same_trajectory(ours, theirs, steps, tolerance=1e-6):
+    """One edit of both from the same noise: each step of ours is given their latent, and the result is compared."""
+    plan = ours.plan(steps)
+    theirs.set_timesteps(steps)
+    assert plan.draws_noise == ours.draws_noise == (ours.config.sampler == ANCESTRAL)
+    assert torch.equal(plan.timesteps, theirs.timesteps) and plan.timesteps.dtype == theirs.timesteps.dtype
+    assert plan.sigma_start == pytest.approx(float(theirs.init_noise_sigma), rel=1e-6)
+    generator, same = torch.Generator().manual_seed(steps), torch.Generator().manual_seed(steps)
+    latent = torch.randn(1, 4, 3, 5, generator=generator) * theirs.init_noise_sigma
+    mine = torch.randn(1, 4, 3, 5, generator=same) * plan.sigma_start
+    for i, timestep in enumerate(theirs.timesteps):
+        scaled = theirs.scale_model_input(latent, timestep)
+        assert_close(plan.scale_input(latent, i), scaled, tolerance)
+        noise_pred = toy(scaled, timestep)
+        noise = torch.randn(1, 4, 3, 5, generator=same) if plan.draws_noise else None
+        ours_next = plan.step(noise_pred, i, latent, noise)
+        mine = plan.step(toy(plan.scale_input(mine, i), plan.timesteps[i]), i, mine, noise)
+        latent = theirs.step(noise_pred, timestep, latent, generator=generator).prev_sample
+        assert_close(ours_next, latent, tolerance)
+    assert torch.equal(generator.get_state(), same.get_state())                 # as many draws, the last step included
+    assert_close(mine, latent, 1e-4)                                            # and ours on its own, from end to end
+    return plan
+
+
+@pytest.mark.parametrize(("sampler", "name"), CASES)
+def test_same_trajectory_as_diffusers(sampler, name, tmp_path):
+    ours, theirs = pair(sampler, name, tmp_path)
+    assert_close(ours.alphas_cumprod, theirs.alphas_cumprod)
+    for steps in (1, 2, 3, 10, 30):
+        assert_same_trajectory(ours, theirs, steps)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("sampler", [DDIM, EULER, ANCESTRAL])
+def test_same_plan_for_every_number_of_steps(sampler, spacing):
+    given = SD | {"timestep_spacing": spacing, "steps_offset": 1}
+    theirs = getattr(diffusers, sampler)(**given)
+    ours = load(theirs.to_json_string())
+    for steps in [*range(1, 101), 233, 500, 999]:
+        plan = ours.plan(steps)
+        theirs.set_timesteps(steps)
+        assert torch.equal(plan.timesteps, theirs.timesteps)
+        assert plan.sigma_start == pytest.approx(float(theirs.init_noise_sigma), rel=1e-6)
+        if sampler != DDIM:
+            assert_close(plan.sigmas, theirs.sigmas)
+
+
+def test_published_noise_levels():
+    """The numbers of InstructPix2Pix's schedule, computed elsewhere, for 20, 30 and 100 steps."""
+    scheduler = load(json.dumps(SD | {"_class_name": ANCESTRAL}))
+    for steps, first, last in [(20, (14.61465, 10.74685, 8.08154), (0.355547, 0.232168, 0.029168, 0)),
+                               (30, (14.61465, 11.91756, 9.81418), (0.272184, 0.183457, 0.029168, 0)),
+                               (100, (14.61465, 13.75251, 12.95247), (0.138622, 0.098703, 0.029168, 0))]:
+        sigmas = scheduler.plan(steps).sigmas.tolist()
+        assert sigmas[:3] == pytest.approx(first, abs=1e-5)
+        assert sigmas[-4:] == pytest.approx(last, abs=1e-6)
+    assert scheduler.plan(100).sigma_start == pytest.approx(14.614647, abs=1e-6)
+
+
+WRONG = {                                           # a value of another setting, put where the file's own belongs
+    "beta_start": 0.00086, "beta_end": 0.0121, "beta_schedule": "linear", "timestep_spacing": "trailing",
+    "steps_offset": 1, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "num_train_timesteps": 999,
+    "clip_sample": False, "clip_sample_range": 1.01, "set_alpha_to_one": False,
+}
+
+
+@pytest.mark.parametrize(("sampler", "key"), [(sampler, key) for sampler in (DDIM, EULER, ANCESTRAL) for key in WRONG
+                                              if sampler == DDIM or key not in schedulers.DDIM_ONLY])
+def test_the_comparison_sees_a_key_read_wrongly(sampler, key):
+    given = SD | {"timestep_spacing": "leading"}
+    theirs = getattr(diffusers, sampler)(**given)
+    stored = json.loads(theirs.to_json_string())
+    assert_same_trajectory(load(json.dumps(stored)), theirs, 10)
+    with pytest.raises(AssertionError):
+        assert_same_trajectory(load(json.dumps(stored | {key: WRONG[key]})), theirs, 10)
+
+
+def faulty_step(self, noise_pred, i, latent, noise=None):                       # sigma_up and sigma_down exchanged
+    sigma, following = self.sigmas[i], self.sigmas[i + 1]
+    up = (following**2 * (sigma**2 - following**2) / sigma**2) ** 0.5
+    down = (following**2 - up**2) ** 0.5
+    return latent + noise_pred * (up - sigma) + noise * down
+
+
+@pytest.mark.parametrize(("sampler", "fault"), [
+    (ANCESTRAL, ("EulerPlan", "step", faulty_step)),
+    (EULER, ("EulerPlan", "scale_input", lambda self, latent, i: latent / self.sigmas[i])),
+    (DDIM, ("DDIMPlan", "scale_input", lambda self, latent, i: latent * 1.001)),
+], ids=[ANCESTRAL, EULER, DDIM])
+def test_the_comparison_sees_a_wrong_step(sampler, fault, monkeypatch):
+    theirs = getattr(diffusers, sampler)(**SD)
+    ours = load(theirs.to_json_string())
+    assert_same_trajectory(ours, theirs, 5)
+    monkeypatch.setattr(getattr(schedulers, fault[0]), *fault[1:])
+    with pytest.raises(AssertionError):
+        assert_same_trajectory(ours, theirs, 5)
+
+
+def test_ancestral_with_clean_latents_predicted():
+    """No oracle has it; predicting the clean latent or the noise that goes with it must be the same step."""
+    noisy, clean = (load(json.dumps(SD | {"_class_name": ANCESTRAL, "prediction_type": kind})).plan(6)
+                    for kind in ("epsilon", "sample"))
+    latent, noise_pred, noise = torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    for i in range(6):
+        assert_close(clean.step(latent - clean.sigmas[i] * noise_pred, i, latent, noise),
+                     noisy.step(noise_pred, i, latent, noise))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sampler", [DDIM, EULER, ANCESTRAL])
+def test_half_precision_as_theirs(sampler, dtype):
+    theirs = getattr(diffusers, sampler)(**SD)
+    plan = load(theirs.to_json_string()).plan(4)
+    theirs.set_timesteps(4)
+    latent, noise_pred = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for i, timestep in enumerate(theirs.timesteps):
+        assert torch.equal(plan.scale_input(latent, i), theirs.scale_model_input(latent, timestep))
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i), dtype=dtype)
+        expected = theirs.step(noise_pred, timestep, latent, generator=torch.Generator().manual_seed(i)).prev_sample
+        assert torch.equal(plan.step(noise_pred, i, latent, noise), expected)
+
+
+# -- the training noise ------------------------------------------------------------------------------------------------
+
+def test_add_noise_is_ddim_s():
+    theirs = diffusers.DDIMScheduler(**SD)
+    generator = torch.Generator().manual_seed(0)
+    latent, noise = torch.randn(2, 5, 4, 3, 3, generator=generator)
+    timesteps = torch.tensor([0, 1, 500, 998, 999])
+    for sampler in (DDIM, EULER, ANCESTRAL):
+        ours = load(json.dumps(SD | {"_class_name": sampler}))
+        assert_close(ours.add_noise(latent, noise, timesteps), theirs.add_noise(latent, noise, timesteps))
+        assert_close(ours.add_noise(latent, noise, timesteps.float()), theirs.add_noise(latent, noise, timesteps))
+        assert_close(ours.add_noise(latent, noise, 37), theirs.add_noise(latent, noise, torch.full((5,), 37)))
+        assert torch.equal(ours.alphas_cumprod_at(timesteps), ours.alphas_cumprod[timesteps])
+
+
+@pytest.mark.parametrize("steps", [3, 20])
+def test_add_noise_between_timesteps_is_what_euler_visits(steps):
+    """diffusers' Euler adds sigma * noise and divides on the way into the network; ours is both at once."""
+    theirs = diffusers.EulerAncestralDiscreteScheduler(**SD)
+    ours = load(theirs.to_json_string())
+    theirs.set_timesteps(steps)
+    latent, noise = torch.randn(2, 1, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    for timestep in theirs.timesteps:
+        theirs._step_index = None
+        noisy = theirs.scale_model_input(theirs.add_noise(latent, noise, timestep[None]), timestep)
+        assert_close(ours.add_noise(latent, noise, timestep), noisy)
+
+
+def test_add_noise_at_zero_terminal_snr_is_pure_noise():
+    ours = load(json.dumps(SD | {"_class_name": DDIM, "rescale_betas_zero_snr": True}))
+    latent, noise = torch.randn(2, 1, 4, 3, 3)
+    assert torch.equal(ours.add_noise(latent, noise, 999), noise)
+    assert ours.add_noise(latent, noise, 998.5).isfinite().all()
+
+
+@pytest.mark.parametrize("timestep", [-1, 999.5, 1000, [3, 2000]])
+def test_timesteps_outside_training_are_refused(timestep):
+    ours = load(json.dumps(SD | {"_class_name": EULER}))
+    with pytest.raises(ValueError, match="0 to 999"):
+        ours.add_noise(torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 3, 3), torch.tensor(timestep))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("sampler", [DDIM, EULER, ANCESTRAL])
+def test_gradients_flow_through_everything(sampler, kind):
+    scheduler = load(json.dumps(SD | {"_class_name": sampler, "prediction_type": kind, "clip_sample": False}))
+    plan = scheduler.plan(3)
+    latent, noise_pred, noise = torch.randn(3, 1, 2, 2, 2, dtype=torch.float64).unbind()
+    inputs = latent.requires_grad_(), noise_pred.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z, e: plan.step(e, 1, plan.scale_input(z, 1), noise), inputs)
+    assert torch.autograd.gradcheck(lambda z, e: scheduler.add_noise(z, e, 123.4), inputs)
+
+
+# -- what is read, replaced and refused --------------------------------------------------------------------------------
+
+OTHERS = ["PNDMScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler", "LMSDiscreteScheduler",
+          "UniPCMultistepScheduler", "HeunDiscreteScheduler", "DEISMultistepScheduler", "LCMScheduler"]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_class_becomes_euler_ancestral_on_its_betas(other, tmp_path):
+    made = getattr(diffusers, other)(prediction_type="v_prediction", **SD)
+    made.save_pretrained(tmp_path)
+    ours = load((tmp_path / "scheduler_config.json").read_text())
+    assert other in ours.note and "Euler ancestral" in ours.note and ours.note.endswith(".") and "\n" not in ours.note
+    assert_same_trajectory(ours, diffusers.EulerAncestralDiscreteScheduler.from_config(made.config), 6)
+
+
+@pytest.mark.parametrize("stored", [DDIM, EULER])
+def test_ancestral_replaces_another_stored_class_where_asked(stored):
+    theirs = getattr(diffusers, stored)(timestep_spacing="trailing", **SD)
+    assert load(theirs.to_json_string()).config.sampler == stored
+    ours = load(theirs.to_json_string(), ancestral=True)
+    assert stored in ours.note
+    assert_same_trajectory(ours, diffusers.EulerAncestralDiscreteScheduler(**SD), 6)
+
+
+def test_a_stored_euler_ancestral_is_taken_as_it_is_where_asked_for():
+    theirs = diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing", **SD)
+    ours = load(theirs.to_json_string(), ancestral=True)
+    assert ours.note == ""
+    assert_same_trajectory(ours, theirs, 6)
+
+
+def test_no_file_is_stable_diffusion_with_a_note():
+    ours = load(None)
+    assert ours.note.startswith("No scheduler_config.json")
+    assert_same_trajectory(ours, diffusers.EulerAncestralDiscreteScheduler(**SD), 6)
+
+
+@pytest.mark.parametrize("source", OTHERS)
+@pytest.mark.parametrize("sampler", [DDIM, EULER, ANCESTRAL])
+def test_a_scheduler_made_from_another_one_is_read(sampler, source, tmp_path):
+    """from_config carries the other class's keys over, and save_pretrained writes them."""
+    theirs = getattr(diffusers, sampler).from_config(getattr(diffusers, source)(**SD).config)
+    theirs.save_pretrained(tmp_path)
+    ours = load((tmp_path / "scheduler_config.json").read_text())
+    assert ours.note == ""
+    assert_same_trajectory(ours, theirs, 4)
+
+
+def test_published_sdxl_file_is_read():
+    """An Euler file with keys of three classes, as stable-diffusion-xl-base-1.0 has it."""
+    stored = SD | {"_class_name": EULER, "_diffusers_version": "0.19.0.dev0", "clip_sample": False,
+                   "interpolation_type": "linear", "num_train_timesteps": 1000, "prediction_type": "epsilon",
+                   "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+                   "timestep_spacing": "leading", "trained_betas": None, "use_karras_sigmas": False}
+    assert_same_trajectory(load(json.dumps(stored)), diffusers.EulerDiscreteScheduler.from_config(stored), 5)
+
+
+@pytest.mark.parametrize(("sampler", "change", "named"), [
+    (DDIM, {"thresholding": True}, "thresholding"),
+    (EULER, {"use_karras_sigmas": True}, "use_karras_sigmas"),
+    (EULER, {"use_exponential_sigmas": True}, "use_exponential_sigmas"),
+    (EULER, {"use_beta_sigmas": True}, "use_beta_sigmas"),
+    (EULER, {"interpolation_type": "log_linear"}, "interpolation_type"),
+    (EULER, {"timestep_type": "continuous"}, "timestep_type"),
+    (EULER, {"final_sigmas_type": "sigma_min"}, "final_sigmas_type"),
+    (ANCESTRAL, {"brownian": 1}, "brownian"),
+    (ANCESTRAL, {"beta_schedule": "sigmoid"}, "sigmoid"),
+    (ANCESTRAL, {"prediction_type": "flow_prediction"}, "flow_prediction"),
+    (DDIM, {"timestep_spacing": "log"}, "timestep_spacing"),
+    (DDIM, {"trained_betas": [0.1, 0.2]}, "2 trained_betas"),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "FlowMatchEulerDiscreteScheduler and does not set beta_start"),
+    ("UniPCMultistepScheduler", SD | {"use_flow_sigmas": True}, "use_flow_sigmas"),
+    ("CogVideoXDDIMScheduler", SD | {"snr_shift_scale": 3.0}, "snr_shift_scale"),
+    (None, {}, "no class"),
+])
+def test_what_is_not_implemented_is_refused(sampler, change, named):
+    with pytest.raises(ValueError, match=named) as caught:
+        load(json.dumps({"_class_name": sampler} | change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+def test_what_is_no_json_object_is_refused(text):
+    with pytest.raises(ValueError, match="not a JSON object"):
+        load(text)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_impossible_numbers_of_steps_are_refused(steps):
+    with pytest.raises(ValueError, match="between 1 and 1000"):
+        load(None).plan(steps)
+
+
+def test_ddim_refuses_to_start_after_the_end_of_training():
+    stored = json.dumps(SD | {"_class_name": DDIM, "steps_offset": 1})
+    assert load(stored).plan(999).timesteps[0] == 999
+    with pytest.raises(ValueError, match="timestep 1000"):
+        load(stored).plan(1000)
+
+
+def test_ancestral_needs_its_noise():
+    with pytest.raises(ValueError, match="pass standard normal noise"):
+        load(None).plan(3).step(torch.zeros(1, 4, 2, 2), 0, torch.zeros(1, 4, 2, 2), None)
