@@ -1,0 +1,326 @@
+"""What every command shares: flags and their types, exit codes, progress, and errors told in one sentence.
+
+A command is a parser, a body and three lines; results go to stdout (`result`), progress and remarks to stderr (`say`):
+
+    def main(argv=None):
+        return cli.run(_body, _parser(), argv)
+
+    if __name__ == "__main__":
+        cli.leave(main())
+
+Who is to blame decides the exit code. An option's value is checked before any input is touched: a ValueError there is
+a usage error (2). One that `each_file` meets while it works on a file belongs to that file (1), and the next file goes
+on. Weights that cannot be had end the run (3). Importing this file loads neither torch nor the hub: --help is instant.
+"""
+
+import argparse
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import signal
+import sys
+import traceback
+from fractions import Fraction
+from pathlib import Path
+
+OK, SOME_FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
+
+# Errors of the place that results are written to: the next file would fail as this one did, after minutes of work.
+REMEDIES = {
+    errno.ENOSPC: "; free some space and run the same command again",
+    errno.EDQUOT: "; free some space and run the same command again",
+    errno.EROFS: "; choose another folder",
+}
+
+
+# ------------------------------------------------------------------------------------------------- parser and its types
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose usage errors are one sentence and exit code 2, with the flags that commands share.
+
+    `command` is the name after `python -m sifm_min.`; `examples` is shown below the options as it is written, where
+    %(prog)s stands for the command. Options cannot be abbreviated: an abbreviation breaks when an option is added.
+    """
+
+    def __init__(self, command, description, examples=""):
+        super().__init__(prog=f"python -m {__package__}.{command}", description=description, epilog=examples,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        message = " ".join(message.split()).removeprefix("argument ")
+        self.exit(USAGE, f"{self.prog}: {message} (--help shows the usage)\n")
+
+    def shared(self, *names):
+        """Add the shared flags called `names` (keys of SHARED), and those that every command has."""
+        for name in (*names, "json", "quiet", "debug"):
+            self.add_argument(f"--{name}", **SHARED[name])
+
+
+def eps(text):
+    """A budget, `0.03` or `8/255`, as a fraction of the pixel range. Less than one 8-bit step would change no file."""
+    value = _number(text, Fraction)
+    if not Fraction(1, 255) <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no budget: give a fraction of the pixel range, from 1/255 to 1, "
+                                         "such as 0.03 or 8/255")
+    return float(value)
+
+
+def count(text):
+    """A whole number, at least 1."""
+    value = _number(text, int)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
+def number(text):
+    """A finite number; `1/255` works too."""
+    return float(_number(text, Fraction))
+
+
+def fraction(text):
+    """A number from 0 to 1."""
+    value = number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def positive(text):
+    """A number above 0."""
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def seed(text):
+    """What a generator takes as its seed: a whole number from 0 to 2**63 - 1."""
+    value = _number(text, int)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is no seed: give a whole number from 0 to 2**63 - 1")
+    return value
+
+
+def prompt(text):
+    """A text that is not blank."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the text is empty")
+    return text
+
+
+def commas(item=str):
+    """The type of a comma list: `a,b,c` -> [item(a), item(b), item(c)]; a comma at the end is allowed."""
+    def items(text):
+        parts = [part.strip() for part in text.removesuffix(",").split(",")]
+        if "" in parts:
+            raise argparse.ArgumentTypeError(f"{text!r} has an empty item; write it like a,b,c")
+        return [item(part) for part in parts]
+    return items
+
+
+def timesteps(text):
+    """`10` -> 10, a count of timesteps; `900,500,100` -> those timesteps, 0 to 999 (`500,` is one: the comma tells)."""
+    if "," not in text:
+        return count(text)
+    values = [_number(part, int) for part in commas()(text)]
+    if wrong := [value for value in values if not 0 <= value < 1000]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]} is no timestep: they run from 0 to 999")
+    return values
+
+
+def device(text):
+    """The name of a device; whether this machine has it is asked later, by `place`."""
+    if not re.fullmatch(r"(cpu|mps|(cuda|xpu)(:\d+)?)", text):
+        raise argparse.ArgumentTypeError(f"{text} is no device: give cpu, cuda, cuda:1 or mps")
+    return text
+
+
+def _number(text, kind):
+    try:
+        return kind(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+
+
+SHARED = {
+    "device": {"type": device, "help": "cpu, cuda, cuda:1 or mps (default: cuda where there is one, else cpu)"},
+    "dtype": {"choices": ("float32", "bfloat16", "float16"), "help": "of the networks (default: bfloat16 on cuda)"},
+    "seed": {"type": seed, "default": 0, "help": "of everything drawn (default: 0)"},
+    "overwrite": {"action": "store_true", "help": "replace results that exist already"},
+    "json": {"action": "store_true", "help": "results on stdout as JSON, one object a line"},
+    "quiet": {"action": "store_true", "help": "no progress and no remarks; errors are still told"},
+    "debug": {"action": "store_true", "help": "show the traceback of an error"},
+}
+
+
+def place(args):
+    """--device and --dtype as `load_editor` takes them, {"device": ..., "dtype": ...}, None where not given.
+
+    Raises ValueError where this machine has no such device.
+    """
+    import torch
+    if args.device:
+        try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError, NotImplementedError):      # torch built without it: an AssertionError
+            raise ValueError(f"--device {args.device}: not on this machine, or not with its torch {torch.__version__}; "
+                             "leave the option out for what is there") from None
+    return {"device": args.device, "dtype": args.dtype and getattr(torch, args.dtype)}
+
+
+# ------------------------------------------------------------------------------------------------ results and remarks
+
+def out(text):
+    """A line of results, on stdout."""
+    _write(text, sys.stdout)
+
+
+def result(record, text, *, as_json=False):
+    """A finished result on stdout: the JSON-ready `record` with --json, otherwise its line of `text`."""
+    out(to_json(record) if as_json else text)
+
+
+def say(text, *, quiet=False):
+    """A remark, on stderr."""
+    if not quiet:
+        _write(text, sys.stderr)
+
+
+def fail(text, code=SOME_FAILED, *, error=None):
+    """Tell what went wrong, one sentence on stderr, below the traceback of `error` if given; returns `code`."""
+    if error:
+        say("".join(traceback.format_exception(error)).rstrip())
+    say(f"error: {text}")
+    return code
+
+
+def sentence(error):
+    """An exception as one line: what is wrong, and with which file."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: " if error.filename is not None else ""
+        text += error.strerror[:1].lower() + error.strerror[1:] + REMEDIES.get(error.errno, "")
+    return " ".join(text.split()) or type(error).__name__
+
+
+def to_json(record, indent=None):
+    """JSON text; numbers that JSON does not have become the strings "inf", "-inf" and "nan", and paths their names."""
+    def plain(value):
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(float(value))
+        return str(value) if isinstance(value, Path) else value
+    return json.dumps(plain(record), indent=indent, allow_nan=False)
+
+
+def progress(iterable=None, *, total=None, what="", unit="step", quiet=False):
+    """A progress bar with the time left, on stderr; none with --quiet, or where stderr is not a terminal.
+
+    Iterate over it, or call `.update()`; use it in a `with`, so that an error leaves a clean line.
+    """
+    from huggingface_hub.utils import tqdm
+    return tqdm(iterable, total=total, desc=what or None, unit=unit, disable=quiet or None, leave=False,
+                dynamic_ncols=True, file=sys.stderr)
+
+
+def _write(text, file):
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)    # a file name may be anything
+    if hub := sys.modules.get("huggingface_hub.utils"):
+        hub.tqdm.write(text, file=file)                                  # above a running bar, not through it
+    else:
+        print(text, file=file)
+    file.flush()
+
+
+# ------------------------------------------------------------------------------------------------------- running
+
+def run(body, parser, argv=None):
+    """Parse and run a command: body(args) -> exit code or None. Returns the code; a user's mistake is one sentence."""
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:                               # --help, or a usage error that has been told
+        return stop.code or OK
+    return guard(lambda: body(args), debug=args.debug)
+
+
+def guard(body, *, debug=False):
+    """body() -> exit code or None. What may go wrong (not our own bugs) ends in one sentence and its code."""
+    try:
+        with _terminable():
+            code = body() or OK
+            sys.stdout.flush()                               # a full disk or a closed pipe shows here, not at exit
+            return code
+    except KeyboardInterrupt:
+        return fail("interrupted; what is finished is whole", INTERRUPTED)
+    except BrokenPipeError:                                  # the reader has gone (| head): nobody wants the rest
+        with contextlib.suppress(OSError, ValueError):       # at exit Python flushes stdout again, and would complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SOME_FAILED
+    except (_unavailable(), ValueError, OSError) as error:   # in this order: some errors are two of them
+        codes = ((_unavailable(), UNAVAILABLE), (ValueError, USAGE), (OSError, SOME_FAILED))
+        code = next(code for kind, code in codes if isinstance(error, kind))
+        return fail(sentence(error), code, error=error if debug else None)
+
+
+def leave(code):
+    """End the process with this exit code."""
+    sys.exit(code)
+
+
+def each_file(paths, work, *, unit="picture", quiet=False, debug=False, as_json=False):
+    """Call work(path) for each file; one that fails is told, and told again at the end, and the next one goes on.
+
+    A ValueError or OSError belongs to its file. The run ends where the next file could fare no better: weights
+    unavailable, output disk full or read-only, reader of stdout gone, Ctrl-C. Returns OK or SOME_FAILED.
+    """
+    paths, failures, done = list(paths), [], 0
+    try:
+        with progress(paths, what="files", unit=unit, quiet=quiet or len(paths) == 1) as bar:
+            for path in bar:
+                try:
+                    work(path)
+                except (ValueError, OSError) as error:
+                    hopeless = isinstance(error, (BrokenPipeError, _unavailable()))
+                    if hopeless or getattr(error, "errno", None) in REMEDIES:
+                        raise
+                    told = sentence(error)
+                    failures.append(told if Path(path).name in told else f"{path}: {told}")
+                    fail(failures[-1], error=error if debug else None)
+                    if as_json:
+                        out(to_json({"file": path, "error": failures[-1]}))
+                done += 1
+    finally:
+        if len(paths) > 1 and (failures or done < len(paths)):
+            say(f"{done - len(failures)} of {len(paths)} {unit}s done, {len(failures)} failed{':' if failures else ''}")
+            for line in failures:
+                say(f"  {line}")
+    return SOME_FAILED if failures else OK
+
+
+def _unavailable():
+    from .models.checkpoints import Unavailable
+    return Unavailable
+
+
+@contextlib.contextmanager
+def _terminable():
+    """`kill` (SIGTERM, what batch systems send) ends a run as Ctrl-C does: temporary files are removed on the way."""
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:                                       # not in the main thread: handlers are not ours to set
+        before = None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
