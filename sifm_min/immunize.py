@@ -1,0 +1,300 @@
+"""Immunize pictures: the library call, and the command over it.
+
+`immunize(image, editor, prompts)` finds a perturbation of at most `eps` (L-infinity on [0,1]) after which the editor
+fails, and returns the picture with a report that holds everything needed to reproduce and to judge the run. The budget
+holds on the 8-bit picture that is saved. `python -m sifm_min.immunize` does it for files and folders.
+"""
+
+import hashlib
+import inspect
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from . import cli
+
+
+class _Methods(Mapping):
+    """Name -> objective, imported when it is asked for: listing the names loads no torch."""
+
+    HOMES = {"sifm": "sifm", "noise": "pgd"}
+
+    def __getitem__(self, name):
+        if name not in self.HOMES:
+            raise KeyError(name)
+        return getattr(import_module(f".{self.HOMES[name]}", __package__), name)
+
+    def __iter__(self):
+        return iter(self.HOMES)
+
+    def __len__(self):
+        return len(self.HOMES)
+
+
+METHODS = _Methods()
+
+
+@dataclass(frozen=True)
+class Result:
+    """image: the immunized picture, PIL, of the input's size and mode. report: a JSON-ready dict."""
+
+    image: object
+    report: dict
+
+
+def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=100, seed=0, step_size=1 / 255, schedule="constant",
+             init="random", mask=None, on_step=None, **options):
+    """Immunize one picture against one editor.
+
+    image: a PIL picture, an `images.Picture`, or a path. prompts: the edit to defeat, or several that the steps cycle
+    through (Algorithm 1 has one). method: a name in METHODS; options go to its objective (for SIFM: lam, timesteps, taps,
+    reduction, aggregate, noisy, resample, batch). eps: budget on [0,1]. steps, step_size, schedule ("constant" or
+    "linear" decay), init ("random" in the budget, or "zero"): of the PGD loop. mask: a PIL picture of the same size,
+    perturbed only where it is bright. on_step(step, loss, terms) is called after each step.
+    Raises ValueError, in one sentence, for whatever the caller can mend.
+    """
+    import torch
+
+    from . import images, metrics
+    from .pgd import pgd
+
+    started = time.perf_counter()
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: choose one of {', '.join(METHODS)}")
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ValueError("immunize needs at least one prompt")
+    picture = image if isinstance(image, images.Picture) else images.read(image) if isinstance(image, str | Path) else images.of(image)
+    _reset_peak(editor.device)
+    pixels = images.to_pixels(picture.image).to(editor.device)
+    with torch.no_grad():
+        contexts = [editor.context([prompt]) for prompt in prompts]
+    generator = torch.Generator().manual_seed(seed)
+    objective = METHODS[method](editor, pixels, contexts, generator=generator, **options)
+    curve = []
+
+    def record(step, loss, terms):
+        curve.append({"loss": loss, **terms})
+        if on_step:
+            on_step(step, loss, terms)
+
+    delta = pgd(pixels, objective, eps, steps=steps if objective else 0, step_size=step_size, schedule=schedule, init=init,
+                mask=images.read_mask(mask, picture).to(pixels) if mask is not None else None, generator=generator, on_step=record)
+    immunized = images.quantize(picture, delta, eps)
+    after = images.to_pixels(immunized)
+    before = pixels.cpu()
+    side = min(before.shape[2:])
+    report = {
+        "input": {"width": picture.image.width, "height": picture.image.height, "mode": picture.mode, "notes": list(picture.notes)},
+        "editor": editor.provenance(),
+        "method": method, "prompts": prompts,
+        "options": {"eps": eps, "steps": steps, "step_size": step_size, "schedule": schedule, "init": init, "seed": seed,
+                    "masked": mask is not None, **_spelled_out(METHODS[method], editor, options)},
+        "linf_steps": images.steps_used(picture.image, immunized), "budget_steps": images.budget_steps(eps),
+        "psnr": metrics.psnr(after, before).item(),
+        "ssim": metrics.ssim(after, before).item() if side >= 11 else None,
+        "loss": curve,
+        "passes": dict(getattr(objective, "passes", {})),
+        "seconds": round(time.perf_counter() - started, 3), "peak_memory_bytes": _peak(editor.device),
+        "versions": {"sifm_min": import_module(__package__).__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    return Result(immunized, report)
+
+
+def _spelled_out(method, editor, options):
+    """The objective's options with its defaults filled in, as plain values."""
+    defaults = {name: p.default for name, p in inspect.signature(method).parameters.items() if p.default is not p.empty}
+    values = {**defaults, **options}
+    if "taps" in values:
+        values["taps"] = list(values["taps"] or editor.default_taps)
+    if isinstance(values.get("timesteps"), int):
+        values["timesteps"] = editor.timesteps(values["timesteps"]).tolist()
+    return values
+
+
+def _reset_peak(device):
+    if device.type == "cuda":
+        import torch
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device):
+    """Peak memory in bytes: of the device on cuda, of this process since its start elsewhere."""
+    if device.type == "cuda":
+        import torch
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class _CallableModule(type(sys)):
+    """`sifm_min.immunize` is a file that `python -m` runs and a function that the library calls: the module is callable."""
+
+    __call__ = staticmethod(immunize)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+sys.modules[__name__].__signature__ = inspect.signature(immunize)
+
+# -- the command ---------------------------------------------------------------------------------------------------------
+
+EXAMPLES = """examples:
+  %(prog)s photo.png --prompt "make her a witch" -o out
+  %(prog)s photo.png --prompt "make her a witch" --editor instruct-pix2pix -o out
+  %(prog)s photos/ --prompt "turn him into a zombie" --prompt "make it night" --steps 200 -o out
+
+writes, per picture: NAME_immunized.png, NAME_preview.png (original, its edit, immunized, its edit, perturbation x10) and
+NAME.json (the report). A folder resumes where it stopped. Exit codes: 0 all done, 1 some pictures failed, 2 usage,
+3 weights unavailable, 130 interrupted."""
+OUTPUTS = ("_immunized.png", "_preview.png", ".json")
+
+
+def _parser():
+    parser = cli.Parser("immunize", "Write a picture again with an invisible perturbation that makes text-guided edits of it fail.", EXAMPLES)
+    add = parser.add_argument
+    add("pictures", nargs="*", metavar="PICTURE-OR-FOLDER")
+    add("--prompt", action="append", type=cli.prompt, help="the edit to defeat; several take turns")
+    add("-o", "--output", type=Path, metavar="DIR", help="where results go (created if absent)")
+    add("--editor", default="miniature", help="miniature, miniature-plain, instruct-pix2pix, hq-edit, a folder in the published layout, or a hub id")
+    add("--revision", help="of a hub repository (a commit, tag or branch)")
+    add("--method", default="sifm", choices=tuple(METHODS))
+    add("--eps", type=cli.eps, default=0.03, help="budget, as 0.03 or 8/255 (default: 0.03)")
+    add("--steps", type=cli.count, default=100, help="PGD iterations (default: 100)")
+    add("--step-size", type=cli.positive, default=1 / 255, help="of one iteration, on [0,1] (default: 1/255)")
+    add("--schedule", choices=("constant", "linear"), default="constant", help="of the step size")
+    add("--init", choices=("random", "zero"), default="random", help="where the perturbation starts")
+    add("--mask", type=Path, metavar="PICTURE", help="perturb only where this picture is bright")
+    sifm = parser.add_argument_group("SIFM")
+    sifm.add_argument("--lam", "--lambda", type=cli.number, default=0.1, help="weight of the distance term (default: 0.1)")
+    sifm.add_argument("--timesteps", type=cli.timesteps, default=10, help="a count, or timesteps as 900,500,100 (default: 10)")
+    sifm.add_argument("--taps", type=cli.commas(), help="activations to perturb, comma-separated; `list` prints what there is")
+    sifm.add_argument("--reduction", choices=("relative", "mean", "literal"), default="relative")
+    sifm.add_argument("--aggregate", choices=("loss-mean", "feature-mean"), default="loss-mean")
+    sifm.add_argument("--noisy", choices=("paper", "deploy"), default="paper", help="whose latent is noised: the immunized picture's, or the original's")
+    sifm.add_argument("--resample", action="store_true", help="draw new noise at every step")
+    sifm.add_argument("--batch", type=cli.count, help="timesteps at once (default: all)")
+    add("--no-preview", action="store_true", help="skip the preview and its two edits")
+    parser.shared("device", "dtype", "seed", "overwrite")
+    return parser
+
+
+SIFM_OPTIONS = ("lam", "timesteps", "taps", "reduction", "aggregate", "noisy", "resample", "batch")
+
+
+def _body(args):
+    listing = args.taps == ["list"]
+    if not listing and not (args.pictures and args.prompt and args.output):
+        raise ValueError("give at least one picture or folder, --prompt TEXT and -o DIR (--help shows examples)")
+    pictures = [] if listing else _find(args.pictures)
+    editor = _load(args)
+    if listing:
+        for name in editor.tap_names:
+            cli.out(f"{name}{'  (default)' if name in editor.default_taps else ''}")
+        return cli.OK
+    editor_taps = set(editor.tap_names)
+    if unknown := [name for name in args.taps or () if name not in editor_taps]:
+        raise ValueError(f"--taps {unknown[0]}: this editor has no such activation; --taps list prints those it has")
+    _make_folder(args.output)
+    if editor.notice:
+        cli.say(editor.notice, quiet=args.quiet)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # torchrun: each process takes its share
+    return cli.each_file(pictures[rank::world], lambda path: _one(path, editor, args), quiet=args.quiet, debug=args.debug, as_json=args.json)
+
+
+def _load(args):
+    from .editors import load_editor
+    place = cli.place(args)
+    if place["device"] is None and "LOCAL_RANK" in os.environ:
+        import torch
+        place["device"] = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
+    return load_editor(args.editor, revision=args.revision, **place)
+
+
+def _find(names):
+    """The pictures named, folders opened (not what we wrote ourselves); two that would write one file are refused."""
+    from . import images
+    found = []
+    for path in map(Path, names):
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+        inside = [p for p in sorted(path.iterdir()) if images.is_picture_name(p) and not p.name.endswith(OUTPUTS[:2])] if path.is_dir() else [path]
+        if not inside:
+            raise ValueError(f"{path}: no pictures in this folder")
+        found += inside
+    stems = {}
+    for path in dict.fromkeys(found):
+        if (other := stems.setdefault(path.stem, path)) != path:
+            raise ValueError(f"{other} and {path} would both write {path.stem}_immunized.png; run them into different folders")
+    return list(stems.values())
+
+
+def _make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"-o {folder}: this is a file, not a folder") from None
+
+
+def _one(path, editor, args):
+    from . import images
+
+    immunized_path, preview_path, report_path = (args.output / f"{path.stem}{end}" for end in OUTPUTS)
+    asked = _asked(path, args)
+    if not args.overwrite:
+        if _finished(report_path, asked):
+            cli.say(f"{path}: done before, skipped", quiet=args.quiet)
+            return
+        if existing := [p for p in (immunized_path, preview_path, report_path) if p.exists()]:
+            if report_path in existing:                      # without a report it is the rest of an interrupted run
+                raise ValueError(f"{report_path} exists, from another picture or other options; add --overwrite or choose another folder")
+    picture = images.read(path)
+    options = {name: getattr(args, name) for name in SIFM_OPTIONS} if args.method == "sifm" else {}
+    with cli.progress(total=args.steps, what=path.name, quiet=args.quiet) as bar:
+        result = immunize(picture, editor, args.prompt, method=args.method, eps=args.eps, steps=args.steps, seed=args.seed, step_size=args.step_size,
+                          schedule=args.schedule, init=args.init, mask=args.mask, on_step=lambda step, loss, terms: bar.update(), **options)
+    report = {"asked": asked, "picture": str(path), "immunized": immunized_path.name, **result.report}
+    preview = None if args.no_preview else _preview(picture, result.image, editor, args)
+    report_path.unlink(missing_ok=True)                      # the report is written last: where it is, the rest is whole
+    images.write_checked(immunized_path, result.image, picture, args.eps, overwrite=True)
+    if preview is not None:
+        images.write(preview_path, preview, overwrite=True)
+    images.write_text(report_path, cli.to_json(report, indent=1) + "\n")
+    cli.result({key: value for key, value in report.items() if key not in ("loss", "asked")},
+               f"{immunized_path}: at most {report['linf_steps']}/255 per channel (budget {report['budget_steps']}/255), "
+               f"PSNR {report['psnr']:.1f} dB, {report['seconds']:.0f} s", as_json=args.json)
+
+
+def _asked(path, args):
+    """What decides the result: the picture's bytes and every option. A report that says the same needs no second run."""
+    values = {key: str(value) for key, value in vars(args).items() if key not in ("pictures", "output", "overwrite", "json", "quiet", "debug", "device")}
+    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **values}
+
+
+def _finished(report_path, asked):
+    import json
+    try:
+        return json.loads(report_path.read_text(encoding="utf-8")).get("asked") == asked
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _preview(picture, immunized, editor, args):
+    from . import images
+    prompt = args.prompt[0]
+    with cli.progress(total=2 * editor.defaults.steps, what="preview", quiet=args.quiet) as bar:
+        edits = [editor.edit(image.convert("RGB"), prompt, seed=args.seed, on_step=lambda i, n: bar.update()) for image in (picture.image, immunized)]
+    return images.sheet([("original", picture.image), (f"edited: {prompt}", edits[0]), ("immunized", immunized), (f"edited: {prompt}", edits[1]),
+                         ("perturbation x10", images.amplify(picture.image, immunized))])
+
+
+def main(argv=None):
+    return cli.run(_body, _parser(), argv)
+
+
+if __name__ == "__main__":
+    cli.leave(main())

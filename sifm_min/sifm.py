@@ -1,0 +1,96 @@
+"""SIFM, the paper's method: Algorithm 1 of arXiv 2512.14320, in its symbols.
+
+    phi_t(x, c)  =  the tapped activations of the denoiser on the noisy latent of picture x, prompt c, timestep t   (Eq. 3)
+    L_t  =  ||phi_t(x_imu, c)||_1  -  lam * Dist(phi_t(x_imu, c), phi_t(x_orig, c))                                 (Eq. 6)
+    g    =  mean over t in T of the gradient of L_t by x_imu;   delta <- clip(delta - alpha sign(g), -eps, eps)     (Eq. 7)
+
+This file is phi and L; `pgd.py` is the loop. The distance drives the features from the original edit's trajectory
+(semantic mismatch), the norm starves them (perceptual degradation). Where the paper is silent, each default says why.
+"""
+
+import torch
+
+REDUCTIONS = ("relative", "mean", "literal")
+AGGREGATES = ("loss-mean", "feature-mean")
+NOISY = ("paper", "deploy")
+
+
+def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=None, reduction="relative",
+         aggregate="loss-mean", noisy="paper", resample=False, batch=None):
+    """The objective of SIFM for one picture: a function (x_imu, step) -> (loss, {"norm": ..., "dist": ...}) to minimise.
+
+    x_orig: (1,3,H,W) in [0,1], native size. contexts: one text context (1,L,C) per prompt; step n uses prompt n mod their
+    number (the paper has one). timesteps: T, a count spread over what the editor visits, or the timesteps themselves.
+    reduction: "relative" (default: norm and squared distance as fractions of the original's, so that lam means the same
+      on every editor, size and layer), "literal" (L1 sum and MSE mean as printed; the distance term is then inert: at
+      lam 0.1 it is about 1e-6 of the norm term), or "mean" (both means).
+    aggregate: "loss-mean" (default: U-Net layers differ in shape, and averaged activations can cancel) or "feature-mean",
+      Eq. 3 to the letter, for taps of one shape.
+    noisy: "paper" noises the immunized picture's latent; "deploy" the original's, because what an instruction editor
+      denoises never contains delta: there it enters through the image condition alone.
+    resample: draw new noise at every step (the same for both pictures) instead of one bank for all.
+    batch: timesteps run at once (None: all). Cost per step: one VAE encode and backward, |T| forwards and backwards of
+      the denoiser up to its last tap. Raises ValueError for unknown options and taps.
+    """
+    for value, known, option in ((reduction, REDUCTIONS, "reduction"), (aggregate, AGGREGATES, "aggregate"), (noisy, NOISY, "noisy")):
+        if value not in known:
+            raise ValueError(f"{option} {value!r}: choose one of {', '.join(known)}")
+    T = editor.timesteps(timesteps) if isinstance(timesteps, int) else torch.as_tensor(timesteps)
+    taps = list(taps or editor.default_taps)
+    batches = T.split(batch or len(T))
+    with torch.no_grad():
+        E_orig = editor.encode(editor.resize(x_orig))        # (1,C,h,w)
+
+    def draw():
+        noise = torch.randn((len(T), *E_orig.shape[1:]), generator=generator)
+        return noise.to(E_orig).split(batch or len(T))
+
+    def phi(E, t, eta, c):
+        E = E.expand(len(t), -1, -1, -1)
+        z_t = editor.noise_latent(E if noisy == "paper" else E_orig.expand_as(E), eta, t)
+        found = [a.float() for a in editor.features(E, z_t, t, c.expand(len(t), -1, -1), taps=taps).values()]
+        if aggregate == "loss-mean":
+            return found
+        if len({a.shape for a in found}) > 1:
+            raise ValueError(f"aggregate 'feature-mean' averages activations of one shape; {', '.join(taps)} differ")
+        return [torch.stack(found).mean(0)]
+
+    bank = draw()
+    Phi_orig = {}                                            # prompt -> per batch of T, the original's phi: computed once
+
+    def objective(x_imu, step):
+        nonlocal bank
+        n = step % len(contexts)
+        if resample and step > 0:
+            bank = draw()
+        if n not in Phi_orig or resample:
+            with torch.no_grad():
+                Phi_orig[n] = [phi(E_orig, t, eta, contexts[n]) for t, eta in zip(batches, bank, strict=True)]
+        E = editor.encode(editor.resize(x_imu))
+        E_imu = E.detach().requires_grad_(True)              # gradients of all of T meet here: one VAE backward per step
+        norm, dist, g = 0.0, 0.0, torch.zeros_like(E_imu)
+        for t, eta, original in zip(batches, bank, Phi_orig[n], strict=True):
+            norm_t, dist_t = terms(phi(E_imu, t, eta, contexts[n]), original, reduction)
+            g = g + torch.autograd.grad((norm_t - lam * dist_t).sum() / len(T), E_imu)[0]
+            norm, dist = norm + norm_t.detach().sum() / len(T), dist + dist_t.detach().sum() / len(T)
+        # A scalar with the loss's value and, through E, the loss's gradient.
+        loss = (norm - lam * dist) + ((E - E.detach()) * g).sum()
+        return loss, {"norm": norm.item(), "dist": dist.item()}
+
+    return objective
+
+
+def terms(phi_imu, phi_orig, reduction):
+    """Eq. 5's norm and Eq. 4's distance per timestep, (t,) each, averaged over the taps; activations (t, ...) in float32."""
+    norms, dists = [], []
+    for a, b in zip(phi_imu, phi_orig, strict=True):
+        a, b = a.flatten(1), b.flatten(1)
+        l1, l2 = a.abs().sum(1), (a - b).square().sum(1)
+        if reduction == "relative":
+            l1, l2 = l1 / b.abs().sum(1), l2 / b.square().sum(1)
+        else:
+            l2 = l2 / a.shape[1]
+            l1 = l1 / a.shape[1] if reduction == "mean" else l1
+        norms.append(l1)
+        dists.append(l2)
+    return torch.stack(norms).mean(0), torch.stack(dists).mean(0)

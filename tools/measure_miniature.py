@@ -1,0 +1,127 @@
+"""Measure a miniature editor: does it obey, does noise matter, does immunization thwart it; and how the judges sit.
+
+    python tools/measure_miniature.py edits --editor miniature          100 held-out samples: clean, noise control, SIFM, unseen prompts
+    python tools/measure_miniature.py edits --noisy deploy              the same with another option of SIFM
+    python tools/measure_miniature.py judges                            calibration of the two judges
+
+Results go to --work, one JSON line per sample; a run that was interrupted goes on, and --shard 0/2 and 1/2 share the work.
+Shares are given with their 95 % Wilson interval. "of clean successes": among the samples whose edit obeys on the clean picture.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import sifm_min  # noqa: E402
+from sifm_min import images, isr, miniature, world  # noqa: E402
+
+
+def edits(args):
+    editor = sifm_min.load_editor(args.editor)
+    name = Path(args.editor).name + ("" if args.noisy == "default" else f"-{args.noisy}")
+    args.work.mkdir(parents=True, exist_ok=True)
+    part, parts = (int(p) for p in args.shard.split("/"))
+    path = args.work / f"{name}-{args.samples}-{args.seed}-{part}of{parts}.jsonl"
+    done = {json.loads(line)["index"] for line in path.read_text().splitlines()} if path.exists() else set()
+    samples = miniature.samples(args.samples, args.seed)
+    for index in range(part, len(samples), parts):
+        if index not in done:
+            record = {"index": index, **measure(editor, samples[index], args)}
+            with path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+    records = [json.loads(line) for file in sorted(args.work.glob(f"{name}-{args.samples}-{args.seed}-*of{parts}.jsonl")) for line in file.read_text().splitlines()]
+    summarise(name, records)
+
+
+def measure(editor, sample, args):
+    """Verdicts (both judges and their consensus) of every edit of one sample, and the pictures' distances."""
+    options = {} if args.noisy == "default" else {"noisy": args.noisy}
+    started = time.perf_counter()
+    sifm = sifm_min.immunize(sample.image, editor, sample.prompt, method="sifm", steps=args.steps, **options)
+    seconds = time.perf_counter() - started
+    arms = {"clean": sample.image, "noise": sifm_min.immunize(sample.image, editor, sample.prompt, method="noise").image, "sifm": sifm.image}
+    asked = (sample, *sample.unseen)
+    record = {"kind": sample.kind, "category": sample.category, "prompt": sample.prompt, "seconds": seconds, "linf": sifm.report["linf_steps"]}
+    for arm, picture in arms.items():
+        cases = asked if arm != "noise" else asked[:1]
+        outputs = editor.edit([picture] * len(cases), [case.prompt for case in cases])
+        record[arm] = [verdicts(case, output) for case, output in zip(cases, outputs, strict=True)]
+    return record
+
+
+def verdicts(sample, edited):
+    found = {name: judge(sample, edited) for name, judge in miniature.judges.items()}
+    consensus = isr.Verdict.consensus(found.values())
+    return {"obeyed": consensus.obeyed, "success": consensus.success,
+            **{name: [v.semantic_mismatch, v.perceptual_degradation] for name, v in found.items()}}
+
+
+def summarise(name, records):
+    total = len(records)
+    if not total:
+        return
+    print(f"{name}: {total} held-out samples")
+    for arm in ("clean", "noise", "sifm"):
+        print(f"  {arm:6} original prompt: obeyed {share(sum(r[arm][0]['obeyed'] for r in records), total)}, "
+              f"thwarted {share(sum(r[arm][0]['success'] for r in records), total)}")
+    for label, pick in (("original prompt", slice(0, 1)), ("five unseen prompts", slice(1, None))):
+        for arm in ("noise", "sifm"):
+            pairs = [(a, b) for r in records for a, b in zip(r["clean"][pick], r[arm][pick], strict=False) if a["obeyed"]]
+            if pairs:
+                print(f"  {arm:6} {label}, of clean successes: still obeyed {share(sum(b['obeyed'] for _, b in pairs), len(pairs))}, "
+                      f"thwarted {share(sum(b['success'] for _, b in pairs), len(pairs))}")
+    kinds = defaultdict(list)
+    for r in records:
+        kinds[r["kind"]].append(r["clean"][0]["obeyed"])
+    print("  clean, by kind: " + ", ".join(f"{kind} {sum(v)}/{len(v)}" for kind, v in sorted(kinds.items())))
+    print(f"  SIFM: median {sorted(r['seconds'] for r in records)[total // 2]:.1f} s a picture, at most {max(r['linf'] for r in records)}/255")
+
+
+def share(count, total):
+    low, high = isr.wilson(count, total)
+    return f"{count}/{total} = {100 * count / max(1, total):.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def judges(args):
+    """What each judge calls obeyed: autoencoded targets (should), untouched sources, wrong-prompt targets (should not)."""
+    editor = sifm_min.load_editor(args.editor)
+    samples = miniature.samples(args.samples, args.seed)
+
+    def autoencoded(image):
+        with torch.no_grad():
+            return images.to_image(editor.decode(editor.encode(images.to_pixels(image)) * editor.vae.config.scaling_factor).clamp(0, 1))
+
+    arms = {"exact target": lambda s: s.target, "autoencoded target": lambda s: autoencoded(s.target), "untouched source": lambda s: s.image,
+            "autoencoded source": lambda s: autoencoded(s.image), "target of another instruction": lambda s: s.unseen[0].target,
+            "target blended with another picture": lambda s: Image.blend(s.target, world.render(samples[0].instruction.scene), 0.5)}
+    for arm, picture in arms.items():
+        found = [verdicts(sample, picture(sample)) for sample in samples]
+        parts = ", ".join(f"{name} {sum(not any(v[name]) for v in found)}" for name in miniature.judges)
+        print(f"  {arm:36} obeyed: consensus {share(sum(v['obeyed'] for v in found), len(found))}; {parts}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("edits", "judges"))
+    parser.add_argument("--editor", default="miniature")
+    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--noisy", choices=("default", "paper", "deploy"), default="default")
+    parser.add_argument("--shard", default="0/1")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("build/measurements"))
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    {"edits": edits, "judges": judges}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
