@@ -109,9 +109,9 @@ class CLIPTokenizer:
 
     def __init__(self, vocab, merges, specials, *, start, end, pad, unknown, length):
         self.vocab, self.start, self.end, self.pad, self.length = vocab, start, end, pad, length
-        self._specials = {text: number for text, (number, _) in specials.items()}
-        self._raw = _splitter(text for text, (_, folded) in specials.items() if not folded)
-        self._folded = _splitter(text for text, (_, folded) in specials.items() if folded)
+        self._raw = {text: number for text, (number, folded) in specials.items() if not folded}
+        self._folded = {normalise(text): number for text, (number, folded) in specials.items() if folded}
+        self._raw_splitter, self._folded_splitter = _splitter(self._raw), _splitter(self._folded)
         self._symbols = byte_symbols()
         self._unknown = unknown
         # The pair (left id, right id) -> (urgency, merged id).
@@ -171,13 +171,13 @@ class CLIPTokenizer:
                 f"the prompt is not valid Unicode: a lone surrogate U+{ord(text[error.start]):04X} at {error.start}"
             ) from None
         ids = []
-        for raw, is_special in _alternate(self._raw, text):
+        for part, is_special in _alternate(self._raw_splitter, text):
             if is_special:
-                ids.append(self._specials[raw])
+                ids.append(self._raw[part])
                 continue
-            for piece, is_folded_special in _alternate(self._folded, normalise(raw)):
+            for piece, is_folded_special in _alternate(self._folded_splitter, normalise(part)):
                 if is_folded_special:
-                    ids.append(self._specials[piece])
+                    ids.append(self._folded[piece])
                     continue
                 for word in words(piece):
                     ids.extend(self._word(word))
