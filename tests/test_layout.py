@@ -1,0 +1,380 @@
+"""The rules of the two folders, read off the syntax trees: who may import what, and what a file may do.
+
+Every .py of sifm_min/ and models/ stands on a floor of the table below and imports strictly downwards, so there can be
+no cycle; a new file joins the table in the change that adds it. `python tests/test_layout.py` prints what is wrong.
+"""
+
+import ast
+import configparser
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FLOORS = {
+    6: "edit weights",                                       # commands: nothing imports them
+    5: "immunize",                                           # one picture
+    4: "baselines sifm",                                     # objectives
+    3: "editors miniature",                                  # editors and verdicts
+    2: "cli images isr metrics pgd world",                   # tools of ours
+    1: "models.checkpoints",                                 # loading
+    0: "models.clip models.schedulers models.tokenizers models.unet models.vae",             # networks
+    -1: "__init__",                                          # the package itself: __version__, and lazy names
+    -2: "models.__init__",                                   # a docstring
+}
+FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
+
+# distribution -> what it is imported as; no others, ever
+SIX = {"torch": "torch", "safetensors": "safetensors", "huggingface-hub": "huggingface_hub", "numpy": "numpy",
+       "pillow": "PIL", "requests": "requests"}
+BY_NAME = ("__init__", "immunize")                           # whose lazy names a test below looks up
+NARROWER = {-2: set(), -1: set(), 0: {"torch"}, 1: {"torch", "safetensors", "huggingface_hub"}}
+
+
+# ------------------------------------------------------------------------------------------------------------ the rules
+
+def modules(root):
+    """{name in the floor table: path} of every Python file of the two folders."""
+    found = {}
+    for folder, prefix in (("sifm_min", ""), ("models", "models.")):
+        for path in sorted((root / folder).rglob("*.py")):
+            found[prefix + ".".join(path.relative_to(root / folder).with_suffix("").parts)] = path
+    return found
+
+
+def faults(root):
+    """Every broken rule as 'path:line: sentence'; [] where all is well."""
+    wrong = []
+    for name, path in modules(root).items():
+        where = path.relative_to(root).as_posix()
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        if name not in FLOOR:
+            wrong.append(f"{where}:1: is not in the floor table of tests/test_layout.py")
+            continue
+        found = [*import_faults(tree, name), *speech_faults(tree, name), *catch_all_faults(tree), *random_faults(tree)]
+        if FLOOR[name] == 0:
+            found += network_faults(tree)
+        wrong += [f"{where}:{node.lineno}: {sentence}" for node, sentence in sorted(found, key=lambda f: f[0].lineno)]
+    return wrong
+
+
+def import_faults(tree, name):
+    """Imports that do not point strictly downwards, are not relative, or leave the six packages."""
+    third_party = NARROWER.get(FLOOR[name], set(SIX.values()))
+    if name == "models.tokenizers":
+        third_party = set()                                  # vendored alone by people who have no torch
+    for node in ast.walk(tree):                              # also inside functions, `try` and `if TYPE_CHECKING`
+        if isinstance(node, ast.Import):
+            outside = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            outside = [node.module]
+        else:
+            outside = []
+        for package in {target.partition(".")[0] for target in outside}:
+            if package in ("sifm_min", "models"):
+                yield node, f"imports {package} by its absolute name, which breaks where it is vendored under another"
+            elif package not in third_party and package not in sys.stdlib_module_names:
+                yield node, f"imports {package}; here only the standard library and {sorted(third_party)} are allowed"
+        if isinstance(node, ast.ImportFrom) and node.level:
+            for target in _targets(node, name):
+                if target not in FLOOR:
+                    yield node, f"imports {target}, which the floor table does not have"
+                elif FLOOR[target] >= FLOOR[name]:
+                    yield node, f"imports {target} of floor {FLOOR[target]}, but stands on floor {FLOOR[name]} itself"
+        if isinstance(node, ast.Call) and name not in BY_NAME and (
+                _last(node.func) in ("import_module", "__import__") or _dotted(node.func) in ("exec", "eval")):
+            yield node, f"{_last(node.func)}() hides an import from the floor table; import inside the function instead"
+
+
+def _targets(node, name):
+    """The files that a relative import reads, as names of the floor table."""
+    package = ["models"] if name.startswith("models.") else []
+    if node.level - 1 > len(package):
+        return ["a place outside the package"]
+    package = package[:len(package) - node.level + 1]
+    if node.module:
+        package += node.module.split(".")
+    targets = []
+    for alias in node.names:
+        inner = ".".join([*package, alias.name])
+        if inner in FLOOR:
+            targets.append(inner)                            # from . import pgd
+        elif f"{inner}.__init__" in FLOOR:
+            targets.append(f"{inner}.__init__")              # from . import models
+        elif ".".join(package) in FLOOR:
+            targets.append(".".join(package))                # from .pgd import pgd
+        elif package or alias.name == "__version__":
+            targets.append(".".join([*package, "__init__"]))
+        else:
+            targets.append(inner)                            # from . import load_editor: lazy, so it could lead upwards
+    return targets
+
+
+def speech_faults(tree, name):
+    """print and the end of the process belong to cli.py alone."""
+    if name == "cli":
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in ("print", "SystemExit", "exit", "quit", "breakpoint"):
+            yield node, f"{node.id} belongs to cli.py"
+        elif isinstance(node, ast.Attribute) and _dotted(node) in ("sys.exit", "os._exit", "sys.stdout", "sys.stderr"):
+            yield node, f"{_dotted(node)} belongs to cli.py"
+        elif isinstance(node, ast.ImportFrom) and node.module == "sys" and "exit" in {a.name for a in node.names}:
+            yield node, "sys.exit belongs to cli.py"
+
+
+def catch_all_faults(tree):
+    """A handler names what it expects; what nobody foresaw is a bug, and must be seen."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            if node.type is None or {"Exception", "BaseException"} & {_last(kind) for kind in caught}:
+                yield node, "catches everything, also what nobody foresaw; name the errors"
+
+
+DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson",
+         "rand_like", "randn_like", "randint_like"}
+DRAWS_IN_PLACE = {"uniform_", "normal_", "random_", "bernoulli_", "exponential_", "log_normal_", "geometric_"}
+
+
+def random_faults(tree):
+    """Whatever is drawn is drawn from a generator that the caller gave."""
+    for node in ast.walk(tree):
+        name = _dotted(node)
+        if name in ("torch.manual_seed", "torch.seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all"):
+            yield node, f"{name} reseeds the whole process; pass a generator"
+        elif name.startswith(("np.random.", "numpy.random.")) and not name.endswith((".default_rng", ".Generator")):
+            yield node, f"{name} is the process's own generator; use numpy.random.default_rng(seed)"
+        elif re.fullmatch(r"random\.[a-z]\w*", name):
+            yield node, f"{name} is the process's own generator; use random.Random(seed)"
+        elif isinstance(node, ast.Call) and "generator" not in {keyword.arg for keyword in node.keywords}:
+            called = _dotted(node.func)
+            if called.removeprefix("torch.") in DRAWS and called != _called(node) or _called(node) in DRAWS_IN_PLACE:
+                yield node, f"{called or _called(node)} draws without generator="
+
+
+HANDS_OFF = {"no_grad", "inference_mode", "enable_grad", "set_grad_enabled", "autocast", "custom_fwd", "cuda",
+             "set_default_dtype", "set_default_device", "requires_grad_"}
+NO_TENSOR = (ast.List, ast.ListComp, ast.Dict, ast.DictComp, ast.Set, ast.SetComp, ast.Tuple, ast.JoinedStr)
+
+
+def network_faults(tree):
+    """A network edits nothing in place and leaves gradients, precision and devices to its caller."""
+    constructors = {id(inside) for node in ast.walk(tree)
+                    if isinstance(node, ast.FunctionDef) and node.name == "__init__" for inside in ast.walk(node)}
+    networks = {id(inside) for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+                and any(_dotted(base).endswith("Module") for base in node.bases) for inside in ast.walk(node)}
+    uses_torch = any(isinstance(node, ast.Import) and "torch" in {alias.name for alias in node.names}
+                     for node in ast.walk(tree))
+    for node in ast.walk(tree) if uses_torch else ():
+        imported = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
+        for name in sorted(HANDS_OFF & {_last(node), *imported}):
+            yield node, f"{name} is the caller's decision"
+        if isinstance(node, ast.Call):
+            name = _called(node)
+            if {"inplace", "out"} & {keyword.arg for keyword in node.keywords}:
+                yield node, f"{name} writes in place"
+            if id(node) in constructors:
+                continue                                     # what fills a parameter is not yet part of a graph
+            if name.endswith("_") and not name.endswith("__"):
+                yield node, f"{name} works in place"
+            if name == "detach" and id(node) in networks:
+                yield node, "detach cuts the gradient, which is the caller's decision"
+        if isinstance(node, ast.AugAssign) and not isinstance(node.value, NO_TENSOR):
+            yield node, "an augmented assignment works in place on a tensor; write x = x + y"
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Subscript) and _picks_elements(target.slice):
+                    yield node, "assigns to a part of a tensor in place"
+
+
+def _picks_elements(index):
+    """x[:, 0] and x[..., i] are parts of a tensor; table[name] and table["key"] are not."""
+    return isinstance(index, (ast.Slice, ast.Tuple, ast.UnaryOp)) or (
+        isinstance(index, ast.Constant) and not isinstance(index.value, str))
+
+
+def _dotted(node):
+    """a.b.c as written, or "" for anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (before := _dotted(node.value)):
+        return f"{before}.{node.attr}"
+    return ""
+
+
+def _last(node):
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _called(node):
+    return _last(node.func) if isinstance(node, ast.Call) else ""
+
+
+# -------------------------------------------------------------------------------------------------- the rules hold here
+
+def test_the_two_folders_keep_the_rules():
+    assert faults(ROOT) == []
+
+
+def test_the_floor_table_lists_no_file_that_is_gone():
+    assert sorted(FLOOR.keys() - modules(ROOT).keys()) == []
+
+
+def test_lazy_names_lead_where_the_table_says():
+    """What is imported by a string (BY_NAME): the public names exist, and every method's file is below immunize."""
+    import sifm_min
+
+    for name in sifm_min._PUBLIC:
+        assert getattr(sifm_min, name) is not None
+        assert name in dir(sifm_min)
+    for name, objective in sifm_min.METHODS.items():
+        home = objective.__module__.removeprefix("sifm_min.")
+        assert FLOOR[home] < FLOOR["immunize"], f"{name} lives in {home}"
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import sifm_min
+
+    with pytest.raises(AttributeError, match="'sifm_min' has no attribute 'imunize'"):
+        sifm_min.imunize  # noqa: B018
+
+
+def test_the_six_dependencies_and_no_others():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    required = setup["options"]["install_requires"].split()
+    assert sorted(re.match(r"[\w-]+", line).group() for line in required) == sorted(SIX)
+    assert all(">=" in line for line in required), "a dependency without a tested lower bound"
+
+
+def test_the_tests_need_nothing_beyond_the_test_extra():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    extra = {re.match(r"[\w-]+", line).group() for line in setup["options.extras_require"]["test"].split()}
+    beside = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    allowed = {*SIX.values(), *extra, *beside, *sys.stdlib_module_names, "sifm_min"}
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert {name.partition(".")[0] for name in names} <= allowed, f"{path.name}:{node.lineno}"
+
+
+# -------------------------------------------------------------------------------------------- each rule was seen broken
+
+PLANTED = {
+    "upward": ("sifm_min/pgd.py", "from . import immunize", "of floor 5"),
+    "upward, from a file": ("sifm_min/pgd.py", "from .editors import load_editor", "of floor 3"),
+    "sideways": ("sifm_min/pgd.py", "from . import images", "of floor 2"),
+    "itself": ("sifm_min/pgd.py", "from .pgd import pgd", "of floor 2"),
+    "in a function": ("sifm_min/pgd.py", "def f():\n from .sifm import sifm", "of floor 4"),
+    "for types only": ("sifm_min/pgd.py", "if TYPE_CHECKING:\n from .editors import Editor", "of floor 3"),
+    "out of models": ("models/checkpoints.py", "from .. import pgd", "of floor 2"),
+    "network to network": ("models/unet.py", "from .vae import AutoencoderKL", "of floor 0"),
+    "lazy name": ("sifm_min/pgd.py", "from . import load_editor", "the floor table does not have"),
+    "out of the package": ("sifm_min/pgd.py", "from ..tools import bench", "outside the package"),
+    "unlisted file": ("sifm_min/helpers.py", "", "is not in the floor table"),
+    "unlisted, nested": ("models/extra/net.py", "", "is not in the floor table"),
+    "absolute": ("sifm_min/edit.py", "import sifm_min.editors", "absolute name"),
+    "absolute models": ("sifm_min/edit.py", "from models.unet import UNet", "absolute name"),
+    "seventh package": ("sifm_min/images.py", "import scipy.ndimage", "imports scipy"),
+    "in a try": ("sifm_min/images.py", "try:\n import tqdm\nexcept ImportError:\n tqdm = None", "imports tqdm"),
+    "network with numpy": ("models/unet.py", "import numpy as np", "imports numpy"),
+    "tokenizer with torch": ("models/tokenizers.py", "import torch", "imports torch"),
+    "init with torch": ("sifm_min/__init__.py", "import torch", "imports torch"),
+    "by string": ("sifm_min/pgd.py", "importlib.import_module('.editors', __package__)", "hides an import"),
+    "evaluated": ("sifm_min/pgd.py", "eval('1')", "hides an import"),
+    "print": ("sifm_min/pgd.py", "print(1)", "belongs to cli.py"),
+    "print handed on": ("sifm_min/pgd.py", "f(on_step=print)", "belongs to cli.py"),
+    "exit": ("sifm_min/edit.py", "sys.exit(1)", "belongs to cli.py"),
+    "exit by name": ("sifm_min/edit.py", "from sys import exit as leave", "belongs to cli.py"),
+    "raise exit": ("sifm_min/edit.py", "raise SystemExit(1)", "belongs to cli.py"),
+    "stderr": ("sifm_min/edit.py", "sys.stderr.write('x')", "belongs to cli.py"),
+    "catch all": ("sifm_min/edit.py", "try:\n f()\nexcept Exception:\n pass", "catches everything"),
+    "catch all, hidden": ("sifm_min/edit.py", "try:\n f()\nexcept (KeyError, Exception):\n pass", "catches everything"),
+    "bare except": ("sifm_min/edit.py", "try:\n f()\nexcept:\n pass", "catches everything"),
+    "reseed": ("sifm_min/pgd.py", "torch.manual_seed(0)", "reseeds"),
+    "draw": ("sifm_min/pgd.py", "x = torch.randn(3)", "without generator="),
+    "draw in place": ("sifm_min/pgd.py", "x.uniform_(-1, 1)", "without generator="),
+    "numpy draw": ("sifm_min/images.py", "x = np.random.rand(3)", "process's own generator"),
+    "random draw": ("sifm_min/images.py", "x = random.choice(y)", "process's own generator"),
+    "augmented": ("models/unet.py", "import torch\ndef forward(x):\n x += 1", "in place"),
+    "augmented attribute": ("models/unet.py", "import torch\ndef forward(self, x):\n self.x *= x", "in place"),
+    "inplace=True": ("models/vae.py", "import torch\ndef f(x):\n return F.silu(x, inplace=True)", "in place"),
+    "out=": ("models/vae.py", "import torch\ndef f(x):\n torch.add(x, 1, out=x)", "in place"),
+    "underscore": ("models/clip.py", "import torch\ndef f(x, m):\n return x.masked_fill_(m, 0)", "in place"),
+    "part": ("models/clip.py", "import torch\ndef f(x):\n x[:, 0] = 1", "in place"),
+    "last": ("models/clip.py", "import torch\ndef f(x):\n x[-1] = 1", "in place"),
+    "no_grad": ("models/unet.py", "import torch\n@torch.no_grad()\ndef f(x):\n return x", "caller's decision"),
+    "no_grad by name": ("models/unet.py", "import torch\nfrom torch import no_grad as free", "caller's decision"),
+    "autocast": ("models/vae.py", "import torch\nwith torch.autocast('cuda'):\n pass", "caller's decision"),
+    "device": ("models/vae.py", "import torch\ndef f(x):\n return x.cuda()", "caller's decision"),
+    "detach": ("models/vae.py", "import torch\nclass N(nn.Module):\n def f(self, x):\n  return x.detach()", "cuts the"),
+}
+
+
+@pytest.mark.parametrize("path, source, expected", PLANTED.values(), ids=PLANTED)
+def test_a_planted_fault_is_found(path, source, expected, tmp_path):
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(source)
+    found = faults(tmp_path)
+    assert any(fault.startswith(f"{path}:") and expected in fault for fault in found), found
+
+
+def test_what_is_allowed_is_not_a_fault(tmp_path):
+    allowed = {
+        "sifm_min/__init__.py": "from pathlib import Path\nfrom . import models",
+        "sifm_min/cli.py": "import sys\nprint(1)\nsys.exit(0)",
+        "sifm_min/editors.py": "import torch\nfrom PIL import Image\nfrom . import __version__, images\n"
+                               "from .models.unet import UNet\nUNet().eval()\nx = torch.randn(3, generator=g)",
+        "sifm_min/immunize.py": "def f():\n from . import sifm as methods, models\n from .models import checkpoints",
+        "models/unet.py": "import torch\nfrom torch import nn\nclass UNet(nn.Module):\n def __init__(self):\n"
+                          "  nn.init.zeros_(self.w)\n def forward(self, x, seen, name):\n  seen[name] = x\n"
+                          "  names = []\n  names += [name]\n  return x.__class__",
+        "models/tokenizers.py": "count = 0\ncount += 1",
+    }
+    for path, source in allowed.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(source)
+    assert faults(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------- what an import may load
+
+COMMANDS = [name for name, path in modules(ROOT).items()
+            if any(line.startswith("if __name__ ==") for line in path.read_text(encoding="utf-8").splitlines())]
+
+
+def python(*arguments):
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+
+def test_importing_the_package_and_the_command_line_loads_no_dependency():
+    """Also: models/ is known under one name only, or there would be two classes of each network."""
+    done = python("-c", "import sys, json, sifm_min, sifm_min.cli; print(json.dumps(sorted(sys.modules)))")
+    assert not done.returncode and not done.stderr, done.stderr
+    loaded = {name.partition(".")[0] for name in json.loads(done.stdout)}
+    assert not loaded & {*SIX.values()}
+    assert "models" not in loaded
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_instant_and_complete(command):
+    """Run as users run it: no torch, no warning about a module that runs twice, and examples that can be copied."""
+    done = python("-W", "error::RuntimeWarning", "-X", "importtime", "-m", f"sifm_min.{command}", "--help")
+    timings = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    assert done.returncode == 0 and len(timings) == len(done.stderr.splitlines()), done.stderr[-2000:]
+    loaded = {line.rpartition("|")[2].strip() for line in timings}
+    assert "argparse" in loaded and not loaded & {"torch", "numpy", "PIL"}
+    assert done.stdout.count(f"python -m sifm_min.{command}") >= 2, "the usage line, and at least one example"
+
+
+if __name__ == "__main__":
+    sys.exit("\n".join(faults(ROOT)) or 0)
