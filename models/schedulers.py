@@ -126,16 +126,15 @@ def as_stored(sampler: str, given: dict) -> SchedulerConfig:
         known = known - DDIM_ONLY
     if extra := sorted(given.keys() - known - IGNORED):
         raise ValueError(f"scheduler_config.json sets {', '.join(extra)}, which {sampler} here does not implement")
-    kept = {"timestep_spacing": "leading" if sampler == DDIM else "linspace"}
-    kept |= {key: value for key, value in given.items() if key in known}
-    return SchedulerConfig(sampler=sampler, **kept)
+    default = {"timestep_spacing": "leading" if sampler == DDIM else "linspace"}
+    return SchedulerConfig(sampler=sampler, **default | {key: given[key] for key in given.keys() & known})
 
 
 def from_betas(stored: str | None, given: dict) -> SchedulerConfig:
     """Euler ancestral on the training noise of a file that names another class; refused where that has no betas."""
     betas = ["beta_start", "beta_end", "beta_schedule"] if given.get("trained_betas") is None else ["trained_betas"]
-    reasons = [f"does not set {key}" for key in betas if key not in given]
-    reasons += [f"sets {key} to {given[key]!r}" for key, off in OTHER_NOISE.items() if given.get(key, off) != off]
+    reasons = [f"does not set {key}" for key in betas if key not in given] + [
+        f"sets {key} to {given[key]!r}" for key, off in OTHER_NOISE.items() if given.get(key, off) != off]
     if reasons:
         raise ValueError(f"scheduler_config.json names {stored or 'no class'} and {reasons[0]}, so Euler ancestral "
                          f"cannot take its place; implemented are {', '.join(OFF)}")

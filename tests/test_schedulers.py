@@ -281,6 +281,13 @@ def test_a_scheduler_made_from_another_one_is_read(sampler, source, tmp_path):
     assert_same_trajectory(ours, theirs, 4)
 
 
+@pytest.mark.parametrize("sampler", [DDIM, EULER, ANCESTRAL])
+def test_a_file_that_leaves_keys_out_gets_the_class_s_defaults(sampler):
+    """As files of diffusers 0.6 do; the defaults of the three classes differ."""
+    stored = SD | {"_class_name": sampler, "num_train_timesteps": 1000, "trained_betas": None}
+    assert_same_trajectory(load(json.dumps(stored)), getattr(diffusers, sampler).from_config(stored), 10)
+
+
 def test_published_sdxl_file_is_read():
     """An Euler file with keys of three classes, as stable-diffusion-xl-base-1.0 has it."""
     stored = SD | {"_class_name": EULER, "_diffusers_version": "0.19.0.dev0", "clip_sample": False,
