@@ -1,0 +1,450 @@
+"""The SD 1.x / InstructPix2Pix U-Net: predicts what is to be removed from a noisy latent, given a timestep and a text.
+
+Reads the `unet/` of timbrooks/instruct-pix2pix and MudeHui/HQ-Edit (8 input channels: noisy latent and image condition)
+and of every SD 1.x (4), and of the shipped miniature. Parameters carry the names of the published files, so loading is
+a plain match by name. Papers: Rombach et al. 2022, section 3.3; Brooks et al. 2023, section 3.2.
+
+`UNet.walk` is the whole forward pass, on one screen; the classes above it are its layers.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Keys of the published config.json that are not fields below: they change nothing at inference ...
+IGNORED = {
+    "sample_size": "the training resolution; the network takes any",
+    "dropout": "training only",
+    "addition_embed_type_num_heads": "of an embedding that addition_embed_type would have to ask for",
+}
+# ... or have one meaning that this file implements, in the spellings that files use for it.
+ONLY = {
+    "act_fn": ("silu", "swish"),
+    "addition_embed_type": (None,),
+    "addition_time_embed_dim": (None,),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_attention_heads": (None,),                 # no file can set it: attention_head_dim took its place
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "projection_class_embeddings_input_dim": (None,),
+    "resnet_out_scale_factor": (1,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+    "upcast_attention": (False,),
+}
+# Which types of block are implemented, and whether they attend.
+DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
+UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+
+TRANSFORMER_NORM_EPS = 1e-6                         # of the GroupNorm before a transformer, whatever norm_eps says
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """`unet/config.json`. Per-block values are finest resolution first, except `up_block_types`: in running order."""
+
+    block_out_channels: tuple[int, ...]             # channels per resolution
+    down_block_types: tuple[str, ...]
+    up_block_types: tuple[str, ...]
+    cross_attention_dim: int                        # channels of the text context
+    in_channels: int = 4
+    out_channels: int = 4
+    layers_per_block: int = 2                       # residual blocks per resolution going down; going up, one more
+    # The number of heads, not their width: a misnomer that every published file keeps. One number, or one per block.
+    attention_head_dim: int | tuple[int, ...] = 8
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    use_linear_projection: bool = False             # whether a transformer's proj_in and proj_out are stored as [C, C]
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5                          # of the residual blocks and of conv_norm_out
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+
+    def __post_init__(self):
+        for key in ("block_out_channels", "down_block_types", "up_block_types"):
+            object.__setattr__(self, key, tuple(getattr(self, key)))
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        for key in ("attention_head_dim", "transformer_layers_per_block"):
+            value = getattr(self, key)
+            object.__setattr__(self, key, tuple(value) if isinstance(value, (list, tuple)) else (value,) * len(widths))
+        for key in ("block_out_channels", "attention_head_dim", "transformer_layers_per_block", "cross_attention_dim",
+                    "in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+            value = getattr(self, key)
+            values = value if isinstance(value, tuple) else (value,)
+            if not values or not all(type(n) is int and n > 0 for n in values):
+                raise ValueError(f"the U-Net's config.json sets {key} to {value!r}, not to positive integers")
+        for key in ("down_block_types", "up_block_types", "attention_head_dim", "transformer_layers_per_block"):
+            if len(getattr(self, key)) != len(widths):
+                raise ValueError(f"the U-Net's config.json lists {len(getattr(self, key))} {key} for "
+                                 f"{len(widths)} block_out_channels")
+        for key, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+            if other := [name for name in getattr(self, key) if name not in known]:
+                raise ValueError(f"the U-Net's config.json has {other[0]!r} in {key}; "
+                                 f"only {' and '.join(known)} are implemented")
+        for width, heads in zip(widths, self.attention_head_dim, strict=True):
+            if width % groups or width % heads:
+                raise ValueError(f"the U-Net's config.json has {width} in block_out_channels, which is not a multiple "
+                                 f"of norm_num_groups {groups} and of the number of heads {heads}")
+        if widths[0] % 2 or not self.freq_shift < widths[0] // 2:
+            raise ValueError(f"the U-Net's config.json has {widths[0]} as first of block_out_channels, which is "
+                             f"no width for a timestep's sines and cosines with freq_shift {self.freq_shift}")
+
+    @classmethod
+    def from_json(cls, text: str) -> "UNetConfig":
+        """The config in the text of a `config.json`; a key or value that this file does not implement is refused."""
+        try:
+            given = {key: value for key, value in json.loads(text).items() if not key.startswith("_")}
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"the U-Net's config.json is not a JSON object ({error})") from None
+        for key, implemented in ONLY.items():
+            if (value := given.pop(key, implemented[0])) not in implemented:
+                raise ValueError(f"the U-Net's config.json sets {key} to {value!r}; "
+                                 f"only {implemented[0]!r} is implemented")
+        given = {key: value for key, value in given.items() if key not in IGNORED}
+        if extra := sorted(given.keys() - {field.name for field in fields(cls)}):
+            raise ValueError(f"the U-Net's config.json sets {', '.join(extra)}, which this U-Net does not implement")
+        if absent := [field.name for field in fields(cls) if field.default is MISSING and field.name not in given]:
+            raise ValueError(f"the U-Net's config.json does not set {', '.join(absent)}")
+        return cls(**given)
+
+
+def tap_names(config: UNetConfig) -> tuple[str, ...]:
+    """Every name that `walk` yields, in execution order: module paths of the published layout, then "out".
+
+    Taps of one resolution share height and width, and the channels where those are equal; no more than that is shared,
+    except by "mid_block" and "mid_block.resnets.1", which are one tensor.
+    """
+    names, last = ["conv_in"], len(config.block_out_channels) - 1
+
+    def block(path, layers, attends):
+        for j in range(layers):
+            names.append(f"{path}.resnets.{j}")
+            if attends:
+                names.append(f"{path}.attentions.{j}")
+
+    for i, kind in enumerate(config.down_block_types):
+        block(f"down_blocks.{i}", config.layers_per_block, DOWN_BLOCKS[kind])
+        if i < last:
+            names.append(f"down_blocks.{i}.downsamplers.0")
+    names.extend(f"mid_block{layer}" for layer in (".resnets.0", ".attentions.0", ".resnets.1", ""))
+    for i, kind in enumerate(config.up_block_types):
+        block(f"up_blocks.{i}", config.layers_per_block + 1, UP_BLOCKS[kind])
+        if i < last:
+            names.append(f"up_blocks.{i}.upsamplers.0")
+    return (*names, "out")
+
+
+def default_taps(config: UNetConfig) -> tuple[str, ...]:
+    """`mid_block` and every attention of the first up block that has any: up_blocks.1.attentions.0-2 in SD 1.x."""
+    attends = [i for i, kind in enumerate(config.up_block_types) if UP_BLOCKS[kind]]
+    layers = range(config.layers_per_block + 1)
+    return "mid_block", *(f"up_blocks.{i}.attentions.{j}" for i in attends[:1] for j in layers)
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(head_dim)) v, for (B, heads, tokens, head_dim)."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class TimeEmbedding(nn.Module):
+    """A timestep's sines and cosines, (T, C), through two layers, to (T, 4C); activated, as every block wants it."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, 4 * channels)
+        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
+
+    def forward(self, waves):
+        return F.silu(self.linear_2(F.silu(self.linear_1(waves))))
+
+
+class ResidualBlock(nn.Module):
+    """x + f(x, timestep), with a 1x1 convolution on the x path where the number of channels changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig):
+        super().__init__()
+        groups, eps = config.norm_num_groups, config.norm_eps
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x, temb):                                             # (B, in, h, w) -> (B, out, h, w)
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = y + self.time_emb_proj(temb)[:, :, None, None]
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Tokens look at one another, or at the text: what is looked at is `context_dim` channels wide."""
+
+    def __init__(self, width: int, context_dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_dim, width, bias=False)
+        self.to_v = nn.Linear(context_dim, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])              # a list: the files say to_out.0
+
+    def split(self, tokens):                                                # (B, L, C) -> (B, heads, L, head_dim)
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, context):
+        """What of the attention depends on what is looked at alone."""
+        return self.split(self.to_k(context)), self.split(self.to_v(context))
+
+    def forward(self, x, context):                                          # (B, tokens, C), (B or 1, L, D)
+        k, v = (part.expand(len(x), -1, -1, -1) for part in self.keys_values(context))
+        return self.to_out[0](attend(self.split(self.to_q(x)), k, v).transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    """A linear layer to twice the width, of which one half gates the other."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * out)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Four times the width and back. The identity stands where the published layout has its dropout."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward."""
+
+    def __init__(self, width: int, context_dim: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, context_dim, heads)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x, context):                                          # (B, tokens, C) -> the same
+        y = self.norm1(x)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """Every position a token, transformer blocks over them, and back onto the picture they came from."""
+
+    def __init__(self, width: int, heads: int, layers: int, config: UNetConfig):
+        super().__init__()
+        self.linear = config.use_linear_projection
+        self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=TRANSFORMER_NORM_EPS)
+        self.proj_in = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(width, config.cross_attention_dim, heads) for _ in range(layers))
+        self.proj_out = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
+
+    def forward(self, x, context):                                          # (B, C, h, w) -> the same
+        y = self.norm(x)
+        y = y if self.linear else self.proj_in(y)
+        y = y.flatten(2).transpose(1, 2)                                    # (B, C, h, w) -> (B, h*w, C)
+        y = self.proj_in(y) if self.linear else y
+        for block in self.transformer_blocks:
+            y = block(y, context)
+        y = self.proj_out(y) if self.linear else y
+        y = y.transpose(1, 2).unflatten(2, x.shape[-2:])                    # (B, h*w, C) -> (B, C, h, w)
+        y = y if self.linear else self.proj_out(y)
+        return x + y
+
+
+class Downsample(nn.Module):
+    """Half the size, rounded up."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour to the size of the skip connection that comes next (twice the size, or one less), then a
+    convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, size):
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+class Block(nn.Module):
+    """The layers of one resolution, under their published names; `UNet.walk` runs them one by one."""
+
+    def __init__(self, residual_blocks: Iterable[nn.Module], transformers: Iterable[nn.Module]):
+        super().__init__()
+        self.resnets = nn.ModuleList(residual_blocks)
+        self.attentions = nn.ModuleList(transformers)                       # one for each of the above, or none
+
+
+class UNet(nn.Module):
+    """The published UNet2DConditionModel, as far as SD 1.x and its descendants use it."""
+
+    Config = UNetConfig
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        widths, layers = config.block_out_channels, config.layers_per_block
+        coarsest = len(widths) - 1
+
+        def transformers(level, count):
+            heads, depth = config.attention_head_dim[level], config.transformer_layers_per_block[level]
+            return (Transformer(widths[level], heads, depth, config) for _ in range(count))
+
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0])
+
+        self.down_blocks = nn.ModuleList()
+        for level, kind in enumerate(config.down_block_types):
+            ins = [widths[max(level - 1, 0)]] + [widths[level]] * (layers - 1)
+            block = Block((ResidualBlock(n, widths[level], config) for n in ins),
+                          transformers(level, layers if DOWN_BLOCKS[kind] else 0))
+            block.downsamplers = nn.ModuleList([Downsample(widths[level])] if level < coarsest else [])
+            self.down_blocks.append(block)
+
+        self.mid_block = Block((ResidualBlock(widths[-1], widths[-1], config) for _ in range(2)),
+                               transformers(coarsest, 1))
+
+        self.up_blocks = nn.ModuleList()
+        for i, kind in enumerate(config.up_block_types):
+            level = coarsest - i
+            # What comes from below, then the block's own width; and the skips, of which the last is from one level up.
+            ins = [widths[min(level + 1, coarsest)]] + [widths[level]] * layers
+            skips = [widths[level]] * layers + [widths[max(level - 1, 0)]]
+            block = Block((ResidualBlock(n + skip, widths[level], config) for n, skip in zip(ins, skips, strict=True)),
+                          transformers(level, layers + 1 if UP_BLOCKS[kind] else 0))
+            block.upsamplers = nn.ModuleList([Upsample(widths[level])] if level > 0 else [])
+            self.up_blocks.append(block)
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    @property
+    def tap_names(self) -> tuple[str, ...]:
+        return tap_names(self.config)
+
+    def waves(self, timestep, like):
+        """(T, C) sines and cosines of a number, or of a tensor of no or one dimension; T is 1 for a single timestep."""
+        config, half = self.config, self.config.block_out_channels[0] // 2
+        timestep = torch.as_tensor(timestep, device=like.device).reshape(-1, 1).float()
+        exponent = torch.arange(half, device=like.device, dtype=torch.float32) / (half - config.freq_shift)
+        angle = timestep * torch.exp(-math.log(10000) * exponent)
+        waves = (angle.cos(), angle.sin()) if config.flip_sin_to_cos else (angle.sin(), angle.cos())
+        return torch.cat(waves, dim=1).to(like.dtype)
+
+    def walk(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Run the network, yielding (name, activation) in execution order; the last item is ("out", prediction).
+
+        noisy_latent: (B, in_channels, h, w), as the scheduler scales it, with the image condition's channels appended
+        where the checkpoint has them. timestep: a number, or a tensor with one or B of them. context: (B, L, C), or
+        (1, L, C) for one text. Names are module paths of the published layout. Activations are live: graph attached,
+        never detached or cast. This is a generator so that `features` can stop early without a second block loop.
+        """
+        temb = self.time_embedding(self.waves(timestep, noisy_latent))              # (1 or B, 4 * widths[0])
+        x = self.conv_in(noisy_latent)                                              # (B, widths[0], h, w)
+        yield "conv_in", x
+
+        skips = [x]
+        for i, block in enumerate(self.down_blocks):
+            for j, resnet in enumerate(block.resnets):
+                x = resnet(x, temb)
+                yield f"down_blocks.{i}.resnets.{j}", x
+                if block.attentions:
+                    x = block.attentions[j](x, context)
+                    yield f"down_blocks.{i}.attentions.{j}", x
+                skips.append(x)
+            if block.downsamplers:
+                x = block.downsamplers[0](x)                                        # (B, C, ceil(h / 2), ceil(w / 2))
+                yield f"down_blocks.{i}.downsamplers.0", x
+                skips.append(x)
+
+        x = self.mid_block.resnets[0](x, temb)
+        yield "mid_block.resnets.0", x
+        x = self.mid_block.attentions[0](x, context)
+        yield "mid_block.attentions.0", x
+        x = self.mid_block.resnets[1](x, temb)
+        yield "mid_block.resnets.1", x
+        yield "mid_block", x
+
+        for i, block in enumerate(self.up_blocks):
+            for j, resnet in enumerate(block.resnets):
+                x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
+                yield f"up_blocks.{i}.resnets.{j}", x
+                if block.attentions:
+                    x = block.attentions[j](x, context)
+                    yield f"up_blocks.{i}.attentions.{j}", x
+            if block.upsamplers:
+                x = block.upsamplers[0](x, skips[-1].shape[-2:])
+                yield f"up_blocks.{i}.upsamplers.0", x
+
+        yield "out", self.conv_out(F.silu(self.conv_norm_out(x)))                   # (B, out_channels, h, w)
+
+    def forward(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor) -> torch.Tensor:
+        """The prediction, (B, out_channels, h, w): noise or velocity, as the checkpoint's scheduler config says."""
+        for _, activation in self.walk(noisy_latent, timestep, context):
+            prediction = activation                                                 # the last one stays
+        return prediction
+
+    def features(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor, *,
+                 taps: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The tapped activations, name -> tensor. Stops after the last one: later blocks are never run."""
+        taps = set(taps)
+        if not taps:
+            raise ValueError(f"no taps were asked for; this network has {self.tap_names[0]} to {self.tap_names[-1]}")
+        if unknown := sorted(taps.difference(self.tap_names)):
+            raise ValueError(f"unknown tap {unknown[0]!r}; this network has {', '.join(self.tap_names)}")
+        found = {}
+        for name, x in self.walk(noisy_latent, timestep, context):
+            if name in taps:
+                found[name] = x
+                if len(found) == len(taps):
+                    break
+        assert len(found) == len(taps), "tap_names promises what walk does not yield"
+        return found
