@@ -202,13 +202,14 @@ def test_nothing_else_beside_the_package_becomes_a_part_of_it(project, bare):
 # ------------------------------------------------------------------------------------------------------ what is shipped
 
 def files(folder, *patterns):
-    return {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return {path.relative_to(folder).as_posix() for path in found}
 
 
 def shipped(project):
     """What a package holds of the project, under its installed names: code, and the data that setup.cfg names."""
-    networks = files(project / "models", "**/*.py", "miniature*/**/*")
-    return files(project / "sifm_min", "**/*.py", "panels/*.json", "prompts/*") | {f"models/{name}" for name in networks}
+    networks = {f"models/{name}" for name in files(project / "models", "**/*.py", "miniature*/**/*")}
+    return files(project / "sifm_min", "**/*.py", "panels/*.json", "prompts/*") | networks
 
 
 def test_the_wheel_holds_the_two_folders_and_nothing_else(target, project):
