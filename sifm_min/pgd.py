@@ -1,0 +1,79 @@
+"""Projected gradient descent on the pixels of a picture, under an L-infinity budget. It knows nothing about diffusion.
+
+One loop for every method: what is minimised is an argument, and so are start, step, mask and generator. The budget here
+is on real numbers; `images.quantize` carries it over to the saved file.
+"""
+
+import torch
+
+SCHEDULES, INITS = ("constant", "linear"), ("random", "zero")
+
+
+def pgd(pixels, objective, eps, *, steps, step_size, schedule="constant", init="random", mask=None, generator=None,
+        on_step=None):
+    """The delta, shaped like `pixels`, with |delta| <= eps and pixels + delta in [0,1], after `steps` descents.
+
+    pixels: (B,C,H,W) in [0,1], native size. A grey picture has C = 1, and an objective that expands it to three,
+      so that it stays grey.
+    objective(x, step) -> the loss to minimise at x = pixels + delta, a scalar tensor with a graph back to x, or
+      (loss, terms), where terms is a dict that only `on_step` sees. An objective that computes its gradient g itself
+      returns loss.detach() + ((x - x.detach()) * g).sum(): a scalar with that value and that gradient.
+    schedule: "constant", or "linear": from step_size at the first step down to a hundredth of it at the last.
+    init: "random", uniform in the budget, drawn from `generator`, or "zero". Where the loss is a distance to the
+      features of the picture itself, zero is a stationary point.
+    mask: (1,1,H,W) of zeros and ones; delta is zero where it is zero.
+    on_step(step, loss, terms) is called after each step with the loss before it, a float.
+
+    Raises ValueError where an argument is out of range, where the first gradient is zero (that would be no run) and
+    where one is not finite.
+    """
+    _check(pixels, eps, steps, step_size, schedule, init, mask, generator)
+    pixels = pixels.detach()
+    low, high = (-pixels).clamp(min=-eps), (1 - pixels).clamp(max=eps)   # delta's box: the budget and the range at once
+    if mask is not None:
+        mask = mask.to(pixels)
+        low, high = low * mask, high * mask
+    delta = torch.zeros_like(pixels)
+    if init == "random":
+        start = torch.empty(pixels.shape, device=generator.device).uniform_(-eps, eps, generator=generator)
+        delta = start.to(pixels).clamp(low, high)
+    for step in range(steps):
+        x = (pixels + delta).requires_grad_(True)
+        loss, terms = _pair(objective(x, step))
+        (gradient,) = torch.autograd.grad(loss, x)
+        if not gradient.isfinite().all():
+            raise ValueError(f"step {step}: the gradient is not finite (loss {loss.item():.4g}); "
+                             "a wider dtype, such as float32, may help")
+        if step == 0 and not (gradient if mask is None else gradient * mask).any():
+            raise ValueError("the loss has no gradient at this picture, so nothing would move; a random start, another "
+                             "objective or a wider mask may help")
+        decay = 1 - 0.99 * step / max(steps - 1, 1) if schedule == "linear" else 1
+        delta = (delta - step_size * decay * gradient.sign()).clamp(low, high)
+        if on_step:
+            on_step(step, loss.item(), terms)
+    return delta
+
+
+def _pair(found):
+    return found if isinstance(found, tuple) else (found, {})
+
+
+def _check(pixels, eps, steps, step_size, schedule, init, mask, generator):
+    if pixels.ndim != 4 or not (pixels.detach().min() >= 0 and pixels.detach().max() <= 1):
+        raise ValueError(f"pixels must be (B,C,H,W) in [0,1], got {tuple(pixels.shape)}, "
+                         f"{pixels.min().item():.4g} to {pixels.max().item():.4g}")
+    if not 0 < eps <= 1:
+        raise ValueError(f"eps {eps}: the budget is a fraction of the pixel range, such as 0.03 or 8/255")
+    if steps < 1 or not 0 < step_size < float("inf"):
+        raise ValueError(f"steps {steps}, step_size {step_size}: both must be positive")
+    for value, known, name in ((schedule, SCHEDULES, "schedule"), (init, INITS, "init")):
+        if value not in known:
+            raise ValueError(f"{name} {value!r}: choose one of {', '.join(known)}")
+    if init == "random" and generator is None:
+        raise ValueError("init 'random' draws from a generator: pass one, seeded")
+    if mask is not None:
+        size = (1, 1, *pixels.shape[2:])
+        if tuple(mask.shape) != size:
+            raise ValueError(f"the mask's shape {tuple(mask.shape)} does not fit the picture: expected {size}")
+        if not ((mask == 0) | (mask == 1)).all() or not mask.any():
+            raise ValueError("the mask must be zeros and ones, and have a one somewhere")
