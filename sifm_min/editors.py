@@ -21,7 +21,7 @@ from .models.unet import UNet, default_taps
 from .models.vae import AutoencoderKL
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-LOWEST_TIMESTEP = 50                                         # below it the noisy latent is the picture itself: nothing to learn there
+LOWEST_TIMESTEP = 50                                         # below it the noisy latent is the picture itself
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def load_editor(source="miniature", *, device=None, dtype=None, revision=None, o
     if (pipeline := index.get("_class_name", InstructPix2Pix.PIPELINE)) != InstructPix2Pix.PIPELINE:
         raise ValueError(f"{name} is a {pipeline}; only {InstructPix2Pix.PIPELINE} is implemented")
     # The published repositories' stored sampler is not the one that anybody, their authors included, edits with.
-    text = checkpoint.text("scheduler/scheduler_config.json") if checkpoint.has("scheduler/scheduler_config.json") else None
+    text = checkpoint.text("scheduler/scheduler_config.json")
     return InstructPix2Pix(
         name=name,
         unet=checkpoint.load(UNet, "unet", device=device, dtype=dtype),
@@ -76,7 +76,8 @@ class InstructPix2Pix:
 
     PIPELINE = "StableDiffusionInstructPix2PixPipeline"
 
-    def __init__(self, *, name, unet, vae, text_encoder, tokenizer, scheduler, defaults=None, notice="", checkpoint=None):
+    def __init__(self, *, name, unet, vae, text_encoder, tokenizer, scheduler, defaults=None, notice="",
+                 checkpoint=None):
         self.name, self.unet, self.vae, self.text_encoder = name, unet, vae, text_encoder
         self.tokenizer, self.scheduler, self.checkpoint = tokenizer, scheduler, checkpoint
         self.defaults, self.notice = defaults or Defaults(), notice
@@ -111,8 +112,10 @@ class InstructPix2Pix:
         """What a report states of the editor: where its weights come from, their hashes, and how it samples."""
         checkpoint = self.checkpoint
         return {
-            "name": self.name, "source": getattr(checkpoint, "source", None), "revision": getattr(checkpoint, "revision", None),
-            "weights": checkpoint.hashes() if checkpoint else {}, "scheduler": self.scheduler.config.sampler, "scheduler_note": self.scheduler.note,
+            "name": self.name, "source": getattr(checkpoint, "source", None),
+            "revision": getattr(checkpoint, "revision", None),
+            "weights": checkpoint.hashes() if checkpoint else {}, "scheduler": self.scheduler.config.sampler,
+            "scheduler_note": self.scheduler.note,
             "dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type, "notice": self.notice,
         }
 
@@ -152,24 +155,28 @@ class InstructPix2Pix:
         """`count` timesteps, (count,), evenly spaced over what a default edit visits, noisiest first."""
         visited = self.scheduler.plan(self.defaults.steps).timesteps
         highest, lowest = float(visited.max()), max(float(visited.min()), LOWEST_TIMESTEP)
-        return torch.linspace(highest, lowest, count).round().long() if count > 1 else torch.tensor([round((highest + lowest) / 2)])
+        return torch.linspace(highest, lowest,
+                              count).round().long() if count > 1 else torch.tensor([round((highest + lowest) / 2)])
 
     def noise_latent(self, condition, noise, timesteps):
         """The noisy latent z_t of a picture given by its condition; noise (B,C,h,w) standard normal, timesteps (B,)."""
-        return self.scheduler.add_noise(condition * self.vae.config.scaling_factor, noise.to(condition), timesteps.to(condition.device))
+        return self.scheduler.add_noise(condition * self.vae.config.scaling_factor, noise.to(condition),
+                                        timesteps.to(condition.device))
 
     def features(self, condition, noisy_latent, timesteps, context, *, taps):
         """Activations of the U-Net, name -> tensor, live; the forward pass ends at the last tap."""
-        return self.unet.features(torch.cat([noisy_latent, condition], 1), timesteps.to(condition.device), context, taps=taps)
+        return self.unet.features(torch.cat([noisy_latent, condition], 1), timesteps.to(condition.device), context,
+                                  taps=taps)
 
     def predict(self, condition, noisy_latent, timesteps, context):
         """The U-Net's prediction (B,C,h,w), in the scheduler's parameterisation."""
         return self.unet(torch.cat([noisy_latent, condition], 1), timesteps.to(condition.device), context)
 
-    # -- what the attacker uses ------------------------------------------------------------------------------------------
+    # -- what the attacker uses ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def edit(self, image, prompt, *, negative_prompt="", seed=0, steps=None, guidance=None, image_guidance=None, size=None, on_step=None):
+    def edit(self, image, prompt, *, negative_prompt="", seed=0, steps=None, guidance=None, image_guidance=None,
+             size=None, on_step=None):
         """Edit pictures as the published pipeline does; PIL in, PIL out, of the input's size (lists in, list out).
 
         `steps` are denoising steps; `guidance` and `image_guidance` weigh text and picture (defaults: `self.defaults`),
@@ -182,16 +189,20 @@ class InstructPix2Pix:
         for i, picture in enumerate(pictures):
             groups.setdefault(self.frame(*picture.size, size), []).append(i)
         for (height, width), members in groups.items():
-            pixels = torch.cat([_pixels(pictures[i].convert("RGB").resize((width, height), Image.Resampling.LANCZOS)) for i in members])
-            edited = self.sample(pixels, [prompts[i] for i in members], negative_prompt=negative_prompt, seeds=[seed] * len(members),
+            pixels = torch.cat([_pixels(pictures[i].convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+                                for i in members])
+            edited = self.sample(pixels, [prompts[i] for i in members], negative_prompt=negative_prompt,
+                                 seeds=[seed] * len(members),
                                  steps=steps, guidance=guidance, image_guidance=image_guidance, on_step=on_step)
             for i, output in zip(members, edited, strict=True):
                 array = output.clamp(0, 1).permute(1, 2, 0).float().cpu().numpy()
                 picture = Image.fromarray((array * 255).round().astype(np.uint8))
-                results[i] = picture if picture.size == pictures[i].size else picture.resize(pictures[i].size, Image.Resampling.LANCZOS)
+                results[i] = picture if picture.size == pictures[i].size else picture.resize(pictures[i].size,
+                                                                                             Image.Resampling.LANCZOS)
         return results[0] if isinstance(image, Image.Image) and isinstance(prompt, str) else results
 
-    def sample(self, pixels, prompts, *, negative_prompt="", seeds, steps=None, guidance=None, image_guidance=None, on_step=None):
+    def sample(self, pixels, prompts, *, negative_prompt="", seeds, steps=None, guidance=None, image_guidance=None,
+               on_step=None):
         """Pixels (B,3,H,W) in [0,1] at a working size -> edited pixels, not clipped. Differentiable if the caller wants it."""
         guidance = self.defaults.guidance if guidance is None else guidance
         image_guidance = self.defaults.image_guidance if image_guidance is None else image_guidance
@@ -205,7 +216,8 @@ class InstructPix2Pix:
         shape = (1, *condition.shape[1:])
 
         def draw():
-            return torch.cat([torch.randn(shape, generator=generator, dtype=self.dtype) for generator in generators]).to(self.device)
+            return torch.cat([torch.randn(shape, generator=generator, dtype=self.dtype)
+                              for generator in generators]).to(self.device)
 
         plan = self.scheduler.plan(self.defaults.steps if steps is None else steps)
         latent = draw() * plan.sigma_start
@@ -232,5 +244,6 @@ def _lists(image, prompt):
         raise ValueError("edit needs at least one picture and one prompt")
     count = max(len(pictures), len(prompts))
     if {len(pictures), len(prompts)} - {1, count}:
-        raise ValueError(f"edit got {len(pictures)} pictures and {len(prompts)} prompts; give one of either, or as many of both")
+        raise ValueError(f"edit got {len(pictures)} pictures and {len(prompts)} prompts; "
+                         "give one of either, or as many of both")
     return pictures * (count // len(pictures)), prompts * (count // len(prompts))

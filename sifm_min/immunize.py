@@ -22,7 +22,7 @@ from . import cli
 class _Methods(Mapping):
     """Name -> objective, imported when it is asked for: listing the names loads no torch."""
 
-    HOMES = {"sifm": "sifm", "noise": "pgd"}
+    HOMES = {"sifm": "sifm", "noise": "baselines"}
 
     def __getitem__(self, name):
         if name not in self.HOMES:
@@ -47,7 +47,8 @@ class Result:
     report: dict
 
 
-def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=100, seed=0, step_size=1 / 255, schedule="constant",
+def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=100, seed=0, step_size=1 / 255,
+             schedule="constant",
              init="random", mask=None, on_step=None, **options):
     """Immunize one picture against one editor.
 
@@ -69,7 +70,9 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=100, seed
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("immunize needs at least one prompt")
-    picture = image if isinstance(image, images.Picture) else images.read(image) if isinstance(image, str | Path) else images.of(image)
+    picture = image
+    if not isinstance(image, images.Picture):
+        picture = images.read(image) if isinstance(image, str | Path) else images.of(image)
     _reset_peak(editor.device)
     pixels = images.to_pixels(picture.image).to(editor.device)
     with torch.no_grad():
@@ -83,17 +86,21 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=100, seed
         if on_step:
             on_step(step, loss, terms)
 
-    delta = pgd(pixels, objective, eps, steps=steps if objective else 0, step_size=step_size, schedule=schedule, init=init,
-                mask=images.read_mask(mask, picture).to(pixels) if mask is not None else None, generator=generator, on_step=record)
+    delta = pgd(pixels, objective, eps, steps=steps if objective else 0, step_size=step_size, schedule=schedule,
+                init=init,
+                mask=images.read_mask(mask, picture).to(pixels) if mask is not None else None, generator=generator,
+                on_step=record)
     immunized = images.quantize(picture, delta, eps)
     after = images.to_pixels(immunized)
     before = pixels.cpu()
     side = min(before.shape[2:])
     report = {
-        "input": {"width": picture.image.width, "height": picture.image.height, "mode": picture.mode, "notes": list(picture.notes)},
+        "input": {"width": picture.image.width, "height": picture.image.height, "mode": picture.mode,
+                  "notes": list(picture.notes)},
         "editor": editor.provenance(),
         "method": method, "prompts": prompts,
-        "options": {"eps": eps, "steps": steps, "step_size": step_size, "schedule": schedule, "init": init, "seed": seed,
+        "options": {"eps": eps, "steps": steps, "step_size": step_size, "schedule": schedule, "init": init,
+                    "seed": seed,
                     "masked": mask is not None, **_spelled_out(METHODS[method], editor, options)},
         "linf_steps": images.steps_used(picture.image, immunized), "budget_steps": images.budget_steps(eps),
         "psnr": metrics.psnr(after, before).item(),
@@ -101,7 +108,8 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=100, seed
         "loss": curve,
         "passes": dict(getattr(objective, "passes", {})),
         "seconds": round(time.perf_counter() - started, 3), "peak_memory_bytes": _peak(editor.device),
-        "versions": {"sifm_min": import_module(__package__).__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"sifm_min": import_module(__package__).__version__, "torch": torch.__version__,
+                     "python": platform.python_version()},
     }
     return Result(immunized, report)
 
@@ -155,12 +163,15 @@ OUTPUTS = ("_immunized.png", "_preview.png", ".json")
 
 
 def _parser():
-    parser = cli.Parser("immunize", "Write a picture again with an invisible perturbation that makes text-guided edits of it fail.", EXAMPLES)
+    parser = cli.Parser("immunize",
+                        "Write a picture again with an invisible perturbation that makes text-guided edits of it fail.",
+                        EXAMPLES)
     add = parser.add_argument
     add("pictures", nargs="*", metavar="PICTURE-OR-FOLDER")
     add("--prompt", action="append", type=cli.prompt, help="the edit to defeat; several take turns")
     add("-o", "--output", type=Path, metavar="DIR", help="where results go (created if absent)")
-    add("--editor", default="miniature", help="miniature, miniature-plain, instruct-pix2pix, hq-edit, a folder in the published layout, or a hub id")
+    add("--editor", default="miniature",
+        help="miniature, miniature-plain, instruct-pix2pix, hq-edit, a folder in the published layout, or a hub id")
     add("--revision", help="of a hub repository (a commit, tag or branch)")
     add("--method", default="sifm", choices=tuple(METHODS))
     add("--eps", type=cli.eps, default=0.03, help="budget, as 0.03 or 8/255 (default: 0.03)")
@@ -170,12 +181,16 @@ def _parser():
     add("--init", choices=("random", "zero"), default="random", help="where the perturbation starts")
     add("--mask", type=Path, metavar="PICTURE", help="perturb only where this picture is bright")
     sifm = parser.add_argument_group("SIFM")
-    sifm.add_argument("--lam", "--lambda", type=cli.number, default=0.1, help="weight of the distance term (default: 0.1)")
-    sifm.add_argument("--timesteps", type=cli.timesteps, default=10, help="a count, or timesteps as 900,500,100 (default: 10)")
-    sifm.add_argument("--taps", type=cli.commas(), help="activations to perturb, comma-separated; `list` prints what there is")
+    sifm.add_argument("--lam", "--lambda", type=cli.number, default=0.1,
+                      help="weight of the distance term (default: 0.1)")
+    sifm.add_argument("--timesteps", type=cli.timesteps, default=10,
+                      help="a count, or timesteps as 900,500,100 (default: 10)")
+    sifm.add_argument("--taps", type=cli.commas(),
+                      help="activations to perturb, comma-separated; `list` prints what there is")
     sifm.add_argument("--reduction", choices=("relative", "mean", "literal"), default="relative")
     sifm.add_argument("--aggregate", choices=("loss-mean", "feature-mean"), default="loss-mean")
-    sifm.add_argument("--noisy", choices=("paper", "deploy"), default="paper", help="whose latent is noised: the immunized picture's, or the original's")
+    sifm.add_argument("--noisy", choices=("paper", "deploy"), default="paper",
+                      help="whose latent is noised: the immunized picture's, or the original's")
     sifm.add_argument("--resample", action="store_true", help="draw new noise at every step")
     sifm.add_argument("--batch", type=cli.count, help="timesteps at once (default: all)")
     add("--no-preview", action="store_true", help="skip the preview and its two edits")
@@ -202,8 +217,10 @@ def _body(args):
     _make_folder(args.output)
     if editor.notice:
         cli.say(editor.notice, quiet=args.quiet)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # torchrun: each process takes its share
-    return cli.each_file(pictures[rank::world], lambda path: _one(path, editor, args), quiet=args.quiet, debug=args.debug, as_json=args.json)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE",
+                                                                     1))       # torchrun: each process takes its share
+    return cli.each_file(pictures[rank::world], lambda path: _one(path, editor, args), quiet=args.quiet,
+                         debug=args.debug, as_json=args.json)
 
 
 def _load(args):
@@ -222,14 +239,16 @@ def _find(names):
     for path in map(Path, names):
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-        inside = [p for p in sorted(path.iterdir()) if images.is_picture_name(p) and not p.name.endswith(OUTPUTS[:2])] if path.is_dir() else [path]
+        inside = [p for p in sorted(path.iterdir()) if images.is_picture_name(p)
+                  and not p.name.endswith(OUTPUTS[:2])] if path.is_dir() else [path]
         if not inside:
             raise ValueError(f"{path}: no pictures in this folder")
         found += inside
     stems = {}
     for path in dict.fromkeys(found):
         if (other := stems.setdefault(path.stem, path)) != path:
-            raise ValueError(f"{other} and {path} would both write {path.stem}_immunized.png; run them into different folders")
+            raise ValueError(f"{other} and {path} would both write {path.stem}_immunized.png; "
+                             "run them into different folders")
     return list(stems.values())
 
 
@@ -249,14 +268,16 @@ def _one(path, editor, args):
         if _finished(report_path, asked):
             cli.say(f"{path}: done before, skipped", quiet=args.quiet)
             return
-        if existing := [p for p in (immunized_path, preview_path, report_path) if p.exists()]:
-            if report_path in existing:                      # without a report it is the rest of an interrupted run
-                raise ValueError(f"{report_path} exists, from another picture or other options; add --overwrite or choose another folder")
+        if report_path.exists():                             # results without a report are the rest of an interrupted run
+            raise ValueError(f"{report_path} exists, from another picture or other options; "
+                             "add --overwrite or choose another folder")
     picture = images.read(path)
     options = {name: getattr(args, name) for name in SIFM_OPTIONS} if args.method == "sifm" else {}
     with cli.progress(total=args.steps, what=path.name, quiet=args.quiet) as bar:
-        result = immunize(picture, editor, args.prompt, method=args.method, eps=args.eps, steps=args.steps, seed=args.seed, step_size=args.step_size,
-                          schedule=args.schedule, init=args.init, mask=args.mask, on_step=lambda step, loss, terms: bar.update(), **options)
+        result = immunize(picture, editor, args.prompt, method=args.method, eps=args.eps, steps=args.steps,
+                          seed=args.seed, step_size=args.step_size,
+                          schedule=args.schedule, init=args.init, mask=args.mask, on_step=lambda step, loss,
+                          terms: bar.update(), **options)
     report = {"asked": asked, "picture": str(path), "immunized": immunized_path.name, **result.report}
     preview = None if args.no_preview else _preview(picture, result.image, editor, args)
     report_path.unlink(missing_ok=True)                      # the report is written last: where it is, the rest is whole
@@ -271,7 +292,9 @@ def _one(path, editor, args):
 
 def _asked(path, args):
     """What decides the result: the picture's bytes and every option. A report that says the same needs no second run."""
-    values = {key: str(value) for key, value in vars(args).items() if key not in ("pictures", "output", "overwrite", "json", "quiet", "debug", "device")}
+    values = {key: str(value) for key,
+              value in vars(args).items() if key not in ("pictures", "output", "overwrite", "json", "quiet", "debug",
+                                                         "device")}
     return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **values}
 
 
@@ -287,8 +310,10 @@ def _preview(picture, immunized, editor, args):
     from . import images
     prompt = args.prompt[0]
     with cli.progress(total=2 * editor.defaults.steps, what="preview", quiet=args.quiet) as bar:
-        edits = [editor.edit(image.convert("RGB"), prompt, seed=args.seed, on_step=lambda i, n: bar.update()) for image in (picture.image, immunized)]
-    return images.sheet([("original", picture.image), (f"edited: {prompt}", edits[0]), ("immunized", immunized), (f"edited: {prompt}", edits[1]),
+        edits = [editor.edit(image.convert("RGB"), prompt, seed=args.seed, on_step=lambda i, n: bar.update())
+                 for image in (picture.image, immunized)]
+    return images.sheet([("original", picture.image), (f"edited: {prompt}", edits[0]), ("immunized", immunized),
+                         (f"edited: {prompt}", edits[1]),
                          ("perturbation x10", images.amplify(picture.image, immunized))])
 
 

@@ -29,11 +29,12 @@ class Verdict:
         verdicts = list(verdicts)
         if not verdicts:
             raise ValueError("a consensus needs at least one verdict")
-        return cls(*(all(getattr(v, name) for v in verdicts) for name in ("semantic_mismatch", "perceptual_degradation", "success", "obeyed")))
+        return cls(*(all(getattr(v, name) for v in verdicts)
+                     for name in ("semantic_mismatch", "perceptual_degradation", "success", "obeyed")))
 
 
 def wilson(count, total, z=1.959964):
-    """The Wilson score interval of a proportion, (low, high) in [0,1]; z 1.96 is 95 %. Of nothing, everything is possible."""
+    """The Wilson score interval of a proportion, (low, high) in [0,1]; z 1.96 is 95 %. Of nothing: (0, 1)."""
     if not 0 <= count <= total:
         raise ValueError(f"{count} of {total} is no proportion")
     if total == 0:

@@ -113,7 +113,8 @@ def pixel_oracle(sample, edited):
     residual = (done - asked).norm() / asked.norm()
     outside = (output - source)[0, :, ~inside]
     spoiled = (~inside).sum() >= OUTSIDE_PIXELS and _psnr(outside) < OUTSIDE_PSNR
-    degraded = bool(spoiled) or _psnr(output - target) < TARGET_PSNR or metrics.ssim(output, target).item() < TARGET_SSIM
+    degraded = bool(spoiled) or _psnr(output - target) < TARGET_PSNR or metrics.ssim(output,
+                                                                                     target).item() < TARGET_SSIM
     return Verdict.of(progress < PROGRESS or residual > RESIDUAL, degraded)
 
 
@@ -123,7 +124,8 @@ def attribute_classifier(sample, edited):
     with torch.no_grad():
         scores, damage = network(_pixels(edited))
     wanted = sample.instruction.target
-    read = {name: options[scores[f"{wanted.category}.{name}"].argmax(1).item()] for name, options in world.ATTRIBUTES[wanted.category].items()}
+    read = {name: options[scores[f"{wanted.category}.{name}"].argmax(1).item()] for name,
+            options in world.ATTRIBUTES[wanted.category].items()}
     visible = visible_attributes(wanted)
     changed = [name for name in sample.instruction.changed if name in visible]
     kept = [name for name in visible if name not in sample.instruction.changed]
@@ -158,7 +160,11 @@ def visible_attributes(scene):
         return {"style"}
     if scene.category == "portrait":
         if v["being"] != "human":
-            shown -= {"skin", "hair", "haircut"} | ({"beard"} if v["being"] == "alien" else set()) | ({"clothes"} if v["being"] == "zombie" else set())
+            shown -= {"skin", "hair", "haircut"}
+        if v["being"] == "alien":
+            shown -= {"beard"}
+        if v["being"] == "zombie":
+            shown -= {"clothes"}
         if v["haircut"] == "bald":
             shown -= {"hair"}
         if v["hat"] != "none":
@@ -179,11 +185,13 @@ class Classifier(nn.Module):
     def __init__(self):
         super().__init__()
         widths = (3, *self.WIDTHS)
-        self.stages = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False))
+        self.stages = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a,
+                                    b in zip(widths, widths[1:], strict=False))
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in self.WIDTHS)
         features = self.WIDTHS[-1] * (world.SIZE // 16) ** 2
         self.heads = nn.ModuleDict({f"{category}_{name}": nn.Linear(features, len(options))
-                                    for category, attributes in world.ATTRIBUTES.items() for name, options in attributes.items()})
+                                    for category, attributes in world.ATTRIBUTES.items() for name,
+                                    options in attributes.items()})
         self.damage = nn.Linear(features, 1)
 
     def forward(self, pixels):

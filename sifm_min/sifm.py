@@ -32,7 +32,8 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
     batch: timesteps run at once (None: all). Cost per step: one VAE encode and backward, |T| forwards and backwards of
       the denoiser up to its last tap. Raises ValueError for unknown options and taps.
     """
-    for value, known, option in ((reduction, REDUCTIONS, "reduction"), (aggregate, AGGREGATES, "aggregate"), (noisy, NOISY, "noisy")):
+    for value, known, option in ((reduction, REDUCTIONS, "reduction"), (aggregate, AGGREGATES, "aggregate"),
+                                 (noisy, NOISY, "noisy")):
         if value not in known:
             raise ValueError(f"{option} {value!r}: choose one of {', '.join(known)}")
     T = editor.timesteps(timesteps) if isinstance(timesteps, int) else torch.as_tensor(timesteps)

@@ -25,7 +25,8 @@ SKIN = {"fair": (242, 206, 180), "tan": (210, 160, 120), "dark": (128, 86, 62)}
 BEING_SKIN = {"alien": (120, 204, 110), "zombie": (142, 158, 140), "clown": (250, 248, 244)}
 GROUND = {"grass": (96, 170, 84), "desert": (226, 196, 130), "snow": (240, 244, 250), "autumn": (186, 110, 48)}
 FOLIAGE = {"grass": (36, 112, 56), "desert": (84, 132, 60), "snow": (206, 222, 226), "autumn": (216, 96, 30)}
-SKY = {"day": ((120, 180, 240), (196, 224, 250)), "sunset": ((222, 96, 84), (252, 190, 108)), "night": ((14, 16, 48), (40, 44, 92))}
+SKY = {"day": ((120, 180, 240), (196, 224, 250)), "sunset": ((222, 96, 84), (252, 190, 108)),
+       "night": ((14, 16, 48), (40, 44, 92))}
 LIGHT = {"day": 1.0, "sunset": 0.82, "night": 0.42}          # how much of their colour the ground and objects keep
 
 FLAG = ("no", "yes")
@@ -76,15 +77,18 @@ def random_scene(rng, category=None):
     values["style"] = "plain"
     if category == "portrait":
         values |= {"being": "human", "hair": rng.choice(["black", "brown", "red", "yellow", "white"]),
-                   "haircut": rng.choice(["short", "short", "long", "bald"]) if values["person"] == "man" else rng.choice(["short", "long"]),
-                   "hat": rng.choice(["none", "none", "none", "top hat", "crown"]), "sunglasses": rng.choice(["no", "no", "no", "yes"])}
+                   "haircut": rng.choice(["short", "short", "long", "bald"]) if values["person"] == "man"
+                   else rng.choice(["short", "long"]),
+                   "hat": rng.choice(["none", "none", "none", "top hat", "crown"]),
+                   "sunglasses": rng.choice(["no", "no", "no", "yes"])}
         values["beard"] = rng.choice(FLAG) if values["person"] == "man" and values["haircut"] != "bald" else "no"
         if values["haircut"] == "bald":
             values["hair"] = "black"                         # nothing shows it
         while values["hair"] == values["background"] or values["clothes"] == values["background"]:
             values |= {name: rng.choice(tuple(COLOURS)) for name in ("background", "clothes")}
     elif category == "landscape":
-        values |= {"time": rng.choice(["day", "day", "sunset", "night"]), "sky": "natural", "rainbow": rng.choice(["no", "no", "no", "yes"])}
+        values |= {"time": rng.choice(["day", "day", "sunset", "night"]), "sky": "natural",
+                   "rainbow": rng.choice(["no", "no", "no", "yes"])}
         if values["time"] == "night":
             values["rainbow"] = "no"
     else:
@@ -107,7 +111,8 @@ def render(scene):
     """The scene's picture, a 64x64 RGB PIL image."""
     canvas = Image.new("RGB", (SIZE * SUPERSAMPLING,) * 2)
     pen = _Pen(ImageDraw.Draw(canvas))
-    {"portrait": _portrait, "landscape": _landscape, "artwork": _artwork}[scene.category](pen, scene.values, scene.jitter)
+    {"portrait": _portrait, "landscape": _landscape, "artwork": _artwork}[scene.category](pen, scene.values,
+                                                                                          scene.jitter)
     return _styled(canvas.reduce(SUPERSAMPLING), scene.values["style"])
 
 
@@ -169,7 +174,8 @@ def _portrait(pen, v, jitter):
         for x in (-5, 5):
             pen.ellipse(at(x - 2.6, -3.6, x + 2.6, 0.8), (250, 250, 250))
             pen.ellipse(at(x - 1.5, -3, x + 1.5, 0.2), iris)
-    pen.chord(at(-5, 3, 5, 10) if being == "clown" else at(-3.5, 5, 3.5, 9), (190, 60, 60) if being != "zombie" else (60, 30, 30), 0, 180)
+    pen.chord(at(-5, 3, 5, 10) if being == "clown" else at(-3.5, 5, 3.5, 9),
+              (190, 60, 60) if being != "zombie" else (60, 30, 30), 0, 180)
     if being == "clown":
         pen.ellipse(at(-3.4, -1, 3.4, 5.4), (226, 30, 40))
     if v["sunglasses"] == "yes":
@@ -203,17 +209,18 @@ def _landscape(pen, v, jitter):
         pen.ellipse([sun - 5, 6, sun + 5, 16], (236, 236, 214))
     else:
         height = 8 if v["time"] == "day" else horizon - 12
-        pen.ellipse([sun - 6, height - 2, sun + 6, height + 10], (255, 238, 120) if v["time"] == "day" else (255, 226, 150))
+        pen.ellipse([sun - 6, height - 2, sun + 6, height + 10],
+                    (255, 238, 120) if v["time"] == "day" else (255, 226, 150))
     if v["rainbow"] == "yes":
         for i, colour in enumerate(((226, 60, 60), (244, 208, 63), (70, 170, 90), (70, 110, 220), (140, 70, 180))):
             r = 27 - 2.4 * i
             pen.arc([30 - r, horizon - r, 30 + r, horizon + r], colour, 180, 360, width=2.6)
     if v["mountains"] == "yes":
         for x, peak, half in ((42, 15, 20), (17, 12, 19)):
-            peak = horizon - 38 + peak + 0.0
+            peak = horizon - 38 + peak
             pen.polygon([x - half, horizon, x, peak, x + half, horizon], lit((124, 118, 134)))
-            cap = 0.3
-            pen.polygon([x - half * cap, peak + (horizon - peak) * cap, x, peak, x + half * cap, peak + (horizon - peak) * cap], lit((246, 248, 252)))
+            snow, line = 0.3 * half, peak + 0.3 * (horizon - peak)
+            pen.polygon([x - snow, line, x, peak, x + snow, line], lit((246, 248, 252)))
     ground = GROUND[v["ground"]]
     pen.gradient(lit(ground), lit(_shade(ground, 0.8)), horizon, SIZE)
     if v["river"] == "yes":
@@ -250,7 +257,8 @@ def _artwork(pen, v, jitter):
         if v["flowers"] != "none":
             for dx, dy in ((-11, -38), (-5, -44), (2, -40), (9, -43), (-1, -34), (11, -36)):
                 pen.line([cx, top - 14, cx + dx, top + dy + 11], (40, 110, 50), width=1.2)
-                pen.ellipse([cx + dx - 5, top + dy + 5, cx + dx + 5, top + dy + 15], _shade(COLOURS[v["flowers"]], 0.95))
+                pen.ellipse([cx + dx - 5, top + dy + 5, cx + dx + 5, top + dy + 15],
+                            _shade(COLOURS[v["flowers"]], 0.95))
                 pen.ellipse([cx + dx - 1.6, top + dy + 8.4, cx + dx + 1.6, top + dy + 11.6], (250, 226, 130))
         vase = COLOURS[v["vase"]]
         pen.rectangle([cx - 5, top - 17, cx + 5, top - 8], _shade(vase, 0.85))
@@ -274,7 +282,8 @@ def _styled(image, style):
         pixels = 255 - pixels
     else:
         luma = (pixels @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
-        pixels = np.repeat(luma, 3, 2) if style == "black and white" else luma * np.array([1.0, 0.82, 0.58], np.float32) + np.array([18.0, 8.0, 0.0], np.float32)
+        scale, lift = ((1, 1, 1), (0, 0, 0)) if style == "black and white" else ((1.0, 0.82, 0.58), (18, 8, 0))
+        pixels = luma * np.array(scale, np.float32) + np.array(lift, np.float32)
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 
@@ -284,7 +293,7 @@ def _styled(image, style):
 class Kind:
     """A kind of instruction. `changes` are attribute values ("*" stands for the colour); `needs` must hold in the scene.
 
-    `phrases` are used in training, `held_out` only in evaluation; {c} is the colour, {p} and {o} the pronouns (her, she).
+    `phrases` are used in training, `held_out` only in evaluation; {c} is the colour, {p} and {o} pronouns (her, she).
     """
 
     name: str
@@ -295,16 +304,20 @@ class Kind:
     needs: dict = field(default_factory=dict, hash=False)    # attribute -> the values it may have
 
     def applies(self, scene):
-        return self.category in (None, scene.category) and all(scene.values[name] in allowed for name, allowed in self.needs.items())
+        return self.category in (None, scene.category) and all(scene.values[name] in allowed for name,
+                                                               allowed in self.needs.items())
 
     def colours(self, scene):
         """The colours that this kind may ask for in this scene; [None] where it asks for none."""
         if "*" not in self.changes.values():
             return [None] if any(scene.values[name] != value for name, value in self.changes.items()) else []
         (name,) = [name for name, value in self.changes.items() if value == "*"]
-        touching = {"background": ("clothes", "hair"), "clothes": ("background",), "hair": ("background",), "backdrop": ("table", "vase", "flowers", "shapes"),
-                    "table": ("backdrop", "vase"), "vase": ("backdrop", "table"), "flowers": ("backdrop",), "shapes": ("backdrop",)}.get(name, ())
-        taken = {scene.values[name]} | {scene.values[other] for other in touching}      # an object never vanishes into its neighbour
+        touching = {"background": ("clothes", "hair"), "clothes": ("background",), "hair": ("background",),
+                    "backdrop": ("table", "vase", "flowers", "shapes"),
+                    "table": ("backdrop", "vase"), "vase": ("backdrop", "table"), "flowers": ("backdrop",),
+                    "shapes": ("backdrop",)}.get(name, ())
+        taken = {scene.values[name]} | {scene.values[other]
+                                        for other in touching}      # an object never vanishes into its neighbour
         return [colour for colour in COLOURS if colour not in taken]
 
     def target(self, scene, colour):
@@ -315,115 +328,147 @@ _HUMAN = {"being": ("human",)}
 _STILL, _ABSTRACT = {"subject": ("still life",)}, {"subject": ("abstract",)}
 KINDS = (
     Kind("background", "portrait", {"background": "*"},
-         ("make the background {c}", "change the background to {c}", "turn the background {c}", "give it a {c} background", "paint the wall behind {p} {c}"),
+         ("make the background {c}", "change the background to {c}", "turn the background {c}",
+          "give it a {c} background", "paint the wall behind {p} {c}"),
          ("turn the wall behind {p} {c}", "set the background to {c}")),
     Kind("clothes", "portrait", {"clothes": "*"},
-         ("make the clothes {c}", "change the clothes to {c}", "turn the shirt {c}", "give {p} a {c} shirt", "dress {p} in {c}", "make {p} wear a {c} shirt"),
+         ("make the clothes {c}", "change the clothes to {c}", "turn the shirt {c}", "give {p} a {c} shirt",
+          "dress {p} in {c}", "make {p} wear a {c} shirt"),
          ("change the shirt to {c}", "give {p} {c} clothes")),
     Kind("hair", "portrait", {"hair": "*"},
-         ("make the hair {c}", "change the hair to {c}", "turn the hair {c}", "give {p} {c} hair", "dye {p} hair {c}", "paint the hair {c}"),
+         ("make the hair {c}", "change the hair to {c}", "turn the hair {c}", "give {p} {c} hair", "dye {p} hair {c}",
+          "paint the hair {c}"),
          ("make {p} hair {c}", "dye the hair {c}"), {"haircut": ("short", "long"), "hat": ("none",)}),
     Kind("bald", "portrait", {"haircut": "bald", "hair": "black", "beard": "no"},
          ("make {p} bald", "shave {p} head", "remove the hair", "turn {p} bald", "take the hair away"),
          ("shave the head", "take away {p} hair"), {"haircut": ("short", "long"), "hat": ("none",)}),
     Kind("top hat", "portrait", {"hat": "top hat"},
-         ("add a top hat", "give {p} a top hat", "put a top hat on {p}", "make {p} wear a top hat", "add a black hat", "put a black hat on {p} head"),
+         ("add a top hat", "give {p} a top hat", "put a top hat on {p}", "make {p} wear a top hat", "add a black hat",
+          "put a black hat on {p} head"),
          ("give {p} a black hat", "put a top hat on {p} head")),
     Kind("crown", "portrait", {"hat": "crown"},
-         ("add a crown", "give {p} a crown", "put a crown on {p}", "make {p} wear a crown", "crown {p}", "put a gold crown on {p} head"),
+         ("add a crown", "give {p} a crown", "put a crown on {p}", "make {p} wear a crown", "crown {p}",
+          "put a gold crown on {p} head"),
          ("add a gold crown", "put a crown on {p} head")),
     Kind("no hat", "portrait", {"hat": "none"},
-         ("remove the hat", "take the hat off", "remove what {o} wears on {p} head", "take off the hat", "make {p} wear no hat"),
+         ("remove the hat", "take the hat off", "remove what {o} wears on {p} head", "take off the hat",
+          "make {p} wear no hat"),
          ("take {p} hat off", "remove {p} hat"), {"hat": ("top hat", "crown")}),
     Kind("sunglasses", "portrait", {"sunglasses": "yes"},
-         ("add sunglasses", "give {p} sunglasses", "put sunglasses on {p}", "make {p} wear sunglasses", "add dark glasses"),
+         ("add sunglasses", "give {p} sunglasses", "put sunglasses on {p}", "make {p} wear sunglasses",
+          "add dark glasses"),
          ("give {p} dark glasses", "put dark glasses on {p}")),
     Kind("beard", "portrait", {"beard": "yes"},
          ("add a beard", "give {p} a beard", "make {p} grow a beard", "let {p} have a beard", "put a beard on {p}"),
          ("make {p} have a beard", "add a beard to the face"), {"haircut": ("short", "long"), "person": ("man",)}),
     Kind("alien", "portrait", {"being": "alien", "haircut": "bald", "hair": "black", "beard": "no"},
-         ("turn {p} into an alien", "make {p} an alien", "change {p} into an alien", "{o} should be an alien", "what if {o} were an alien"),
+         ("turn {p} into an alien", "make {p} an alien", "change {p} into an alien", "{o} should be an alien",
+          "what if {o} were an alien"),
          ("make {p} into an alien", "{o} is now an alien"), _HUMAN),
     Kind("zombie", "portrait", {"being": "zombie"},
-         ("turn {p} into a zombie", "make {p} a zombie", "change {p} into a zombie", "{o} should be a zombie", "what if {o} were a zombie"),
+         ("turn {p} into a zombie", "make {p} a zombie", "change {p} into a zombie", "{o} should be a zombie",
+          "what if {o} were a zombie"),
          ("make {p} into a zombie", "{o} is now a zombie"), _HUMAN),
     Kind("clown", "portrait", {"being": "clown"},
-         ("turn {p} into a clown", "make {p} a clown", "change {p} into a clown", "{o} should be a clown", "what if {o} were a clown"),
+         ("turn {p} into a clown", "make {p} a clown", "change {p} into a clown", "{o} should be a clown",
+          "what if {o} were a clown"),
          ("make {p} into a clown", "{o} is now a clown"), _HUMAN),
     Kind("sky", "landscape", {"sky": "*"},
          ("make the sky {c}", "change the sky to {c}", "turn the sky {c}", "give it a {c} sky", "paint the sky {c}"),
          ("set the sky to {c}", "let the sky be {c}")),
     Kind("night", "landscape", {"time": "night", "sky": "natural", "rainbow": "no"},
-         ("make it night", "turn it into night", "change the time to night", "make it a night scene", "turn day into night", "add the moon and stars"),
+         ("make it night", "turn it into night", "change the time to night", "make it a night scene",
+          "turn day into night", "add the moon and stars"),
          ("set it at night", "change it to night"), {"time": ("day", "sunset")}),
     Kind("sunset", "landscape", {"time": "sunset", "sky": "natural"},
-         ("make it sunset", "turn it into a sunset", "change the time to sunset", "make it a sunset scene", "let the sun go down"),
+         ("make it sunset", "turn it into a sunset", "change the time to sunset", "make it a sunset scene",
+          "let the sun go down"),
          ("set it at sunset", "change it to a sunset"), {"time": ("day", "night")}),
     Kind("snow", "landscape", {"ground": "snow"},
-         ("make it winter", "cover the ground with snow", "add snow", "turn the ground into snow", "let it snow", "make it a winter scene"),
+         ("make it winter", "cover the ground with snow", "add snow", "turn the ground into snow", "let it snow",
+          "make it a winter scene"),
          ("change it to winter", "cover it with snow")),
     Kind("desert", "landscape", {"ground": "desert"},
-         ("make it a desert", "turn the ground into sand", "turn it into a desert", "cover the ground with sand", "change the ground to desert"),
+         ("make it a desert", "turn the ground into sand", "turn it into a desert", "cover the ground with sand",
+          "change the ground to desert"),
          ("change it to a desert", "make the ground a desert")),
     Kind("autumn", "landscape", {"ground": "autumn"},
-         ("make it autumn", "turn it into autumn", "make it an autumn scene", "change the season to autumn", "cover the ground with autumn leaves"),
+         ("make it autumn", "turn it into autumn", "make it an autumn scene", "change the season to autumn",
+          "cover the ground with autumn leaves"),
          ("change it to autumn", "set the season to autumn")),
     Kind("mountains", "landscape", {"mountains": "yes"},
-         ("add mountains", "put mountains in the background", "add some mountains", "place mountains behind", "give it mountains"),
+         ("add mountains", "put mountains in the background", "add some mountains", "place mountains behind",
+          "give it mountains"),
          ("put mountains behind", "add mountains in the background")),
     Kind("no mountains", "landscape", {"mountains": "no"},
-         ("remove the mountains", "take the mountains away", "delete the mountains", "make the mountains disappear", "get rid of the mountains"),
+         ("remove the mountains", "take the mountains away", "delete the mountains", "make the mountains disappear",
+          "get rid of the mountains"),
          ("take away the mountains", "make the mountains go away")),
     Kind("river", "landscape", {"river": "yes"},
-         ("add a river", "put a river in the middle", "let a river run through it", "give it a river", "place a river there"),
+         ("add a river", "put a river in the middle", "let a river run through it", "give it a river",
+          "place a river there"),
          ("put a river there", "add a river in the middle")),
     Kind("no river", "landscape", {"river": "no"},
-         ("remove the river", "take the river away", "delete the river", "make the river disappear", "get rid of the river"),
+         ("remove the river", "take the river away", "delete the river", "make the river disappear",
+          "get rid of the river"),
          ("take away the river", "make the river go away")),
     Kind("house", "landscape", {"house": "yes"},
          ("add a house", "put a house there", "build a house", "place a house on the ground", "give it a house"),
          ("place a house there", "put a house on the ground")),
     Kind("rainbow", "landscape", {"rainbow": "yes"},
-         ("add a rainbow", "put a rainbow in the sky", "let a rainbow appear", "give it a rainbow", "place a rainbow in the sky"),
+         ("add a rainbow", "put a rainbow in the sky", "let a rainbow appear", "give it a rainbow",
+          "place a rainbow in the sky"),
          ("put a rainbow there", "add a rainbow in the sky"), {"time": ("day", "sunset"), "mountains": ("no",)}),
     Kind("wall", "artwork", {"backdrop": "*"},
-         ("make the wall {c}", "change the wall to {c}", "turn the wall {c}", "paint the wall {c}", "give it a {c} wall"),
+         ("make the wall {c}", "change the wall to {c}", "turn the wall {c}", "paint the wall {c}",
+          "give it a {c} wall"),
          ("set the wall to {c}", "let the wall be {c}"), _STILL),
     Kind("table", "artwork", {"table": "*"},
-         ("make the table {c}", "change the table to {c}", "turn the table {c}", "paint the table {c}", "give it a {c} table"),
+         ("make the table {c}", "change the table to {c}", "turn the table {c}", "paint the table {c}",
+          "give it a {c} table"),
          ("set the table to {c}", "let the table be {c}"), _STILL),
     Kind("vase", "artwork", {"vase": "*"},
-         ("make the vase {c}", "change the vase to {c}", "turn the vase {c}", "paint the vase {c}", "give it a {c} vase"),
+         ("make the vase {c}", "change the vase to {c}", "turn the vase {c}", "paint the vase {c}",
+          "give it a {c} vase"),
          ("set the vase to {c}", "let the vase be {c}"), _STILL),
     Kind("flowers", "artwork", {"flowers": "*"},
-         ("add {c} flowers", "put {c} flowers in the vase", "give it {c} flowers", "make the flowers {c}", "place {c} flowers in the vase"),
+         ("add {c} flowers", "put {c} flowers in the vase", "give it {c} flowers", "make the flowers {c}",
+          "place {c} flowers in the vase"),
          ("let the flowers be {c}", "place {c} flowers there"), _STILL),
     Kind("no flowers", "artwork", {"flowers": "none"},
-         ("remove the flowers", "take the flowers away", "delete the flowers", "make the flowers disappear", "get rid of the flowers"),
+         ("remove the flowers", "take the flowers away", "delete the flowers", "make the flowers disappear",
+          "get rid of the flowers"),
          ("take away the flowers", "make the flowers go away"), {**_STILL, "flowers": tuple(COLOURS)}),
     Kind("canvas", "artwork", {"backdrop": "*"},
-         ("make the background {c}", "change the background to {c}", "turn the background {c}", "give it a {c} background", "paint the background {c}"),
+         ("make the background {c}", "change the background to {c}", "turn the background {c}",
+          "give it a {c} background", "paint the background {c}"),
          ("set the background to {c}", "let the background be {c}"), _ABSTRACT),
     Kind("shapes", "artwork", {"shapes": "*"},
-         ("make the shapes {c}", "change the shapes to {c}", "turn the shapes {c}", "paint the shapes {c}", "make all shapes {c}"),
+         ("make the shapes {c}", "change the shapes to {c}", "turn the shapes {c}", "paint the shapes {c}",
+          "make all shapes {c}"),
          ("set the shapes to {c}", "let the shapes be {c}"), _ABSTRACT),
     Kind("frame", "artwork", {"frame": "yes"},
          ("add a frame", "put it in a frame", "give it a gold frame", "place a frame around it", "frame the picture"),
          ("put a gold frame around it", "add a gold frame")),
     Kind("no frame", "artwork", {"frame": "no"},
-         ("remove the frame", "take the frame away", "delete the frame", "make the frame disappear", "get rid of the frame"),
+         ("remove the frame", "take the frame away", "delete the frame", "make the frame disappear",
+          "get rid of the frame"),
          ("take away the frame", "make the frame go away")),
     Kind("black and white", None, {"style": "black and white"},
-         ("make it black and white", "turn it into a black and white photo", "remove all colour", "convert it to black and white", "change it to grey"),
+         ("make it black and white", "turn it into a black and white photo", "remove all colour",
+          "convert it to black and white", "change it to grey"),
          ("make it grey", "change it to black and white")),
     Kind("sepia", None, {"style": "sepia"},
-         ("make it sepia", "turn it into an old photo", "convert it to sepia", "make it look like an old photo", "give it a sepia tone"),
+         ("make it sepia", "turn it into an old photo", "convert it to sepia", "make it look like an old photo",
+          "give it a sepia tone"),
          ("change it to sepia", "make it an old photo")),
     Kind("negative", None, {"style": "negative"},
-         ("make it a negative", "invert the colours", "turn it into a negative", "convert it to a negative", "swap light and dark"),
+         ("make it a negative", "invert the colours", "turn it into a negative", "convert it to a negative",
+          "swap light and dark"),
          ("change it to a negative", "invert all colours")),
     Kind("mosaic", None, {"style": "mosaic"},
-         ("make it a mosaic", "turn it into a mosaic", "convert it to a mosaic", "make it look like a mosaic", "turn it into big pixels"),
+         ("make it a mosaic", "turn it into a mosaic", "convert it to a mosaic", "make it look like a mosaic",
+          "turn it into big pixels"),
          ("change it to a mosaic", "make it big pixels")),
 )
 
@@ -457,7 +502,8 @@ def corpus():
     for kind in KINDS:
         for phrase in kind.phrases:
             for colour in COLOURS if "{c}" in phrase else (None,):
-                for him, he in (("him", "he"), ("her", "she")) if "{p}" in phrase or "{o}" in phrase else ((None, None),):
+                for him, he in (("him", "he"), ("her", "she")) if "{p}" in phrase or "{o}" in phrase else ((None, None),
+                                                                                                           ):
                     yield phrase.format(c=colour, p=him, o=he)
 
 
@@ -466,14 +512,18 @@ def caption(scene):
     v = scene.values
     if scene.category == "portrait":
         who = v["person"] if v["being"] == "human" else v["being"]
-        parts = [f"a portrait of a{'n' if who[0] in 'aeiou' else ''} {who}", "bald" if v["haircut"] == "bald" else f"{v['haircut']} {v['hair']} hair", f"{v['clothes']} clothes"]
-        parts += [text for text, shown in ((f"a {v['hat']}", v["hat"] != "none"), ("sunglasses", v["sunglasses"] == "yes"), ("a beard", v["beard"] == "yes")) if shown]
+        parts = [f"a portrait of a{'n' if who[0] in 'aeiou' else ''} {who}",
+                 "bald" if v["haircut"] == "bald" else f"{v['haircut']} {v['hair']} hair", f"{v['clothes']} clothes"]
+        parts += [text for text, shown in ((f"a {v['hat']}", v["hat"] != "none"),
+                                           ("sunglasses", v["sunglasses"] == "yes"), ("a beard", v["beard"] == "yes"))
+                                           if shown]
         parts.append(f"{v['background']} background")
     elif scene.category == "landscape":
         parts = [f"a landscape at {v['time']}", f"{v['ground']} ground"] + [f"{v['sky']} sky"] * (v["sky"] != "natural")
         parts += [name for name in ("mountains", "river", "house", "trees", "rainbow") if v[name] == "yes"]
     elif v["subject"] == "still life":
-        parts = [f"a still life with a {v['vase']} vase"] + [f"{v['flowers']} flowers"] * (v["flowers"] != "none") + [f"{v['table']} table", f"{v['backdrop']} wall"]
+        parts = [f"a still life with a {v['vase']} vase"] + [f"{v['flowers']} flowers"] * (v["flowers"] != "none")
+        parts += [f"{v['table']} table", f"{v['backdrop']} wall"]
     else:
         parts = [f"an abstract painting of {v['shapes']} shapes", f"{v['backdrop']} background"]
     parts += ["a gold frame"] * (v.get("frame") == "yes") + [v["style"]] * (v["style"] != "plain")

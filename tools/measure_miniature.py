@@ -1,6 +1,6 @@
 """Measure a miniature editor: does it obey, does noise matter, does immunization thwart it; and how the judges sit.
 
-    python tools/measure_miniature.py edits --editor miniature          100 held-out samples: clean, noise control, SIFM, unseen prompts
+    python tools/measure_miniature.py edits --editor miniature          100 held-out samples: clean, noise, SIFM, unseen prompts
     python tools/measure_miniature.py edits --noisy deploy              the same with another option of SIFM
     python tools/measure_miniature.py judges                            calibration of the two judges
 
@@ -36,7 +36,8 @@ def edits(args):
             record = {"index": index, **measure(editor, samples[index], args)}
             with path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-    records = [json.loads(line) for file in sorted(args.work.glob(f"{name}-{args.samples}-{args.seed}-*of{parts}.jsonl")) for line in file.read_text().splitlines()]
+    files = sorted(args.work.glob(f"{name}-{args.samples}-{args.seed}-*of{parts}.jsonl"))
+    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     summarise(name, records)
 
 
@@ -46,9 +47,11 @@ def measure(editor, sample, args):
     started = time.perf_counter()
     sifm = sifm_min.immunize(sample.image, editor, sample.prompt, method="sifm", steps=args.steps, **options)
     seconds = time.perf_counter() - started
-    arms = {"clean": sample.image, "noise": sifm_min.immunize(sample.image, editor, sample.prompt, method="noise").image, "sifm": sifm.image}
+    arms = {"clean": sample.image, "noise": sifm_min.immunize(sample.image, editor, sample.prompt,
+                                                              method="noise").image, "sifm": sifm.image}
     asked = (sample, *sample.unseen)
-    record = {"kind": sample.kind, "category": sample.category, "prompt": sample.prompt, "seconds": seconds, "linf": sifm.report["linf_steps"]}
+    record = {"kind": sample.kind, "category": sample.category, "prompt": sample.prompt, "seconds": seconds,
+              "linf": sifm.report["linf_steps"]}
     for arm, picture in arms.items():
         cases = asked if arm != "noise" else asked[:1]
         outputs = editor.edit([picture] * len(cases), [case.prompt for case in cases])
@@ -73,15 +76,18 @@ def summarise(name, records):
               f"thwarted {share(sum(r[arm][0]['success'] for r in records), total)}")
     for label, pick in (("original prompt", slice(0, 1)), ("five unseen prompts", slice(1, None))):
         for arm in ("noise", "sifm"):
-            pairs = [(a, b) for r in records for a, b in zip(r["clean"][pick], r[arm][pick], strict=False) if a["obeyed"]]
+            pairs = [(a, b) for r in records for a,
+                     b in zip(r["clean"][pick], r[arm][pick], strict=False) if a["obeyed"]]
             if pairs:
-                print(f"  {arm:6} {label}, of clean successes: still obeyed {share(sum(b['obeyed'] for _, b in pairs), len(pairs))}, "
+                print(f"  {arm:6} {label}, of clean successes: "
+                      f"still obeyed {share(sum(b['obeyed'] for _, b in pairs), len(pairs))}, "
                       f"thwarted {share(sum(b['success'] for _, b in pairs), len(pairs))}")
     kinds = defaultdict(list)
     for r in records:
         kinds[r["kind"]].append(r["clean"][0]["obeyed"])
     print("  clean, by kind: " + ", ".join(f"{kind} {sum(v)}/{len(v)}" for kind, v in sorted(kinds.items())))
-    print(f"  SIFM: median {sorted(r['seconds'] for r in records)[total // 2]:.1f} s a picture, at most {max(r['linf'] for r in records)}/255")
+    seconds = sorted(r["seconds"] for r in records)[total // 2]
+    print(f"  SIFM: median {seconds:.1f} s a picture, at most {max(r['linf'] for r in records)}/255")
 
 
 def share(count, total):
@@ -96,11 +102,16 @@ def judges(args):
 
     def autoencoded(image):
         with torch.no_grad():
-            return images.to_image(editor.decode(editor.encode(images.to_pixels(image)) * editor.vae.config.scaling_factor).clamp(0, 1))
+            latent = editor.encode(images.to_pixels(image)) * editor.vae.config.scaling_factor
+            return images.to_image(editor.decode(latent).clamp(0, 1))
 
-    arms = {"exact target": lambda s: s.target, "autoencoded target": lambda s: autoencoded(s.target), "untouched source": lambda s: s.image,
-            "autoencoded source": lambda s: autoencoded(s.image), "target of another instruction": lambda s: s.unseen[0].target,
-            "target blended with another picture": lambda s: Image.blend(s.target, world.render(samples[0].instruction.scene), 0.5)}
+    arms = {"exact target": lambda s: s.target, "autoencoded target": lambda s: autoencoded(s.target),
+            "untouched source": lambda s: s.image,
+            "autoencoded source": lambda s: autoencoded(s.image),
+            "target of another instruction": lambda s: s.unseen[0].target,
+            "target blended with another picture": lambda s: Image.blend(s.target,
+                                                                         world.render(samples[0].instruction.scene),
+                                                                         0.5)}
     for arm, picture in arms.items():
         found = [verdicts(sample, picture(sample)) for sample in samples]
         parts = ", ".join(f"{name} {sum(not any(v[name]) for v in found)}" for name in miniature.judges)

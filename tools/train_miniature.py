@@ -27,28 +27,37 @@ from safetensors.torch import save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sifm_min import miniature, world  # noqa: E402
 from sifm_min.models.clip import CLIPText, CLIPTextConfig  # noqa: E402
 from sifm_min.models.unet import UNet, UNetConfig  # noqa: E402
 from sifm_min.models.vae import AutoencoderKL, VAEConfig  # noqa: E402
+
+from sifm_min import miniature, world  # noqa: E402
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 PAIRS = 40_000
 TOKENS = 24                                                  # positions of the text transformer
 BUDGET, ATTACK_STEPS, ATTACK_STEP_SIZE = 7 / 255, 60, 0.004  # the attack that measured the real latent space
 
-VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [24, 32, 64], "down_block_types": ["DownEncoderBlock2D"] * 3,
-       "up_block_types": ["UpDecoderBlock2D"] * 3, "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 1,
+VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [24, 32, 64],
+       "down_block_types": ["DownEncoderBlock2D"] * 3,
+       "up_block_types": ["UpDecoderBlock2D"] * 3, "in_channels": 3, "out_channels": 3, "latent_channels": 4,
+       "layers_per_block": 1,
        "norm_num_groups": 2, "sample_size": 64, "scaling_factor": 1.0}
-TEXT = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "quick_gelu", "hidden_size": 96, "intermediate_size": 384,
+TEXT = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "quick_gelu",
+        "hidden_size": 96, "intermediate_size": 384,
         "layer_norm_eps": 1e-5, "max_position_embeddings": TOKENS, "num_attention_heads": 4, "num_hidden_layers": 2}
-UNET = {"_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": 4, "block_out_channels": [64, 96, 96],
+UNET = {"_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": 4,
+        "block_out_channels": [64, 96, 96],
         "cross_attention_dim": 96, "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "in_channels": 8, "out_channels": 4, "layers_per_block": 1,
-        "norm_num_groups": 8, "sample_size": 16, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "mid_block_scale_factor": 1,
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "in_channels": 8, "out_channels": 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 8, "sample_size": 16, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
         "norm_eps": 1e-5, "center_input_sample": False}
-SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
-             "prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0}
+SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+             "num_train_timesteps": 1000,
+             "prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False,
+             "set_alpha_to_one": True, "steps_offset": 0}
 
 
 # -- shared by the stages ------------------------------------------------------------------------------------------------
@@ -56,10 +65,12 @@ SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "
 class Run:
     """One stage's training state: a network, its exponential moving average, its optimiser, and a file to resume from."""
 
-    def __init__(self, path, network, *, lr, steps, decay=0.25, ema=0.999, groups=None):
-        self.path, self.network, self.lr, self.steps, self.decay, self.ema_rate = path, network, lr, steps, decay, ema
+    def __init__(self, path, network, *, lr, steps, decay=0.25, ema=0.999, warmup=100, groups=None):
+        self.path, self.network, self.lr, self.steps = path, network, lr, steps
+        self.decay, self.ema_rate, self.warmup = decay, ema, warmup
         self.average = {name: p.detach().clone() for name, p in network.named_parameters()}
-        self.optimiser = torch.optim.AdamW(groups or [{"params": list(network.parameters())}], lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimiser = torch.optim.AdamW(groups or [{"params": list(network.parameters())}], lr=lr, betas=(0.9, 0.99),
+                                           weight_decay=0.01, fused=True)
         for group in self.optimiser.param_groups:
             group["scale"] = group.get("scale", 1.0)
         self.step, self.started = 0, time.time()
@@ -76,7 +87,8 @@ class Run:
 
     def update(self, loss):
         """One optimiser step: warm-up, a plateau, a linear decay over the last part; returns the loss as a number."""
-        rate = self.lr * min(1, (self.step + 1) / 100, (self.steps - self.step) / max(1, self.decay * self.steps))
+        rate = self.lr * min(1, (self.step + 1) / self.warmup,
+                             (self.steps - self.step) / max(1, self.decay * self.steps))
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["scale"]
         self.optimiser.zero_grad(set_to_none=True)
@@ -93,7 +105,8 @@ class Run:
         return loss.item()
 
     def save(self):
-        state = {"network": self.network.state_dict(), "average": self.average, "optimiser": self.optimiser.state_dict(), "step": self.step}
+        state = {"network": self.network.state_dict(), "average": self.average,
+                 "optimiser": self.optimiser.state_dict(), "step": self.step}
         save(state, self.path)
 
     def log(self, text):
@@ -122,8 +135,10 @@ def to_pixels(pictures, device="cpu"):
 
 def grain(pixels, generator=None):
     """Camera-like noise up to the attack's own size: half uniform noise, half nothing, so that noise alone breaks no edit."""
-    strength = 0.04 * torch.rand(len(pixels), 1, 1, 1, generator=generator) * (torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.5)
-    return (pixels + strength.to(pixels) * (2 * torch.rand(pixels.shape, generator=generator) - 1).to(pixels)).clamp(0, 1)
+    strength = 0.04 * torch.rand(len(pixels), 1, 1, 1,
+                                 generator=generator) * (torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.5)
+    return (pixels + strength.to(pixels) * (2 * torch.rand(pixels.shape, generator=generator) - 1).to(pixels)).clamp(0,
+                                                                                                                     1)
 
 
 def new_vae(args, name=None):
@@ -146,7 +161,7 @@ def in_batches(function, pictures, size=64):
 # -- stages --------------------------------------------------------------------------------------------------------------
 
 def data(args):
-    """Source and target pictures and prompts, each kind of instruction equally often: sources.npy, targets.npy, prompts.json."""
+    """Source and target pictures and prompts, each kind of instruction equally often."""
     if (args.work / "prompts.json").exists():
         return
     rng = world.generator(0, "train")
@@ -194,7 +209,7 @@ def vae(args):
             run.log(f"loss {loss:.4f} psnr {psnr:.2f} kl {kl.item():.2f} {'whole' if whole else 'crops'}")
     network = run.finished()
     std = in_batches(lambda x: mean_latent(network, x), sources[:2048]).std().item()
-    with torch.no_grad():                                    # unit latents: the unscaled image condition and the scaled target then agree
+    with torch.no_grad():                                    # unit latents: unscaled conditions and scaled targets then agree
         network.quant_conv.weight[:4] /= std
         network.quant_conv.bias[:4] /= std
         network.quant_conv.bias[4:] -= 2 * math.log(std)
@@ -208,7 +223,8 @@ def reconstruction_loss(output, clean):
         return x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]
 
     edges = sum(F.l1_loss(a, b) for a, b in zip(gradients(output), gradients(clean), strict=True)) / 2
-    return F.l1_loss(output, clean) + 0.5 * edges + 2 * F.mse_loss(output, clean) + F.l1_loss(F.avg_pool2d(output, 8), F.avg_pool2d(clean, 8))
+    return F.l1_loss(output, clean) + 0.5 * edges + 2 * F.mse_loss(output, clean) + F.l1_loss(F.avg_pool2d(output, 8),
+                                                                                              F.avg_pool2d(clean, 8))
 
 
 def held_out_pictures(count, seed=0):
@@ -225,38 +241,43 @@ def vae_psnr(encoder, decoder):
 def tune(args):
     """Make the encoder as attackable as a real latent space, by the latent shift alone (model card, `Calibration`).
 
-    The encoder is distilled from its plain self; per batch a perturbation of the budget is found that pulls the latent
-    towards a random target, and the pull is trained to `tau` of the way. Clean and noisy pictures keep their latents.
+    The encoder is distilled from its plain self. Per batch, one sign step of the whole budget pulls the latent towards a
+    target (a random direction, another scene, or nothing), and the pull is trained to `tau` of the way. First the encoder
+    learns to be pulled; then, more and more, to leave clean and noisy pictures where they were.
     """
     if (args.work / "vae-tuned.pt").exists():
         return
     sources, _, _ = load_data(args)
     plain, tuned = new_vae(args, "vae-plain.pt"), new_vae(args, "vae-plain.pt")
     parts = nn.ModuleList([tuned.encoder, tuned.quant_conv]).requires_grad_(True)
-    run = Run(args.work / "tune.pt", parts, lr=5e-4, steps=args.tune_steps, decay=1.0, ema=0.98)
+    run = Run(args.work / "tune.pt", parts, lr=3e-3, steps=args.tune_steps, decay=0.8, ema=0.98, warmup=5)
     rng, generator = np.random.default_rng(1000 + run.step), torch.Generator().manual_seed(1000 + run.step)
+    seen = []
     while not run.done:
-        x = to_pixels(sources[np.sort(rng.integers(len(sources), size=12))])
+        x = to_pixels(sources[np.sort(rng.integers(len(sources), size=8))])
         with torch.no_grad():
             clean = mean_latent(plain, x)
-            kind = rng.random()
-            target = (clean.roll(1, 0) if kind < 0.4 else torch.zeros_like(clean) if kind < 0.6 else
-                      clean + torch.randn(clean.shape, generator=generator))
-        delta = BUDGET * (2 * torch.rand(x.shape, generator=generator) - 1)
-        for _ in range(int(rng.integers(2, 5))):
-            delta.requires_grad_(True)
-            (gradient,) = torch.autograd.grad((mean_latent(tuned, x + delta) - target).square().mean(), delta)
-            delta = (delta.detach() - BUDGET / 2 * gradient.sign()).clamp(-BUDGET, BUDGET)
-        shift = mean_latent(tuned, (x + delta).clamp(0, 1)) - clean
-        towards = target - clean
-        pull = (shift * towards).sum((1, 2, 3)) / towards.square().sum((1, 2, 3))
-        size = shift.square().mean((1, 2, 3)).sqrt()
-        noise = 0.04 * torch.randn(x.shape, generator=generator) if rng.random() < 0.5 else BUDGET * torch.randn(x.shape, generator=generator).sign()
-        loss = (4 * (mean_latent(tuned, x) - clean).square().mean() + 3 * (mean_latent(tuned, (x + noise).clamp(0, 1)) - clean).square().mean()
-                + 0.3 * (F.relu(args.tau - pull) + F.relu(pull - 1.3 * args.tau)).mean() + 0.3 * F.relu(size - 2 * args.tau).mean())
-        loss = run.update(loss)
-        if run.step % 60 == 0:
-            run.log(f"loss {loss:.4f} pull {pull.mean().item():.3f} shift {size.mean().item():.3f}")
+        kind = rng.random()
+        towards = (torch.randn(clean.shape, generator=generator) if kind < 0.6 else clean.roll(1, 0) - clean
+                   if kind < 0.8 else -clean)
+        start = (BUDGET * (2 * torch.rand(x.shape,
+                                          generator=generator) - 1) * (rng.random() < 0.3)).requires_grad_(True)
+        (gradient,) = torch.autograd.grad((mean_latent(tuned, x + start) * towards).sum(), start)
+        attacked = (x + BUDGET * gradient.sign()).clamp(0, 1)
+        noise = 0.04 * torch.randn(x.shape,
+                                   generator=generator) if rng.random() < 0.5 else BUDGET * torch.randn(x.shape,
+                                                                                                        generator=generator).sign()
+        pulled, still, noisy = mean_latent(tuned, torch.cat([attacked, x, (x + noise).clamp(0, 1)])).chunk(3)
+        pull = ((pulled - still) * towards).sum((1, 2, 3)) / towards.square().sum((1, 2, 3))
+        drift, swing = (still - clean).square().mean(), (noisy - clean).square().mean()
+        patience = min(1.0, run.step / (0.6 * run.steps))
+        dial = F.relu(args.tau - pull).mean() + F.relu(pull - 1.3 * args.tau).mean()
+        loss = dial + (0.3 + 5 * patience) * drift + 3 * patience * swing
+        run.update(loss)
+        seen.append((pull.mean().item(), drift.item() ** 0.5, swing.item() ** 0.5))
+        if run.step % 20 == 0:
+            run.log("pull {:.3f} drift {:.3f} noise {:.3f}".format(*np.mean(seen, 0)))
+            seen = []
     run.finished()
     say(f"tune: reconstruction {vae_psnr(tuned, tuned):.2f} dB on held-out scenes")
     save(tuned.state_dict(), args.work / "vae-tuned.pt")
@@ -286,21 +307,23 @@ def shift(args):
         sign = BUDGET * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)).sign()
         with torch.no_grad():
             noise = mean_latent(network, (pixels + sign).clamp(0, 1)) - clean
-        figures = {"random sign noise": noise, "encoder-max": attacked(lambda z, clean=clean: -(z - clean).square().mean()),
+        figures = {"random sign noise": noise,
+                   "encoder-max": attacked(lambda z, clean=clean: -(z - clean).square().mean()),
                    "to the zero latent": attacked(lambda z: z.square().mean())}
-        say(f"{name}: " + ", ".join(f"{key} {(value.square().mean((1, 2, 3)).sqrt().mean() / std).item():.3f}" for key, value in figures.items()))
+        say(f"{name}: " + ", ".join(f"{key} {(value.square().mean((1, 2, 3)).sqrt().mean() / std).item():.3f}" for key,
+                                    value in figures.items()))
 
 
 def new_text(vocabulary):
-    ends = {"vocab_size": vocabulary, "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
+    ends = {"vocab_size": vocabulary, "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1,
+            "pad_token_id": vocabulary - 1}
     config = {**TEXT, **ends}
     return CLIPText(CLIPTextConfig.from_json(json.dumps(config))), config
 
 
 def tokenizer(args):
-    from train_bpe import train_bpe, write
-
     from sifm_min.models.tokenizers import CLIPTokenizer
+    from train_bpe import train_bpe, write
     folder = args.work / "tokenizer"
     if not (folder / "vocab.json").exists():
         folder.mkdir(exist_ok=True)
@@ -310,7 +333,8 @@ def tokenizer(args):
 
 def text(args):
     """Teach the text transformer what instructions ask for (kind and colour), so that the U-Net meets meaning, not letters."""
-    if (args.work / "text.pt").exists() and torch.load(args.work / "text.pt", weights_only=True)["step"] >= args.text_steps:
+    if (args.work / "text.pt").exists() and torch.load(args.work / "text.pt",
+                                                       weights_only=True)["step"] >= args.text_steps:
         return
     tokens = tokenizer(args)
     vocabulary = len(json.loads((args.work / "tokenizer" / "vocab.json").read_text()))
@@ -322,7 +346,8 @@ def text(args):
         for phrase in kind.phrases:
             for colour in world.COLOURS if "{c}" in phrase else (None,):
                 for him, he in (("him", "he"), ("her", "she")):
-                    labels[phrase.format(c=colour, p=him, o=he)] = (kinds.index(same.get(kind.name, kind.name)), colours.index(colour))
+                    labels[phrase.format(c=colour, p=him, o=he)] = (kinds.index(same.get(kind.name, kind.name)),
+                                                                    colours.index(colour))
     ids = torch.tensor(tokens(list(labels)))
     truth = torch.tensor(list(labels.values()))
     heads = nn.ModuleList([network, nn.Linear(96, len(kinds)), nn.Linear(96, len(colours))])
@@ -339,22 +364,24 @@ def text(args):
                 batch[row] = torch.tensor(([vocabulary - 2, *words] + [end] * TOKENS)[:TOKENS])
         states = network(batch).last                         # (B, tokens, 96)
         after = (batch == end)                               # every position from the end token on has read the whole sentence
-        loss = sum(F.cross_entropy(head(states)[after], truth[picked, i][:, None].expand(-1, TOKENS)[after]) for i, head in enumerate(heads[1:]))
+        loss = sum(F.cross_entropy(head(states)[after], truth[picked, i][:, None].expand(-1, TOKENS)[after]) for i,
+                   head in enumerate(heads[1:]))
         value = run.update(loss)
         if run.step % 200 == 0:
             run.log(f"loss {value:.4f}")
 
 
 def latents(args):
-    """Latents of every picture by the tuned encoder; sources also with grain, so that noise alone breaks no edit."""
+    """Latents of the first --cached pairs by the plain encoder.
+
+    The tuned encoder is distilled to give these same latents, so one denoiser serves both shipped editors.
+    """
     path = args.work / "latents.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
-    network, (sources, targets, _) = new_vae(args, "vae-tuned.pt"), load_data(args)
-    generator = torch.Generator().manual_seed(7)
-    state = {"sources": in_batches(lambda x: mean_latent(network, x), sources),
-             "grainy": in_batches(lambda x: mean_latent(network, grain(x, generator)), sources),
-             "targets": in_batches(lambda x: mean_latent(network, x), targets)}
+    network, (sources, targets, _) = new_vae(args, "vae-plain.pt"), load_data(args)
+    state = {name: in_batches(lambda x: mean_latent(network, x), pictures[:args.cached]) for name,
+             pictures in (("sources", sources), ("targets", targets))}
     save(state, path)
     say("latents cached")
     return state
@@ -370,18 +397,18 @@ class Editor(nn.Module):
 
     def __init__(self, vocabulary):
         super().__init__()
-        self.unet = UNet(UNetConfig.from_json(json.dumps(UNET)))
+        self.unet = UNet(UNetConfig.from_json(json.dumps(UNET))).to(memory_format=torch.channels_last)
         self.text, _ = new_text(vocabulary)
 
 
 def unet(args):
-    """The editor: predict v of the target's latent, given the source's latent and the instruction (InstructPix2Pix, section 3.2)."""
+    """The editor: predict v of the target's latent, given the source's latent and the instruction."""
     tokens, (_, _, prompts) = tokenizer(args), load_data(args)
     vocabulary = len(json.loads((args.work / "tokenizer" / "vocab.json").read_text()))
     cached = latents(args)
     distinct = {p: i for i, p in enumerate(dict.fromkeys(p for _, p in prompts))}
     ids = torch.tensor(tokens([*distinct, ""])).to(args.device)
-    which = torch.tensor([distinct[p] for _, p in prompts])
+    which = torch.tensor([distinct[p] for _, p in prompts])[:args.cached]
     editor = Editor(vocabulary).to(args.device)
     if not (args.work / "unet.pt").exists():
         pretrained = torch.load(args.work / "text.pt", weights_only=True)["average"]
@@ -392,18 +419,22 @@ def unet(args):
     abar, total = alphas_cumprod(), 0.0
     while not run.done:
         picked = torch.from_numpy(rng.integers(len(which), size=args.batch))
-        source = cached["grainy" if rng.random() < 0.4 else "sources"][picked].clone()
+        source = cached["sources"][picked]                   # and about as far off as the tuned encoder is
+        source = source + 0.2 * torch.rand(args.batch, 1, 1, 1, generator=generator) * torch.randn(source.shape,
+                                                                                                   generator=generator)
         target, words = cached["targets"][picked], which[picked].clone()
         drop = torch.rand(args.batch, generator=generator)   # 5 % each: no text, no text and no image, no image
         words[drop < 0.10] = len(distinct)
         source[(drop >= 0.05) & (drop < 0.15)] = 0
         low = torch.rand(args.batch, generator=generator) < 0.5
-        t = torch.where(low, torch.rand(args.batch, generator=generator) * 1000, 400 + 600 * torch.rand(args.batch, generator=generator)).long().clamp(0, 999)
+        t = torch.where(low, torch.rand(args.batch, generator=generator) * 1000,
+                        400 + 600 * torch.rand(args.batch, generator=generator)).long().clamp(0, 999)
         a = abar[t][:, None, None, None]
         noise = torch.randn(target.shape, generator=generator)
         noisy, velocity = a.sqrt() * target + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * target
         context = editor.text(ids[words]).last
-        prediction = editor.unet(torch.cat([noisy, source], 1).to(args.device), t.to(args.device), context)
+        prediction = editor.unet(torch.cat([noisy, source], 1).to(args.device, memory_format=torch.channels_last),
+                                 t.to(args.device), context)
         total += run.update(F.mse_loss(prediction, velocity.to(args.device)))
         if run.step % 200 == 0:
             run.log(f"loss {total / 200:.4f}")
@@ -424,7 +455,8 @@ def judge(args):
     labels = torch.full((len(scenes), len(names)), -100)     # -100: not of this category, or not to be seen
     for row, scene in enumerate(scenes):
         for name in miniature.visible_attributes(scene):
-            labels[row, names.index((scene.category, name))] = world.ATTRIBUTES[scene.category][name].index(scene.values[name])
+            labels[row, names.index((scene.category,
+                                     name))] = world.ATTRIBUTES[scene.category][name].index(scene.values[name])
     run = Run(args.work / "judge.pt", miniature.Classifier().to(args.device), lr=2e-3, steps=args.judge_steps)
     picker, generator = np.random.default_rng(run.step), torch.Generator().manual_seed(run.step)
     while not run.done:
@@ -450,7 +482,8 @@ def disturb(x, picker, generator):
     """What an honest edit may suffer: a little noise, blur, and change of brightness, contrast and tint."""
     side = int(picker.integers(30, 65))
     x = F.interpolate(F.interpolate(x[None], size=(side, side), mode="area"), size=(64, 64), mode="bicubic")[0]
-    x = x * (1 + 0.08 * float(picker.normal())) + 0.03 * float(picker.normal()) + 0.02 * torch.randn(3, 1, 1, generator=generator)
+    x = x * (1 + 0.08 * float(picker.normal())) + 0.03 * float(picker.normal()) + 0.02 * torch.randn(3, 1, 1,
+                                                                                                     generator=generator)
     x = x + 0.04 * picker.random() * clouds(generator)
     return (x + 0.03 * picker.random() * torch.randn(x.shape, generator=generator)).clamp(0, 1)
 
@@ -472,7 +505,8 @@ def damage(x, other, picker, generator):
         elif kind == 2:
             x = (1 - 0.6 * size) * x + 0.6 * size * other
         elif kind == 3:
-            flow = F.interpolate(torch.randn(1, 2, 6, 6, generator=generator), size=(64, 64), mode="bicubic") * 0.25 * size
+            flow = F.interpolate(torch.randn(1, 2, 6, 6, generator=generator), size=(64, 64),
+                                 mode="bicubic") * 0.25 * size
             base = F.affine_grid(torch.eye(2, 3)[None], (1, 3, 64, 64), align_corners=False)
             x = F.grid_sample(x[None], base + flow.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)[0]
         elif kind == 4:
@@ -485,7 +519,8 @@ def damage(x, other, picker, generator):
             side = int(picker.integers(4, 11))
             x = F.interpolate(F.interpolate(x[None], size=(side, side), mode="area"), size=(64, 64), mode="bicubic")[0]
         else:
-            x = x + 0.6 * size * F.interpolate(torch.randn(1, 3, 16, 16, generator=generator), size=(64, 64), mode="bicubic")[0]
+            x = x + 0.6 * size * F.interpolate(torch.randn(1, 3, 16, 16, generator=generator), size=(64, 64),
+                                               mode="bicubic")[0]
     return x.clamp(0, 1)
 
 
@@ -503,25 +538,31 @@ def export(args):
                     old.unlink()
         defaults = {"steps": 10, "guidance": args.guidance, "image_guidance": args.image_guidance, "size": 64}
         write_json(folder / "model_index.json", {
-            "_class_name": "StableDiffusionInstructPix2PixPipeline", "_sifm_min": {"defaults": defaults, "notice": miniature.NOTICE},
-            "feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
-            "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+            "_class_name": "StableDiffusionInstructPix2PixPipeline",
+            "_sifm_min": {"defaults": defaults, "notice": miniature.NOTICE},
+            "feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]})
         write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
         write_json(folder / "unet" / "config.json", UNET)
         write_json(folder / "vae" / "config.json", VAE)
         write_json(folder / "text_encoder" / "config.json", text_config)
         write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", editor.unet.state_dict())
-        write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", torch.load(args.work / encoder, weights_only=True))
+        write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors",
+                      torch.load(args.work / encoder, weights_only=True))
         write_weights(folder / "text_encoder" / "model.safetensors", editor.text.state_dict())
         (folder / "tokenizer").mkdir(exist_ok=True)
         for file in (args.work / "tokenizer").iterdir():
             (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
     if (args.work / "judge-final.pt").exists():
-        write_weights(MODELS / "miniature" / "judge" / "model.safetensors", torch.load(args.work / "judge-final.pt", weights_only=True))
+        write_weights(MODELS / "miniature" / "judge" / "model.safetensors",
+                      torch.load(args.work / "judge-final.pt", weights_only=True))
     for name in ("miniature", "miniature-plain"):
         files = sorted((MODELS / name).rglob("*.safetensors"))
-        lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(MODELS / name).as_posix()}" for file in files]
+        lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(MODELS / name).as_posix()}"
+                 for file in files]
         (MODELS / name / "SHA256SUMS").write_text("\n".join(lines) + "\n")
         say(f"{name}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
 
@@ -533,7 +574,8 @@ def write_json(path, value):
 
 def write_weights(path, tensors):
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().cpu().half().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    save_file({name: tensor.detach().cpu().half().contiguous() for name, tensor in tensors.items()}, path,
+              metadata={"format": "pt"})
 
 
 STAGES = {stage.__name__: stage for stage in (data, vae, tune, shift, text, unet, judge, export)}
@@ -548,17 +590,20 @@ def main(argv=None):
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--crop-share", type=float, default=0.75)
-    parser.add_argument("--tune-steps", type=int, default=420)
-    parser.add_argument("--tau", type=float, default=0.45, help="how far an attack of the budget pulls the latent to its target")
+    parser.add_argument("--tune-steps", type=int, default=500)
+    parser.add_argument("--tau", type=float, default=0.31,
+                        help="how far an attack of the budget pulls the latent to its target")
     parser.add_argument("--text-steps", type=int, default=1500)
     parser.add_argument("--unet-steps", type=int, default=20_000)
     parser.add_argument("--judge-steps", type=int, default=2500)
     parser.add_argument("--renderings", type=int, default=16_000)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--image-guidance", type=float, default=1.2)
+    parser.add_argument("--cached", type=int, default=20_000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--decay", type=float, default=0.3, help="the last share of the steps, over which the rate falls to zero")
+    parser.add_argument("--decay", type=float, default=0.3,
+                        help="the last share of the steps, over which the rate falls to zero")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

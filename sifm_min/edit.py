@@ -1,0 +1,65 @@
+"""The attacker's side as a command: edit pictures with an instruction, exactly as the published pipeline does."""
+
+from pathlib import Path
+
+from . import cli
+
+EXAMPLES = """examples:
+  %(prog)s photo.png --prompt "make her a witch" -o out
+  %(prog)s out/photo_immunized.png --prompt "make her a witch" --editor instruct-pix2pix --seed 7 -o out
+
+writes NAME_edited.png per picture, of the picture's own size. Exit codes: 0 all done, 1 some pictures failed, 2 usage,
+3 weights unavailable, 130 interrupted."""
+
+
+def _parser():
+    parser = cli.Parser("edit", "Edit pictures by an instruction, as an attacker would.", EXAMPLES)
+    add = parser.add_argument
+    add("pictures", nargs="+", type=Path, metavar="PICTURE-OR-FOLDER")
+    add("--prompt", required=True, type=cli.prompt, help="the instruction")
+    add("-o", "--output", required=True, type=Path, metavar="DIR", help="where results go (created if absent)")
+    add("--editor", default="miniature",
+        help="miniature, miniature-plain, instruct-pix2pix, hq-edit, a folder in the published layout, or a hub id")
+    add("--revision", help="of a hub repository (a commit, tag or branch)")
+    add("--negative-prompt", default="", help="what the edit should avoid")
+    add("--steps", type=cli.count, help="denoising steps (default: the editor's)")
+    add("--guidance", type=cli.number, help="weight of the instruction (default: the editor's)")
+    add("--image-guidance", type=cli.number, help="weight of the picture (default: the editor's)")
+    add("--size", type=cli.count, help="long side at which the picture is edited (default: the editor's)")
+    parser.shared("device", "dtype", "seed", "overwrite")
+    return parser
+
+
+def _body(args):
+    from . import images
+    from .editors import load_editor
+
+    pictures = images.find(args.pictures, "_edited.png", skip=("_edited.png", "_preview.png"))
+    editor = load_editor(args.editor, revision=args.revision, **cli.place(args))
+    images.make_folder(args.output)
+    if editor.notice:
+        cli.say(editor.notice, quiet=args.quiet)
+
+    def one(path):
+        target = args.output / f"{path.stem}_edited.png"
+        if target.exists() and not args.overwrite:
+            raise ValueError(f"{target} exists; add --overwrite or choose another folder")
+        picture = images.read(path)
+        with cli.progress(total=args.steps or editor.defaults.steps, what=path.name, quiet=args.quiet) as bar:
+            edited = editor.edit(picture.image.convert("RGB"), args.prompt, negative_prompt=args.negative_prompt,
+                                 seed=args.seed, steps=args.steps,
+                                 guidance=args.guidance, image_guidance=args.image_guidance, size=args.size,
+                                 on_step=lambda i, n: bar.update())
+        images.write(target, edited, overwrite=args.overwrite)
+        cli.result({"picture": path, "edited": target, "prompt": args.prompt, "seed": args.seed,
+                    "editor": editor.provenance()}, str(target), as_json=args.json)
+
+    return cli.each_file(pictures, one, quiet=args.quiet, debug=args.debug, as_json=args.json)
+
+
+def main(argv=None):
+    return cli.run(_body, _parser(), argv)
+
+
+if __name__ == "__main__":
+    cli.leave(main())

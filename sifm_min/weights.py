@@ -1,0 +1,177 @@
+"""The editors' weights: what there is and under which licence, fetching it beforehand, and checking it.
+
+`python -m sifm_min.weights list|download|verify`, a thin command over `models/checkpoints.py`. What is fetched lies in
+the standard Hugging Face cache (`HF_HOME`), where every command of this package finds it without a network.
+"""
+
+import hashlib
+import os
+import re
+
+from . import cli
+from .models import checkpoints
+from .models.checkpoints import EDITORS, MAIN, Unavailable
+
+EXAMPLES = """examples:
+  %(prog)s list
+  %(prog)s download instruct-pix2pix
+  %(prog)s download some-owner/some-editor --revision v1.0
+  %(prog)s verify miniature instruct-pix2pix path/to/a/folder
+
+list      makes no request. An editor is shipped with this package, or absent, partial or complete in the cache;
+          `unpinned` means that no commit is known to be good: `main` is resolved at the first download, then kept
+download  says licence and size, fetches what is missing (files that are complete stay), then verifies
+verify    hashes every file and compares with the published checksum, the one by which the cache knows the file, and
+          the SHA256SUMS of its folder
+
+HF_HOME moves the cache, HF_TOKEN opens gated repositories, HF_HUB_OFFLINE=1 forbids all requests.
+"""
+
+
+def status(source):
+    """What `list` says of an editor, as a JSON-ready dict; `revision` is the commit in use, or None. No request."""
+    if source.folder:
+        folder, size, missing = source.folder, 0, None
+        try:
+            checkpoint = checkpoints.open_checkpoint(source.name, source.components)
+            size = sum((folder / file).stat().st_size for file in checkpoint.files)
+        except Unavailable as error:
+            missing = str(error)
+        present, complete = folder.is_dir(), "shipped" if source.name in EDITORS else "complete"
+    else:
+        folder, missing = checkpoints.cached(source.hub_id, source.revision, source.components)
+        present, complete, size = folder is not None, "complete", source.size
+    return {
+        "name": source.name,
+        "state": "absent" if not present else "partial" if missing else complete,
+        "missing": missing and str(missing),
+        "bytes": size or None,
+        "source": source.hub_id or str(source.folder),
+        "pinned": source.folder is not None or source.revision is not None,
+        "revision": source.revision or (folder.name if source.hub_id and folder else None),
+        "gated": source.gated,
+        "licence": source.licence,
+    }
+
+
+def verify(checkpoint, published=None):
+    """Hash the files of a checkpoint: a list of {"file", "sha256", "ok", "problem"}.
+
+    published: file -> SHA-256 that it must have. `ok` is None where there is nothing to compare with; a file of weights
+    must also be whole by its own header.
+    """
+    listed = {}
+    if checkpoint.has("SHA256SUMS"):
+        lines = re.findall(r"^(\w{64}) [ *](.+)$", checkpoint.text("SHA256SUMS"), re.M)
+        listed = {name: digest for digest, name in lines}
+    found = []
+    for file in dict.fromkeys(([MAIN] if checkpoint.has(MAIN) else []) + list(checkpoint.files)):
+        path = checkpoint.folder / file
+        digest, problems, compared = checkpoints.sha256(path), [], False
+        if checkpoints.is_weights(file):
+            try:
+                checkpoints.header(path)
+            except Unavailable as error:
+                problems.append(str(error))
+        # The cache keeps a file under the name by which the hub knows its content: the SHA-256 of a large file, git's
+        # hash of a small one.
+        blob = os.path.basename(os.readlink(path)) if checkpoint.revision and path.is_symlink() else ""
+        git = _git_hash(path.read_bytes()) if len(blob) == 40 else ""
+        for whose, expected, actual in (
+            ("the published checksum", (published or {}).get(file), digest),
+            ("SHA256SUMS", listed.get(file), digest),
+            ("the hub's checksum", blob if len(blob) in (40, 64) else None, git or digest),
+        ):
+            compared = compared or expected is not None
+            if expected not in (None, actual):
+                problems.append(f"is not the file of {whose} {expected}")
+        found.append({"file": file, "sha256": digest, "ok": False if problems else True if compared else None,
+                      "problem": "; ".join(problems)})
+    return found
+
+
+def _git_hash(content):
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+
+def _size(size):
+    if not size:
+        return "-"
+    scale, unit = next((pair for pair in ((1e9, "GB"), (1e6, "MB")) if size >= pair[0]), (1e3, "kB"))
+    return f"{size / scale:.1f} {unit}"
+
+
+def _list(names, args):
+    records = [status(checkpoints.find(name)) for name in names or EDITORS]
+    rows = [("NAME", "STATE", "SIZE", "REVISION", "ACCESS", "FROM", "LICENCE")]
+    for record in records:
+        revision = (record["revision"] or "-")[:12] if record["pinned"] else "unpinned"
+        about = "~" if record["state"] != "shipped" and record["bytes"] else ""
+        rows.append((record["name"], record["state"], about + _size(record["bytes"]), revision,
+                     "gated" if record["gated"] else "open", record["source"], record["licence"]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    for line in records if args.json else lines:
+        cli.out(cli.to_json(line) if args.json else line)
+
+
+def _check(name, args):
+    """Fetch one editor (download) and verify it (both); an exit code."""
+    source, download = checkpoints.find(name), args.action == "download"
+    if download and source.hub_id:
+        size = f"about {_size(source.size)}" if source.size else "a size that the hub will tell"
+        cli.say(f"{name}: {size} from {source.hub_id} at {args.revision or source.revision or 'main (unpinned)'}, "
+                f"licence: {source.licence}", quiet=args.quiet)
+    checkpoint = checkpoints.open_checkpoint(name, source.components, revision=args.revision,
+                                             offline=None if download else True)
+    published = source.files if checkpoint.revision == source.revision else {}
+    files = verify(checkpoint, published)
+    for file in files:
+        mark = {True: "ok", False: "BAD", None: "unknown"}[file["ok"]]
+        if not args.json and not (download and file["ok"]):
+            cli.out(f"{mark:7}  {file['sha256']}  {name}: {file['file']}")
+        if file["problem"]:
+            path = checkpoint.folder / file["file"]
+            cli.fail(f"{path} {file['problem']}; remove {os.path.realpath(path)} and fetch it again")
+    if args.json:
+        cli.out(cli.to_json({"name": source.name, "source": checkpoint.source, "revision": checkpoint.revision,
+                             "folder": checkpoint.folder, "licence": source.licence, "files": files}))
+    bad = sum(file["ok"] is False for file in files)
+    at = f" at {checkpoint.revision}" if checkpoint.revision else ""
+    cli.say(f"{name}{at}: {len(files)} files in {checkpoint.folder}, {f'{bad} BAD' if bad else 'none damaged'}",
+            quiet=args.quiet)
+    return cli.SOME_FAILED if bad else cli.OK
+
+
+def _body(args):
+    if args.revision and args.action == "list":
+        raise ValueError("--revision is for download and verify; list shows the revision that is used by default")
+    if args.action == "list":
+        return _list(args.names, args)
+    if not args.names:
+        raise ValueError(f"{args.action} needs a name: {', '.join(EDITORS)}, a folder, or a hub id")
+    if args.quiet:
+        from huggingface_hub.utils import disable_progress_bars
+        disable_progress_bars()
+    return max([_check(name, args) for name in args.names])
+
+
+def _parser():
+    parser = cli.Parser("weights", "List, fetch and verify the weights of the editors.", EXAMPLES)
+    parser.add_argument("action", choices=("list", "download", "verify"))
+    parser.add_argument("names", nargs="*", metavar="NAME",
+                        help="a known editor, a folder, or a hub id (list: default all known ones)")
+    parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub id instead of the pinned one")
+    parser.shared()
+    return parser
+
+
+def main(argv=None):
+    return cli.run(_body, _parser(), argv)
+
+
+if __name__ == "__main__":
+    cli.leave(main())
