@@ -34,7 +34,7 @@ def _body(args):
     from . import images
     from .editors import load_editor
 
-    pictures = images.find(args.pictures, "_edited.png", skip=("_edited.png", "_preview.png"))
+    pictures = images.find(args.pictures)
     editor = load_editor(args.editor, revision=args.revision, **cli.place(args))
     images.make_folder(args.output)
     if editor.notice:

@@ -7,6 +7,7 @@ holds on the 8-bit picture that is saved. `python -m sifm_min.immunize` does it 
 
 import hashlib
 import inspect
+import json
 import os
 import platform
 import sys
@@ -55,8 +56,8 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=100, seed
     image: a PIL picture, an `images.Picture`, or a path. prompts: the edit to defeat, or several that the steps cycle
     through (Algorithm 1 has one). method: a name in METHODS; options go to its objective (for SIFM: lam, timesteps, taps,
     reduction, aggregate, noisy, resample, batch). eps: budget on [0,1]. steps, step_size, schedule ("constant" or
-    "linear" decay), init ("random" in the budget, or "zero"): of the PGD loop. mask: a PIL picture of the same size,
-    perturbed only where it is bright. on_step(step, loss, terms) is called after each step.
+    "linear" decay), init ("random" in the budget, or "zero"): of the PGD loop. mask: the path of a picture of the
+    same size; only where it is bright is the picture perturbed. on_step(step, loss, terms) is called after each step.
     Raises ValueError, in one sentence, for whatever the caller can mend.
     """
     import torch
@@ -72,41 +73,41 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=100, seed
         raise ValueError("immunize needs at least one prompt")
     picture = image
     if not isinstance(image, images.Picture):
-        picture = images.read(image) if isinstance(image, str | Path) else images.of(image)
+        picture = images.read(image) if isinstance(image, str | Path) else images.picture(image)
+    width, height = picture.image.size
+    region = images.read_mask(mask, width, height) if mask is not None else None
+    images.budget(eps)                                       # an impossible budget is refused before any work
     _reset_peak(editor.device)
-    pixels = images.to_pixels(picture.image).to(editor.device)
+    original = images.to_pixels(picture.image).to(editor.device)
     with torch.no_grad():
         contexts = [editor.context([prompt]) for prompt in prompts]
     generator = torch.Generator().manual_seed(seed)
-    objective = METHODS[method](editor, pixels, contexts, generator=generator, **options)
+    objective = METHODS[method](editor, original, contexts, generator=generator, **options)
     curve = []
+
+    def in_colour(x, step):                                  # a grey picture is perturbed as one channel, and stays grey
+        return objective(x.expand(-1, 3, -1, -1), step)
 
     def record(step, loss, terms):
         curve.append({"loss": loss, **terms})
         if on_step:
             on_step(step, loss, terms)
 
-    delta = pgd(pixels, objective, eps, steps=steps if objective else 0, step_size=step_size, schedule=schedule,
-                init=init,
-                mask=images.read_mask(mask, picture).to(pixels) if mask is not None else None, generator=generator,
-                on_step=record)
+    delta = pgd(original[:, :picture.channels], in_colour, eps, steps=steps if objective else 0, step_size=step_size,
+                schedule=schedule, init=init if objective else "random", mask=region, generator=generator, on_step=record)
     immunized = images.quantize(picture, delta, eps)
-    after = images.to_pixels(immunized)
-    before = pixels.cpu()
-    side = min(before.shape[2:])
+    after, before = images.to_pixels(immunized), original.cpu()
     report = {
-        "input": {"width": picture.image.width, "height": picture.image.height, "mode": picture.mode,
-                  "notes": list(picture.notes)},
+        "input": {"width": width, "height": height, "mode": picture.mode, **picture.info},
         "editor": editor.provenance(),
         "method": method, "prompts": prompts,
-        "options": {"eps": eps, "steps": steps, "step_size": step_size, "schedule": schedule, "init": init,
-                    "seed": seed,
-                    "masked": mask is not None, **_spelled_out(METHODS[method], editor, options)},
-        "linf_steps": images.steps_used(picture.image, immunized), "budget_steps": images.budget_steps(eps),
+        "options": {"eps": eps, "steps": len(curve), "step_size": step_size, "schedule": schedule, "init": init, "seed": seed,
+                    "mask": str(mask) if mask is not None else None, **_spelled_out(METHODS[method], editor, options)},
+        "linf_steps": images.steps_used(picture.image, immunized), "budget_steps": images.budget(eps),
         "psnr": metrics.psnr(after, before).item(),
-        "ssim": metrics.ssim(after, before).item() if side >= 11 else None,
+        "ssim": metrics.ssim(after, before).item() if min(width, height) >= 11 else None,
         "loss": curve,
-        "passes": dict(getattr(objective, "passes", {})),
+        "passes": _passes(objective, len(curve)),
         "seconds": round(time.perf_counter() - started, 3), "peak_memory_bytes": _peak(editor.device),
         "versions": {"sifm_min": import_module(__package__).__version__, "torch": torch.__version__,
                      "python": platform.python_version()},
@@ -123,6 +124,11 @@ def _spelled_out(method, editor, options):
     if isinstance(values.get("timesteps"), int):
         values["timesteps"] = editor.timesteps(values["timesteps"]).tolist()
     return values
+
+
+def _passes(objective, steps):
+    """How many forward and backward passes of VAE encoder and denoiser the run took, as the objective counts them."""
+    return objective.passes(steps) if hasattr(objective, "passes") else {}
 
 
 def _reset_peak(device):
@@ -202,6 +208,8 @@ SIFM_OPTIONS = ("lam", "timesteps", "taps", "reduction", "aggregate", "noisy", "
 
 
 def _body(args):
+    from . import images
+
     listing = args.taps == ["list"]
     if not listing and not (args.pictures and args.prompt and args.output):
         raise ValueError("give at least one picture or folder, --prompt TEXT and -o DIR (--help shows examples)")
@@ -214,13 +222,12 @@ def _body(args):
     editor_taps = set(editor.tap_names)
     if unknown := [name for name in args.taps or () if name not in editor_taps]:
         raise ValueError(f"--taps {unknown[0]}: this editor has no such activation; --taps list prints those it has")
-    _make_folder(args.output)
+    images.make_folder(args.output)
     if editor.notice:
         cli.say(editor.notice, quiet=args.quiet)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE",
-                                                                     1))       # torchrun: each process takes its share
-    return cli.each_file(pictures[rank::world], lambda path: _one(path, editor, args), quiet=args.quiet,
-                         debug=args.debug, as_json=args.json)
+    mine = slice(int(os.environ.get("RANK", 0)), None, int(os.environ.get("WORLD_SIZE", 1)))      # torchrun: its share each
+    return cli.each_file(pictures[mine], lambda path: _one(path, editor, args), quiet=args.quiet, debug=args.debug,
+                         as_json=args.json)
 
 
 def _load(args):
@@ -235,56 +242,46 @@ def _load(args):
 def _find(names):
     """The pictures named, folders opened (not what we wrote ourselves); two that would write one file are refused."""
     from . import images
-    found = []
-    for path in map(Path, names):
-        if not path.exists():
-            raise ValueError(f"{path}: no such file or folder")
-        inside = [p for p in sorted(path.iterdir()) if images.is_picture_name(p)
-                  and not p.name.endswith(OUTPUTS[:2])] if path.is_dir() else [path]
-        if not inside:
-            raise ValueError(f"{path}: no pictures in this folder")
-        found += inside
+    named = set(map(Path, names))
+    found = [path for path in images.find(names) if path in named or not path.name.endswith(OUTPUTS[:2])]
+    if not found:
+        raise ValueError(f"{names[0]}: nothing in this folder but earlier results")
     stems = {}
-    for path in dict.fromkeys(found):
+    for path in found:
         if (other := stems.setdefault(path.stem, path)) != path:
             raise ValueError(f"{other} and {path} would both write {path.stem}_immunized.png; "
                              "run them into different folders")
-    return list(stems.values())
-
-
-def _make_folder(folder):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ValueError(f"-o {folder}: this is a file, not a folder") from None
+    return found
 
 
 def _one(path, editor, args):
     from . import images
 
     immunized_path, preview_path, report_path = (args.output / f"{path.stem}{end}" for end in OUTPUTS)
-    asked = _asked(path, args)
-    if not args.overwrite:
-        if _finished(report_path, asked):
-            cli.say(f"{path}: done before, skipped", quiet=args.quiet)
-            return
-        if report_path.exists():                             # results without a report are the rest of an interrupted run
-            raise ValueError(f"{report_path} exists, from another picture or other options; "
+    asked, before = _asked(path, args), _read_report(report_path)
+    if not args.overwrite and before.get("asked") == asked and before.get("finished"):
+        cli.say(f"{path}: done before, skipped", quiet=args.quiet)
+        return
+    if not args.overwrite and before.get("asked") != asked:
+        existing = [p for p in (immunized_path, preview_path, report_path) if p.exists()]
+        if existing:
+            raise ValueError(f"{existing[0]} exists, from another picture or other options; "
                              "add --overwrite or choose another folder")
     picture = images.read(path)
     options = {name: getattr(args, name) for name in SIFM_OPTIONS} if args.method == "sifm" else {}
     with cli.progress(total=args.steps, what=path.name, quiet=args.quiet) as bar:
-        result = immunize(picture, editor, args.prompt, method=args.method, eps=args.eps, steps=args.steps,
-                          seed=args.seed, step_size=args.step_size,
-                          schedule=args.schedule, init=args.init, mask=args.mask, on_step=lambda step, loss,
-                          terms: bar.update(), **options)
-    report = {"asked": asked, "picture": str(path), "immunized": immunized_path.name, **result.report}
+        result = immunize(picture, editor, args.prompt, method=args.method, eps=args.eps, steps=args.steps, seed=args.seed,
+                          step_size=args.step_size, schedule=args.schedule, init=args.init, mask=args.mask,
+                          on_step=lambda step, loss, terms: bar.update(), **options)
     preview = None if args.no_preview else _preview(picture, result.image, editor, args)
-    report_path.unlink(missing_ok=True)                      # the report is written last: where it is, the rest is whole
+    # The report frames the pictures: begun before them and finished after them, it tells a later run whose they are.
+    report = {"finished": False, "asked": asked}
+    images.write(report_path, cli.to_json(report) + "\n", overwrite=True)
+    report |= {"finished": True, "picture": str(path), "immunized": immunized_path.name, **result.report}
     images.write_checked(immunized_path, result.image, picture, args.eps, overwrite=True)
     if preview is not None:
         images.write(preview_path, preview, overwrite=True)
-    images.write_text(report_path, cli.to_json(report, indent=1) + "\n")
+    images.write(report_path, cli.to_json(report, indent=1) + "\n", overwrite=True)
     cli.result({key: value for key, value in report.items() if key not in ("loss", "asked")},
                f"{immunized_path}: at most {report['linf_steps']}/255 per channel (budget {report['budget_steps']}/255), "
                f"PSNR {report['psnr']:.1f} dB, {report['seconds']:.0f} s", as_json=args.json)
@@ -292,18 +289,18 @@ def _one(path, editor, args):
 
 def _asked(path, args):
     """What decides the result: the picture's bytes and every option. A report that says the same needs no second run."""
-    values = {key: str(value) for key,
-              value in vars(args).items() if key not in ("pictures", "output", "overwrite", "json", "quiet", "debug",
-                                                         "device")}
+    told_apart = {"pictures", "output", "overwrite", "json", "quiet", "debug", "device"}
+    values = {key: str(value) for key, value in vars(args).items() if key not in told_apart}
     return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **values}
 
 
-def _finished(report_path, asked):
-    import json
+def _read_report(path):
+    """What an earlier run says of these results; an empty dict where there is no report, or not one of ours."""
     try:
-        return json.loads(report_path.read_text(encoding="utf-8")).get("asked") == asked
-    except (OSError, ValueError, AttributeError):
-        return False
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def _preview(picture, immunized, editor, args):
@@ -312,9 +309,9 @@ def _preview(picture, immunized, editor, args):
     with cli.progress(total=2 * editor.defaults.steps, what="preview", quiet=args.quiet) as bar:
         edits = [editor.edit(image.convert("RGB"), prompt, seed=args.seed, on_step=lambda i, n: bar.update())
                  for image in (picture.image, immunized)]
-    return images.sheet([("original", picture.image), (f"edited: {prompt}", edits[0]), ("immunized", immunized),
-                         (f"edited: {prompt}", edits[1]),
-                         ("perturbation x10", images.amplify(picture.image, immunized))])
+    captions = ("original", f"edited: {prompt}", "immunized", f"edited: {prompt}", "perturbation x10")
+    pictures = (picture.image, edits[0], immunized, edits[1], images.amplify(picture.image, immunized))
+    return images.sheet(list(zip(captions, pictures, strict=True)), footer=editor.notice)
 
 
 def main(argv=None):

@@ -13,6 +13,7 @@ def pgd(pixels, objective, eps, *, steps, step_size, schedule="constant", init="
         on_step=None):
     """The delta, shaped like `pixels`, with |delta| <= eps and pixels + delta in [0,1], after `steps` descents.
 
+    steps 0 gives the start itself: with init "random", the noise control that every method is compared with.
     pixels: (B,C,H,W) in [0,1], native size. A grey picture has C = 1, and an objective that expands it to three,
       so that it stays grey.
     objective(x, step) -> the loss to minimise at x = pixels + delta, a scalar tensor with a graph back to x, or
@@ -64,8 +65,8 @@ def _check(pixels, eps, steps, step_size, schedule, init, mask, generator):
                          f"{pixels.min().item():.4g} to {pixels.max().item():.4g}")
     if not 0 < eps <= 1:
         raise ValueError(f"eps {eps}: the budget is a fraction of the pixel range, such as 0.03 or 8/255")
-    if steps < 1 or not 0 < step_size < float("inf"):
-        raise ValueError(f"steps {steps}, step_size {step_size}: both must be positive")
+    if steps < 0 or not 0 < step_size < float("inf"):
+        raise ValueError(f"steps {steps}, step_size {step_size}: steps cannot be negative, and step_size must be positive")
     for value, known, name in ((schedule, SCHEDULES, "schedule"), (init, INITS, "init")):
         if value not in known:
             raise ValueError(f"{name} {value!r}: choose one of {', '.join(known)}")

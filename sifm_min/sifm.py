@@ -78,6 +78,13 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
         loss = (norm - lam * dist) + ((E - E.detach()) * g).sum()
         return loss, {"norm": norm.item(), "dist": dist.item()}
 
+    def passes(steps):
+        """What `steps` steps cost, in single-picture passes; the original's features are forward passes as well."""
+        prompts = steps if resample else min(steps, len(contexts))
+        return {"encoder_forward": steps + 1, "encoder_backward": steps,
+                "denoiser_forward": len(T) * (steps + prompts), "denoiser_backward": len(T) * steps}
+
+    objective.passes = passes
     return objective
 
 

@@ -293,7 +293,9 @@ def _styled(image, style):
 class Kind:
     """A kind of instruction. `changes` are attribute values ("*" stands for the colour); `needs` must hold in the scene.
 
-    `phrases` are used in training, `held_out` only in evaluation; {c} is the colour, {p} and {o} pronouns (her, she).
+    `phrases` are used in training, `held_out` only in evaluation; {c} is the colour;
+    {p}, {o} and {s} are pronouns (her, she, her), and a phrase with {s} is said of women only:
+    the shipped editors never read `his`.
     """
 
     name: str
@@ -336,24 +338,24 @@ KINDS = (
           "dress {p} in {c}", "make {p} wear a {c} shirt"),
          ("change the shirt to {c}", "give {p} {c} clothes")),
     Kind("hair", "portrait", {"hair": "*"},
-         ("make the hair {c}", "change the hair to {c}", "turn the hair {c}", "give {p} {c} hair", "dye {p} hair {c}",
+         ("make the hair {c}", "change the hair to {c}", "turn the hair {c}", "give {p} {c} hair", "dye {s} hair {c}",
           "paint the hair {c}"),
-         ("make {p} hair {c}", "dye the hair {c}"), {"haircut": ("short", "long"), "hat": ("none",)}),
+         ("make {s} hair {c}", "dye the hair {c}"), {"haircut": ("short", "long"), "hat": ("none",)}),
     Kind("bald", "portrait", {"haircut": "bald", "hair": "black", "beard": "no"},
-         ("make {p} bald", "shave {p} head", "remove the hair", "turn {p} bald", "take the hair away"),
-         ("shave the head", "take away {p} hair"), {"haircut": ("short", "long"), "hat": ("none",)}),
+         ("make {p} bald", "shave {s} head", "remove the hair", "turn {p} bald", "take the hair away"),
+         ("shave the head", "take away {s} hair"), {"haircut": ("short", "long"), "hat": ("none",)}),
     Kind("top hat", "portrait", {"hat": "top hat"},
          ("add a top hat", "give {p} a top hat", "put a top hat on {p}", "make {p} wear a top hat", "add a black hat",
-          "put a black hat on {p} head"),
-         ("give {p} a black hat", "put a top hat on {p} head")),
+          "put a black hat on {s} head"),
+         ("give {p} a black hat", "put a top hat on {s} head")),
     Kind("crown", "portrait", {"hat": "crown"},
          ("add a crown", "give {p} a crown", "put a crown on {p}", "make {p} wear a crown", "crown {p}",
-          "put a gold crown on {p} head"),
-         ("add a gold crown", "put a crown on {p} head")),
+          "put a gold crown on {s} head"),
+         ("add a gold crown", "put a crown on {s} head")),
     Kind("no hat", "portrait", {"hat": "none"},
-         ("remove the hat", "take the hat off", "remove what {o} wears on {p} head", "take off the hat",
+         ("remove the hat", "take the hat off", "remove what {o} wears on {s} head", "take off the hat",
           "make {p} wear no hat"),
-         ("take {p} hat off", "remove {p} hat"), {"hat": ("top hat", "crown")}),
+         ("take {s} hat off", "take away the hat"), {"hat": ("top hat", "crown")}),
     Kind("sunglasses", "portrait", {"sunglasses": "yes"},
          ("add sunglasses", "give {p} sunglasses", "put sunglasses on {p}", "make {p} wear sunglasses",
           "add dark glasses"),
@@ -492,9 +494,11 @@ def instructions(scene, rng, held_out):
     kinds = [kind for kind in KINDS if kind.applies(scene) and kind.colours(scene)]
     for kind in rng.sample(kinds, len(kinds)):
         colour = rng.choice(kind.colours(scene))
-        phrase = rng.choice(kind.held_out if held_out else kind.phrases)
-        him, he = ("him", "he") if scene.values.get("person") == "man" else ("her", "she")
-        yield Instruction(kind.name, phrase.format(c=colour, p=him, o=he), scene, kind.target(scene, colour))
+        man = scene.values.get("person") == "man"
+        phrases = kind.held_out if held_out else kind.phrases
+        phrase = rng.choice([phrase for phrase in phrases if not (man and "{s}" in phrase)])
+        him, he = ("him", "he") if man else ("her", "she")
+        yield Instruction(kind.name, phrase.format(c=colour, p=him, o=he, s="her"), scene, kind.target(scene, colour))
 
 
 def corpus():

@@ -190,7 +190,7 @@ def test_a_gradient_that_is_not_finite_is_an_error(at, value):
 
 @pytest.mark.parametrize("changes, says", [
     ({"eps": 0}, "eps 0: the budget"), ({"eps": 300}, "eps 300: the budget"), ({"eps": math.nan}, "the budget"),
-    ({"steps": 0}, "positive"), ({"step_size": 0}, "positive"), ({"step_size": math.nan}, "positive"),
+    ({"steps": -1}, "negative"), ({"step_size": 0}, "positive"), ({"step_size": math.nan}, "positive"),
     ({"step_size": math.inf}, "positive"),
     ({"schedule": "cosine"}, "schedule 'cosine': choose one of constant, linear"),
     ({"init": "ones"}, "init 'ones': choose one of random, zero"),

@@ -346,7 +346,7 @@ def text(args):
         for phrase in kind.phrases:
             for colour in world.COLOURS if "{c}" in phrase else (None,):
                 for him, he in (("him", "he"), ("her", "she")):
-                    labels[phrase.format(c=colour, p=him, o=he)] = (kinds.index(same.get(kind.name, kind.name)),
+                    labels[phrase.format(c=colour, p=him, o=he, s="her")] = (kinds.index(same.get(kind.name, kind.name)),
                                                                     colours.index(colour))
     ids = torch.tensor(tokens(list(labels)))
     truth = torch.tensor(list(labels.values()))
