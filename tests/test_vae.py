@@ -237,3 +237,4 @@ def test_keys_that_change_nothing_are_accepted():
     extra = BASE | {"sample_size": [512, 256], "force_upcast": False, "_class_name": "AutoencoderKL", "_manifest": {},
                     "shift_factor": None, "latents_mean": None, "act_fn": "silu"}
     assert VAEConfig.from_json(json.dumps(extra)) == plain
+    assert (plain.scaling_factor, plain.shift_factor) == (0.18215, 0.0)     # what files that leave them out mean
