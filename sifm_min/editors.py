@@ -134,9 +134,9 @@ class InstructPix2Pix:
         return images.resize(pixels, height, width)
 
     def encode(self, pixels):
-        """Pixels (B,3,H,W) in [0,1] at the working size -> the image condition (B,C,H/8,W/8), in the U-Net's dtype."""
+        """Pixels (B,3,H,W) in [0,1] at the working size -> the image condition (B,C,H/8,W/8), in the VAE's dtype."""
         mean, _ = self.vae.encode(2 * pixels.to(self.device, self.vae_dtype) - 1)
-        return mean.to(self.dtype)
+        return mean
 
     def decode(self, latent):
         """A latent as the sampler leaves it (B,C,h,w) -> pixels in [0,1], not clipped."""
@@ -165,12 +165,15 @@ class InstructPix2Pix:
 
     def features(self, condition, noisy_latent, timesteps, context, *, taps):
         """Activations of the U-Net, name -> tensor, live; the forward pass ends at the last tap."""
-        return self.unet.features(torch.cat([noisy_latent, condition], 1), timesteps.to(condition.device), context,
-                                  taps=taps)
+        return self.unet.features(*self._inputs(condition, noisy_latent, timesteps), context, taps=taps)
 
     def predict(self, condition, noisy_latent, timesteps, context):
         """The U-Net's prediction (B,C,h,w), in the scheduler's parameterisation."""
-        return self.unet(torch.cat([noisy_latent, condition], 1), timesteps.to(condition.device), context)
+        return self.unet(*self._inputs(condition, noisy_latent, timesteps), context)
+
+    def _inputs(self, condition, noisy_latent, timesteps):
+        # Only the network itself runs in its dtype: noise, noising and the sum of gradients stay in float32.
+        return torch.cat([noisy_latent, condition], 1).to(self.dtype), timesteps.to(condition.device)
 
     # -- what the attacker uses ----------------------------------------------------------------------------------------
 
