@@ -52,13 +52,14 @@ class VAEConfig:
     mid_block_add_attention: bool = True
 
     def __post_init__(self):
-        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
+        widths = tuple(self.block_out_channels) if isinstance(self.block_out_channels, (list, tuple)) else ()
+        object.__setattr__(self, "block_out_channels", widths)
         object.__setattr__(self, "shift_factor", 0.0 if self.shift_factor is None else self.shift_factor)
-        counts = {key: (getattr(self, key),) for key in COUNTS} | {"block_out_channels": self.block_out_channels}
+        counts = {key: (getattr(self, key),) for key in COUNTS} | {"block_out_channels": widths}
         for key, values in counts.items():
             if not values or not all(isinstance(value, int) and value > 0 for value in values):
                 raise ValueError(f"the VAE's config.json sets {key} to {getattr(self, key)!r}, not positive integers")
-        if uneven := [c for c in self.block_out_channels if c % self.norm_num_groups]:
+        if uneven := [c for c in widths if c % self.norm_num_groups]:
             raise ValueError(f"the VAE's config.json has {uneven[0]} in block_out_channels, "
                              f"which is not a multiple of norm_num_groups {self.norm_num_groups}")
 
@@ -72,19 +73,18 @@ class VAEConfig:
         for key, implemented in ONLY.items():
             if (value := given.pop(key, implemented)) != implemented:
                 raise ValueError(f"the VAE's config.json sets {key} to {value!r}; only {implemented!r} is implemented")
-        for key, implemented in BLOCK_TYPES.items():
-            types = given.pop(key, [implemented] * len(given.get("block_out_channels", ())))
-            if other := [name for name in types if name != implemented]:
-                raise ValueError(f"the VAE's config.json has {other[0]!r} in {key}; only {implemented} is implemented")
-            if len(types) != len(given.get("block_out_channels", types)):
-                raise ValueError(f"the VAE's config.json lists {len(types)} {key} for "
-                                 f"{len(given['block_out_channels'])} block_out_channels")
+        blocks = {key: given.pop(key) for key in BLOCK_TYPES if key in given}
         given = {key: value for key, value in given.items() if key not in IGNORED}
         if extra := sorted(given.keys() - {field.name for field in fields(cls)}):
             raise ValueError(f"the VAE's config.json sets {', '.join(extra)}, which this VAE does not implement")
         if absent := [field.name for field in fields(cls) if field.default is MISSING and field.name not in given]:
             raise ValueError(f"the VAE's config.json does not set {', '.join(absent)}")
-        return cls(**given)
+        config = cls(**given)
+        for key, types in blocks.items():
+            if types != [BLOCK_TYPES[key]] * len(config.block_out_channels):
+                raise ValueError(f"the VAE's config.json sets {key} to {types!r}; implemented is {BLOCK_TYPES[key]} "
+                                 f"for each of its {len(config.block_out_channels)} block_out_channels")
+        return config
 
 
 class ResidualBlock(nn.Module):

@@ -204,7 +204,9 @@ BASE = {"block_out_channels": [8, 16], "layers_per_block": 1, "latent_channels":
 @pytest.mark.parametrize(("change", "named"), [
     ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),
     ({"up_block_types": ["UpDecoderBlock2D", "SpatialUp"]}, "SpatialUp"),
-    ({"down_block_types": ["DownEncoderBlock2D"]}, "1 down_block_types for 2"),
+    ({"down_block_types": ["DownEncoderBlock2D"]}, "each of its 2"),
+    ({"up_block_types": None}, "up_block_types"),
+    ({"block_out_channels": 64}, "block_out_channels"),
     ({"act_fn": "gelu"}, "act_fn"),
     ({"latents_mean": [0.0] * 4}, "latents_mean"),
     ({"latents_std": [1.0] * 4}, "latents_std"),
