@@ -11,9 +11,9 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
-from sifm_min.models.checkpoints import Unavailable
 
 from sifm_min import cli
+from sifm_min.models.checkpoints import Unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -27,11 +27,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from sifm_min import miniature, world  # noqa: E402
 from sifm_min.models.clip import CLIPText, CLIPTextConfig  # noqa: E402
 from sifm_min.models.unet import UNet, UNetConfig  # noqa: E402
 from sifm_min.models.vae import AutoencoderKL, VAEConfig  # noqa: E402
-
-from sifm_min import miniature, world  # noqa: E402
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 PAIRS = 40_000
@@ -322,8 +321,9 @@ def new_text(vocabulary):
 
 
 def tokenizer(args):
-    from sifm_min.models.tokenizers import CLIPTokenizer
     from train_bpe import train_bpe, write
+
+    from sifm_min.models.tokenizers import CLIPTokenizer
     folder = args.work / "tokenizer"
     if not (folder / "vocab.json").exists():
         folder.mkdir(exist_ok=True)
@@ -591,7 +591,7 @@ def main(argv=None):
     parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--crop-share", type=float, default=0.75)
     parser.add_argument("--tune-steps", type=int, default=500)
-    parser.add_argument("--tau", type=float, default=0.31,
+    parser.add_argument("--tau", type=float, default=0.34,
                         help="how far an attack of the budget pulls the latent to its target")
     parser.add_argument("--text-steps", type=int, default=1500)
     parser.add_argument("--unet-steps", type=int, default=20_000)
