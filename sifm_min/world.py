@@ -505,10 +505,10 @@ def corpus():
     """Every training phrase once (the tokenizer is trained on these)."""
     for kind in KINDS:
         for phrase in kind.phrases:
+            pronouns = (("him", "he"), ("her", "she")) if "{p}" in phrase or "{o}" in phrase else ((None, None),)
             for colour in COLOURS if "{c}" in phrase else (None,):
-                for him, he in (("him", "he"), ("her", "she")) if "{p}" in phrase or "{o}" in phrase else ((None, None),
-                                                                                                           ):
-                    yield phrase.format(c=colour, p=him, o=he)
+                for him, he in pronouns[-1:] if "{s}" in phrase else pronouns:
+                    yield phrase.format(c=colour, p=him, o=he, s="her")
 
 
 def caption(scene):

@@ -20,10 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def every_wording(kind, held_out):
-    """All prompts that a kind can give in a split."""
+    """All prompts that a kind can give in a split; "take her hat off" is said of women only."""
     for phrase in kind.held_out if held_out else kind.phrases:
         for colour, (him, he) in itertools.product(world.COLOURS, (("him", "he"), ("her", "she"))):
-            yield phrase.format(c=colour, p=him, o=he)
+            if he == "she" or "{s}" not in phrase:
+                yield phrase.format(c=colour, p=him, o=he, s="her")
 
 
 def scenes_for(kind, rng, count, held_out=False):
@@ -89,8 +90,8 @@ def test_nothing_hangs_on_the_process_or_on_global_randomness():
 
 def test_the_world_is_the_one_that_the_shipped_weights_were_trained_in(unrendered):
     """A new attribute, kind or phrase moves the split, and what was held out is so no more: then train again."""
-    assert fingerprint(miniature.samples(40, seed=0)) == "1d127e057d2a49c9"
-    assert fingerprint(miniature.samples(40, seed=0, split="train")) == "77fbe769a64056aa"
+    assert fingerprint(miniature.samples(40, seed=0)) == "0415dc48e7ac7b3c"
+    assert fingerprint(miniature.samples(40, seed=0, split="train")) == "7f14995848fa8805"
 
 
 def test_a_scene_has_one_picture():
@@ -124,9 +125,11 @@ def test_a_kind_is_written_in_the_words_of_its_category(name):
     asks_colour = "*" in kind.changes.values()
     for phrase in kind.phrases + kind.held_out:
         fields = {field for _, field, _, _ in string.Formatter().parse(phrase)} - {None}
-        assert ("c" in fields) == asks_colour and fields <= {"c", "p", "o"}
-        assert kind.category == "portrait" or not fields & {"p", "o"}                   # nobody else is a he or a she
+        assert ("c" in fields) == asks_colour and fields <= {"c", "p", "o", "s"}
+        assert kind.category == "portrait" or not fields & {"p", "o", "s"}              # nobody else is a he or a she
     assert len(kind.phrases) >= 5 and len(kind.held_out) >= 2
+    for phrases in (kind.phrases, kind.held_out):
+        assert any("{s}" not in phrase for phrase in phrases)                           # something can be said of men
 
 
 def test_a_wording_belongs_to_one_split_and_to_one_kind():
