@@ -129,7 +129,7 @@ def attribute_classifier(sample, edited):
     visible = visible_attributes(wanted)
     changed = [name for name in sample.instruction.changed if name in visible]
     kept = [name for name in visible if name not in sample.instruction.changed]
-    still = sum(read[name] == wanted.values[name] for name in kept) / max(1, len(kept))
+    still = sum(read[name] == wanted.values[name] for name in kept) / len(kept) if kept else 1.0      # a style hides them all
     degraded = damage.sigmoid().item() > DAMAGED or still < KEPT
     return Verdict.of(any(read[name] != wanted.values[name] for name in changed), degraded)
 
