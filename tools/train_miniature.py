@@ -588,13 +588,13 @@ def main(argv=None):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=PAIRS)
-    parser.add_argument("--vae-steps", type=int, default=4000)
+    parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--crop-share", type=float, default=0.75)
-    parser.add_argument("--tune-steps", type=int, default=500)
+    parser.add_argument("--tune-steps", type=int, default=450)
     parser.add_argument("--tau", type=float, default=0.34,
                         help="how far an attack of the budget pulls the latent to its target")
-    parser.add_argument("--text-steps", type=int, default=1500)
-    parser.add_argument("--unet-steps", type=int, default=20_000)
+    parser.add_argument("--text-steps", type=int, default=1200)
+    parser.add_argument("--unet-steps", type=int, default=7000)
     parser.add_argument("--judge-steps", type=int, default=2500)
     parser.add_argument("--renderings", type=int, default=16_000)
     parser.add_argument("--guidance", type=float, default=2.0)
@@ -602,7 +602,7 @@ def main(argv=None):
     parser.add_argument("--cached", type=int, default=20_000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--decay", type=float, default=0.3,
+    parser.add_argument("--decay", type=float, default=0.35,
                         help="the last share of the steps, over which the rate falls to zero")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
