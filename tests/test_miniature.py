@@ -150,3 +150,15 @@ def test_the_editor_obeys_and_noise_does_not_stop_it():
     assert obeyed >= 17                                      # 70 % is measured on 100 (README); this bound is 2.5 sigma below
     wrong = sum(miniature.judge(s, e).obeyed for s, e in zip(samples, clean[1:] + clean[:1], strict=True))
     assert wrong <= 1
+
+
+def test_diffusers_loads_the_shipped_folder_and_draws_the_same_picture():
+    diffusers = pytest.importorskip("diffusers", reason="the oracle is diffusers (the test extra)")
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(MODELS / "miniature", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    editor, sample = sifm_min.load_editor("miniature"), miniature.samples(1, seed=2)[0]
+    defaults = editor.defaults
+    theirs = pipeline(sample.prompt, image=sample.image, num_inference_steps=defaults.steps, guidance_scale=defaults.guidance,
+                      image_guidance_scale=defaults.image_guidance, generator=torch.Generator().manual_seed(4)).images[0]
+    ours = editor.edit(sample.image, sample.prompt, seed=4)
+    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
