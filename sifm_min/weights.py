@@ -154,8 +154,9 @@ def _body(args):
     if not args.names:
         raise ValueError(f"{args.action} needs a name: {', '.join(EDITORS)}, a folder, or a hub id")
     if args.quiet:
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils import disable_progress_bars, logging
         disable_progress_bars()
+        logging.set_verbosity_error()                        # its remarks on retries are remarks too
     return max([_check(name, args) for name in args.names])
 
 
