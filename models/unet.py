@@ -46,13 +46,17 @@ ONLY = {
 # Which types of block are implemented, and whether they attend.
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+PER_BLOCK = ("attention_head_dim", "transformer_layers_per_block")          # where one number stands for all resolutions
 
 TRANSFORMER_NORM_EPS = 1e-6                         # of the GroupNorm before a transformer, whatever norm_eps says
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """`unet/config.json`. Per-block values are finest resolution first, except `up_block_types`: in running order."""
+    """`unet/config.json`. What is given per resolution is finest first, except `up_block_types`: in running order.
+
+    Defaults are those of the published class, for files older than the option.
+    """
 
     block_out_channels: tuple[int, ...]             # channels per resolution
     down_block_types: tuple[str, ...]
@@ -61,7 +65,7 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     layers_per_block: int = 2                       # residual blocks per resolution going down; going up, one more
-    # The number of heads, not their width: a misnomer that every published file keeps. One number, or one per block.
+    # The number of heads, not their width: a misnomer that every published file keeps.
     attention_head_dim: int | tuple[int, ...] = 8
     transformer_layers_per_block: int | tuple[int, ...] = 1
     use_linear_projection: bool = False             # whether a transformer's proj_in and proj_out are stored as [C, C]
@@ -71,38 +75,42 @@ class UNetConfig:
     freq_shift: float = 0
 
     def __post_init__(self):
-        for key in ("block_out_channels", "down_block_types", "up_block_types"):
-            object.__setattr__(self, key, tuple(getattr(self, key)))
-        widths, groups = self.block_out_channels, self.norm_num_groups
-        for key in ("attention_head_dim", "transformer_layers_per_block"):
+        for key in ("block_out_channels", "down_block_types", "up_block_types", *PER_BLOCK):
             value = getattr(self, key)
-            object.__setattr__(self, key, tuple(value) if isinstance(value, (list, tuple)) else (value,) * len(widths))
-        for key in ("block_out_channels", "attention_head_dim", "transformer_layers_per_block", "cross_attention_dim",
-                    "in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+            if key in PER_BLOCK and type(value) is int:
+                value = (value,) * len(self.block_out_channels)
+            if not isinstance(value, (list, tuple)) or len(value) != len(self.block_out_channels):
+                raise ValueError(f"the U-Net's config.json sets {key} to {value!r}, not one for each resolution")
+            object.__setattr__(self, key, tuple(value))
+        for fault in self._faults():
+            raise ValueError(f"the U-Net's config.json {fault}")
+
+    def _faults(self):
+        """What is wrong with the values, as ends of sentences."""
+        for key in ("block_out_channels", *PER_BLOCK, "cross_attention_dim", "in_channels", "out_channels",
+                    "layers_per_block", "norm_num_groups"):
             value = getattr(self, key)
-            values = value if isinstance(value, tuple) else (value,)
-            if not values or not all(type(n) is int and n > 0 for n in values):
-                raise ValueError(f"the U-Net's config.json sets {key} to {value!r}, not to positive integers")
-        for key in ("down_block_types", "up_block_types", "attention_head_dim", "transformer_layers_per_block"):
-            if len(getattr(self, key)) != len(widths):
-                raise ValueError(f"the U-Net's config.json lists {len(getattr(self, key))} {key} for "
-                                 f"{len(widths)} block_out_channels")
+            if value == () or not all(type(n) is int and n > 0 for n in (value if type(value) is tuple else (value,))):
+                yield f"sets {key} to {value!r}, not to positive integers"
+        for key, kinds in (("norm_eps", (int, float)), ("freq_shift", (int, float)), ("flip_sin_to_cos", (bool,)),
+                           ("use_linear_projection", (bool,))):
+            if type(getattr(self, key)) not in kinds:
+                yield f"sets {key} to {getattr(self, key)!r}, not to a {kinds[-1].__name__}"
         for key, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-            if other := [name for name in getattr(self, key) if name not in known]:
-                raise ValueError(f"the U-Net's config.json has {other[0]!r} in {key}; "
-                                 f"only {' and '.join(known)} are implemented")
-        if uneven := [width for width in widths if width % groups]:
-            raise ValueError(f"the U-Net's config.json has {uneven[0]} in block_out_channels, "
-                             f"which is not a multiple of norm_num_groups {groups}")
+            for kind in getattr(self, key):
+                if kind not in tuple(known):
+                    yield f"has {kind!r} in {key}; only {' and '.join(known)} are implemented"
+        widths = self.block_out_channels
         for level, (width, heads) in enumerate(zip(widths, self.attention_head_dim, strict=True)):
             attends = (level == len(widths) - 1 or DOWN_BLOCKS[self.down_block_types[level]]
                        or UP_BLOCKS[self.up_block_types[-1 - level]])
+            if width % self.norm_num_groups:
+                yield f"has {width} in block_out_channels, which norm_num_groups {self.norm_num_groups} does not divide"
             if attends and width % heads:
-                raise ValueError(f"the U-Net's config.json has {width} in block_out_channels, "
-                                 f"which {heads} heads (attention_head_dim) do not divide")
+                yield f"has {width} in block_out_channels, which {heads} heads (attention_head_dim) do not divide"
         if widths[0] % 2 or self.freq_shift >= widths[0] // 2:
-            raise ValueError(f"the U-Net's config.json has {widths[0]} as the first of block_out_channels, which does "
-                             f"not split into a timestep's sines and cosines with freq_shift {self.freq_shift}")
+            yield (f"begins block_out_channels with {widths[0]}, which does not split into sines and cosines of a "
+                   f"timestep with freq_shift {self.freq_shift}")
 
     @classmethod
     def from_json(cls, text: str) -> "UNetConfig":
@@ -168,9 +176,11 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, timestep):                                            # a number, or a tensor with T of them
         weight, half = self.linear_1.weight, self.config.block_out_channels[0] // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=weight.device) / (half - self.config.freq_shift)
+        steps = torch.arange(half, dtype=torch.float32, device=weight.device)
         timestep = torch.as_tensor(timestep, device=weight.device).reshape(-1, 1).float()
-        angle = timestep * torch.exp(-math.log(10000) * exponent)           # (T, C / 2), in fp32 whatever the weights
+        # (T, C / 2), in float32 whatever the weights. The order of operations is everybody's: it decides the last digits
+        # of a frequency, and a thousand times that is no longer small.
+        angle = timestep * torch.exp(-math.log(10000) * steps / (half - self.config.freq_shift))
         waves = (angle.cos(), angle.sin()) if self.config.flip_sin_to_cos else (angle.sin(), angle.cos())
         x = self.linear_1(torch.cat(waves, dim=1).to(weight.dtype))
         return F.silu(self.linear_2(F.silu(x)))
@@ -264,29 +274,30 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
+def per_token(layer, tokens):
+    """A linear layer, or a 1x1 convolution, which is the same stored as [C, C, 1, 1]; so both kinds of file run alike,
+    and a convolution saves two changes of memory layout."""
+    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+
+
 class Transformer(nn.Module):
     """Every position a token, transformer blocks over them, and back onto the picture they came from."""
 
     def __init__(self, width: int, heads: int, layers: int, config: UNetConfig):
         super().__init__()
-        self.linear = config.use_linear_projection
         self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=TRANSFORMER_NORM_EPS)
-        self.proj_in = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
+        self.proj_in = nn.Linear(width, width) if config.use_linear_projection else nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(width, config.cross_attention_dim, heads) for _ in range(layers))
-        self.proj_out = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Linear(width, width) if config.use_linear_projection else nn.Conv2d(width, width, 1)
 
     def forward(self, x, context):                                          # (B, C, h, w) -> the same
-        y = self.norm(x)
-        y = y if self.linear else self.proj_in(y)
-        y = y.flatten(2).transpose(1, 2)                                    # (B, C, h, w) -> (B, h*w, C)
-        y = self.proj_in(y) if self.linear else y
+        tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (B, C, h, w) -> (B, h*w, C)
+        tokens = per_token(self.proj_in, tokens)
         for block in self.transformer_blocks:
-            y = block(y, context)
-        y = self.proj_out(y) if self.linear else y
-        y = y.transpose(1, 2).unflatten(2, x.shape[-2:])                    # (B, h*w, C) -> (B, C, h, w)
-        y = y if self.linear else self.proj_out(y)
-        return x + y
+            tokens = block(tokens, context)
+        tokens = per_token(self.proj_out, tokens)
+        return x + tokens.transpose(1, 2).unflatten(2, x.shape[-2:])        # (B, h*w, C) -> (B, C, h, w)
 
 
 class Downsample(nn.Module):

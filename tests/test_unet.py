@@ -1,0 +1,400 @@
+"""The U-Net against diffusers' UNet2DConditionModel on random weights, and against the published names and shapes."""
+
+import inspect
+import json
+from dataclasses import asdict, fields, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sifm_min.models import unet
+from sifm_min.models.unet import UNet, UNetConfig, default_taps, tap_names
+
+diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")
+
+DOWN, CROSS_DOWN, UP, CROSS_UP = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
+CONFIGS = {
+    "InstructPix2Pix, narrow": UNetConfig(
+        block_out_channels=(16, 32, 64, 64), down_block_types=(CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, DOWN),
+        up_block_types=(UP, CROSS_UP, CROSS_UP, CROSS_UP), cross_attention_dim=24, in_channels=8, norm_num_groups=8),
+    "miniature": UNetConfig(
+        block_out_channels=(64, 96, 96), down_block_types=(DOWN, CROSS_DOWN, CROSS_DOWN),
+        up_block_types=(CROSS_UP, CROSS_UP, UP), cross_attention_dim=96, in_channels=8, layers_per_block=1,
+        attention_head_dim=4, norm_num_groups=8),
+    "heads and depths per resolution, linear": UNetConfig(
+        block_out_channels=(20, 40, 60), down_block_types=(CROSS_DOWN, DOWN, CROSS_DOWN),
+        up_block_types=(CROSS_UP, UP, CROSS_UP), cross_attention_dim=12, layers_per_block=1,
+        attention_head_dim=(2, 8, 3), transformer_layers_per_block=(1, 3, 2), use_linear_projection=True,
+        norm_num_groups=4, norm_eps=1e-6),
+    "sines first, attention going up only": UNetConfig(
+        block_out_channels=(10, 24), down_block_types=(DOWN, DOWN), up_block_types=(CROSS_UP, UP),
+        cross_attention_dim=8, in_channels=3, out_channels=5, layers_per_block=3, attention_head_dim=3,
+        norm_num_groups=2, norm_eps=1e-3, flip_sin_to_cos=False, freq_shift=1),
+    "one resolution": UNetConfig(
+        block_out_channels=(8,), down_block_types=(CROSS_DOWN,), up_block_types=(UP,), cross_attention_dim=16,
+        layers_per_block=1, attention_head_dim=2, norm_num_groups=4),
+}
+SMALL = "heads and depths per resolution, linear"   # small, and nothing in it is equal by accident
+SIZES = {"even": (16, 8), "odd": (11, 13)}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}                     # of the largest value; double sees details
+
+
+def oracle(config: UNetConfig, seed: int = 0):
+    """diffusers' network at random weights; no scale is one, no bias zero, and the attention is far from uniform."""
+    torch.manual_seed(seed)
+    network = diffusers.UNet2DConditionModel(**asdict(config))
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif "to_q" in name or "to_k" in name:
+                parameter.mul_(3)
+    return network.eval()
+
+
+def ours_like(theirs, **changes) -> UNet:
+    config = UNetConfig.from_json(theirs.to_json_string())
+    network = UNet(replace(config, **changes)).to(theirs.dtype)
+    network.load_state_dict(theirs.state_dict())
+    return network.eval()
+
+
+def inputs(config, size=SIZES["even"], batch=2, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    latent = torch.randn(batch, config.in_channels, *size, generator=generator, dtype=dtype)
+    context = torch.randn(batch, 7, config.cross_attention_dim, generator=generator, dtype=dtype)
+    return latent.requires_grad_(), torch.tensor([999, 421, 3, 77][:batch]), context.requires_grad_()
+
+
+def assert_close(ours, theirs):
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    assert (ours - theirs).abs().max().item() <= TOLERANCE[ours.dtype] * theirs.abs().max().item()
+
+
+def assert_parity(ours, theirs, size=SIZES["even"]):
+    """The predictions agree, and so do the gradients at the latent and at the context."""
+    latent, timestep, context = inputs(theirs.config, size, dtype=theirs.dtype)
+    pair = ours(latent, timestep, context), theirs(latent, timestep, context).sample
+    assert_close(*pair)
+    weight = torch.randn(pair[1].shape, generator=torch.Generator().manual_seed(2), dtype=theirs.dtype)
+    for mine, other in zip(*(torch.autograd.grad((y * weight).sum(), (latent, context)) for y in pair), strict=True):
+        assert other.abs().max() > 0
+        assert_close(mine, other)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [("even", torch.float32), ("odd", torch.float32), ("odd", torch.float64)],
+                         ids=["even", "odd", "double"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parity_with_diffusers(name, size, dtype):
+    theirs = oracle(CONFIGS[name]).to(dtype)
+    assert_parity(ours_like(theirs), theirs, SIZES[size])
+
+
+def test_timesteps_of_every_form():
+    theirs = oracle(CONFIGS[SMALL])
+    ours = ours_like(theirs)
+    latent, _, context = (x.detach() for x in inputs(theirs.config))
+    for timestep in (981, 0, 12.5, torch.tensor(981), torch.tensor(12.5), torch.tensor([981]), torch.tensor([981, 12]),
+                     torch.tensor([0.25, 999.75], dtype=torch.float64)):
+        assert_close(ours(latent, timestep, context), theirs(latent, timestep, context).sample)
+
+
+def test_weights_get_their_gradients():
+    theirs = oracle(CONFIGS["miniature"])
+    ours = ours_like(theirs)
+    for network, prediction in ((ours, ours(*inputs(ours.config))), (theirs, theirs(*inputs(ours.config)).sample)):
+        network.zero_grad()
+        prediction.square().mean().backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert_close(parameter.grad, expected[name].grad)
+
+
+def test_one_text_serves_a_batch_of_timesteps():
+    ours = ours_like(oracle(CONFIGS[SMALL]))
+    latent, timestep, context = inputs(ours.config)
+    one = context[:1].detach().requires_grad_()
+    many = one.detach().repeat(2, 1, 1).requires_grad_()
+    short, long = ours(latent, timestep, one), ours(latent, timestep, many)
+    assert_close(short, long)
+    short.square().sum().backward()
+    long.square().sum().backward()
+    assert_close(one.grad, many.grad.sum(0, keepdim=True))
+
+
+# ------------------------------------------------------------------------------------------------- faults must be seen
+
+class Wrong:
+    """A module with some functions replaced; only our file is given it, so that theirs stays right."""
+
+    def __init__(self, module, **functions):
+        self.module, self.functions = module, functions
+
+    def __getattr__(self, name):
+        return self.functions.get(name) or getattr(self.module, name)
+
+
+def halves_swapped(self, x):
+    gate, x = self.proj(x).chunk(2, dim=-1)
+    return x * F.gelu(gate)
+
+
+def not_normed_for_text(self, x, context):
+    y = self.norm1(x)
+    x = x + self.attn1(y, y)
+    x = x + self.attn2(x, context)
+    return x + self.ff(self.norm3(x))
+
+
+def skips_first(parts, dim):
+    same = len(parts) == 2 and parts[0].ndim == 4 and parts[0].shape == parts[1].shape
+    return torch.cat(parts[::-1] if same else parts, dim=dim)
+
+
+FAULTS = {                                          # each is one plausible mistake: where, what, and its wrong value
+    "the transformer's epsilon": (unet, "TRANSFORMER_NORM_EPS", 1e-5),
+    "another activation": (unet, "F", Wrong(F, silu=F.gelu)),
+    "approximate GELU": (unet, "F", Wrong(F, gelu=lambda x: F.gelu(x, approximate="tanh"))),
+    "halves of the gate swapped": (unet.GEGLU, "forward", halves_swapped),
+    "a norm forgotten": (unet.TransformerBlock, "forward", not_normed_for_text),
+    "unscaled attention": (unet, "F", Wrong(F, scaled_dot_product_attention=lambda q, k, v: (
+        F.scaled_dot_product_attention(q, k, v, scale=1.0)))),
+    "values for keys": (unet.Attention, "keys_values", lambda self, context: (
+        self.split(self.to_v(context)), self.split(self.to_k(context)))),
+    "heads interleaved": (unet.Attention, "split", lambda self, tokens: (
+        tokens.unflatten(-1, (-1, self.heads)).permute(0, 3, 1, 2))),
+    "bilinear upsampling": (unet.Upsample, "forward", lambda self, x, size: (
+        self.conv(F.interpolate(x, size=size, mode="bilinear")))),
+    "one-sided padding": (unet.Downsample, "forward", lambda self, x: (
+        F.conv2d(F.pad(x, (0, 1, 0, 1)), self.conv.weight, self.conv.bias, stride=2))),
+    "skips before features": (unet, "torch", Wrong(torch, cat=skips_first)),
+    "frequencies in double": (unet, "torch", Wrong(torch, arange=lambda n, dtype, device: (
+        torch.arange(n, dtype=torch.float64, device=device)))),
+}
+WRONG_CONFIGS = [{"flip_sin_to_cos": False}, {"freq_shift": 1}, {"norm_eps": 1e-5}, {"norm_num_groups": 2},
+                 {"attention_head_dim": (4, 8, 3)}, {"attention_head_dim": (2, 8, 6)}]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_parity_sees(fault, monkeypatch):
+    """The comparison above is worth something only if it fails on a wrong network."""
+    theirs = oracle(CONFIGS[SMALL]).double()
+    assert_parity(ours_like(theirs), theirs)
+    monkeypatch.setattr(*FAULTS[fault])
+    with pytest.raises(AssertionError):
+        assert_parity(ours_like(theirs), theirs)
+
+
+@pytest.mark.parametrize("changes", WRONG_CONFIGS, ids=str)
+def test_parity_sees_a_wrong_config(changes):
+    theirs = oracle(CONFIGS[SMALL])                 # in float32: these are seen by far
+    with pytest.raises(AssertionError):
+        assert_parity(ours_like(theirs, **changes), theirs)
+
+
+# ----------------------------------------------------------------------------------------------------------------- taps
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_tap_is_what_a_hook_on_their_module_of_that_name_sees(name, size):
+    theirs = oracle(CONFIGS[name])
+    ours = ours_like(theirs)
+    seen, latent_etc = {}, inputs(theirs.config, SIZES[size])
+    for tap in ours.tap_names:
+        def hook(module, args, out, tap=tap):
+            seen[tap] = out[0] if isinstance(out, tuple) else out           # theirs: attentions return tuples
+        theirs.get_submodule("conv_out" if tap == "out" else tap).register_forward_hook(hook)
+    theirs(*latent_etc)
+    found = ours.features(*latent_etc, taps=ours.tap_names)
+    assert list(found) == list(ours.tap_names)
+    for tap, activation in found.items():
+        assert_close(activation, seen[tap])
+    for tap in ("mid_block", ours.tap_names[-3]):   # live: the gradient arrives at the input, and it is theirs
+        mine, other = (torch.autograd.grad(each[tap].square().sum(), latent_etc[0], retain_graph=True)[0]
+                       for each in (found, seen))
+        assert other.abs().max() > 0
+        assert_close(mine, other)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tap_names_are_what_walk_yields_and_walk_leaves_it_alone(name):
+    ours = UNet(CONFIGS[name])
+    arguments = [x.detach() for x in inputs(ours.config)]
+    before = [x.clone() for x in arguments]
+    with torch.no_grad():                           # where an operation in place would raise no error
+        yielded = [(tap, x, x.clone()) for tap, x in ours.walk(*arguments)]
+        prediction = ours(*arguments)
+    assert tuple(tap for tap, _, _ in yielded) == ours.tap_names == tap_names(ours.config)
+    assert all(torch.equal(x, copy) for _, x, copy in yielded)
+    assert all(torch.equal(x, copy) for x, copy in zip(arguments, before, strict=True))
+    assert yielded[-1][0] == "out" and torch.equal(yielded[-1][1], prediction)
+
+
+def test_features_stop_after_the_last_tap():
+    ours = UNet(CONFIGS["miniature"])
+    arguments = inputs(ours.config, (4, 4))
+    expected = dict(ours.walk(*arguments))
+    names = [tap for tap in ours.tap_names if tap != "mid_block"]           # a container: nothing of its own runs
+
+    class Ran(Exception):
+        pass
+
+    def raises(*_):
+        raise Ran
+
+    for last, after in zip(names, names[1:], strict=False):
+        handle = ours.get_submodule("conv_out" if after == "out" else after).register_forward_pre_hook(raises)
+        found = ours.features(*arguments, taps=[last, "conv_in"])
+        assert list(found) == list(dict.fromkeys(["conv_in", last]))        # in execution order, each once
+        assert torch.equal(found[last], expected[last])
+        with pytest.raises(Ran):                    # so it would have been noticed
+            ours.features(*arguments, taps=[after])
+        handle.remove()
+    assert ours.features(*arguments, taps=["mid_block"])["mid_block"].equal(expected["mid_block.resnets.1"])
+
+
+@pytest.mark.parametrize(("taps", "sentence"), [
+    ([], "no taps were asked for"),
+    (["mid_block", "up_blocks.7"], "unknown tap 'up_blocks.7'"),
+    (["mid_block.resnets.2"], "unknown tap 'mid_block.resnets.2'"),
+    ("mid_block", "unknown tap '_'"),
+], ids=str)
+def test_wrong_taps_are_one_sentence_before_anything_runs(taps, sentence):
+    ours = UNet(CONFIGS[SMALL])
+    with pytest.raises(ValueError, match=sentence) as caught:
+        ours.features(None, None, None, taps=taps)
+    assert "\n" not in str(caught.value) and "conv_in" in str(caught.value)
+
+
+def test_default_taps(shared):
+    sd = UNetConfig.from_json((shared / "data" / "checkpoints" / "ip2p_unet.config.json").read_text())
+    assert default_taps(sd) == ("mid_block", *(f"up_blocks.1.attentions.{j}" for j in range(3)))
+    assert default_taps(CONFIGS["miniature"]) == ("mid_block", "up_blocks.0.attentions.0", "up_blocks.0.attentions.1")
+    assert default_taps(CONFIGS["one resolution"]) == ("mid_block",)
+    for config in (sd, *CONFIGS.values()):
+        assert set(default_taps(config)) <= set(tap_names(config))
+    assert len(tap_names(sd)) == len(set(tap_names(sd))) == 47
+
+
+# --------------------------------------------------------------------------------------------- the published file, dtype
+
+def test_published_names_and_shapes(shared):
+    folder = shared / "data" / "checkpoints"
+    published = json.loads((folder / "ip2p_unet.keys.json").read_text())
+    with torch.device("meta"):
+        network = UNet(UNetConfig.from_json((folder / "ip2p_unet.config.json").read_text()))
+    assert {name: list(tensor.shape) for name, tensor in network.state_dict().items()} == published
+    assert sum(parameter.numel() for parameter in network.parameters()) == 859_532_484
+    assert not list(network.buffers())              # nothing that a build on meta would leave there
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_weights_decide_the_dtype(dtype):
+    ours = UNet(CONFIGS[SMALL]).to(dtype)
+    latent, timestep, context = inputs(ours.config, dtype=dtype)
+    assert all(x.dtype == dtype for _, x in ours.walk(latent, timestep, context))
+
+
+def test_memory_format_does_not_matter():
+    theirs = oracle(CONFIGS[SMALL])
+    latent, timestep, context = inputs(theirs.config)
+    ours = ours_like(theirs).to(memory_format=torch.channels_last)
+    assert_close(ours(latent.to(memory_format=torch.channels_last), timestep, context),
+                 theirs(latent, timestep, context).sample)
+
+
+# --------------------------------------------------------------------------------------------------------------- config
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_reads_what_save_pretrained_writes(name, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    theirs = oracle(CONFIGS[name])
+    theirs.save_pretrained(tmp_path)
+    ours = UNet(UNetConfig.from_json((tmp_path / "config.json").read_text()))
+    assert ours.config == CONFIGS[name]
+    ours.load_state_dict(safetensors.load_file(tmp_path / "diffusion_pytorch_model.safetensors"))
+    latent, timestep, context = inputs(ours.config)
+    assert_close(ours(latent, timestep, context), theirs(latent, timestep, context).sample)
+
+
+def test_every_option_of_theirs_is_decided_on_and_its_default_accepted():
+    options = inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters
+    options = {name: option.default for name, option in options.items() if name != "self"}
+    ours = {field.name: field.default for field in fields(UNetConfig)}
+    assert options.keys() == ours.keys() | unet.ONLY.keys() | unet.IGNORED.keys()
+    assert not (ours.keys() & unet.ONLY.keys() or unet.ONLY.keys() & unet.IGNORED.keys())
+    config = UNetConfig.from_json(json.dumps(options))
+    assert config.attention_head_dim == (8, 8, 8, 8) and config.transformer_layers_per_block == (1, 1, 1, 1)
+    bare = {key: options[key] for key in
+            ("block_out_channels", "down_block_types", "up_block_types", "cross_attention_dim")}
+    assert UNetConfig.from_json(json.dumps(bare)) == config                 # our defaults are theirs
+
+
+BASE = {"block_out_channels": [8, 16], "down_block_types": [CROSS_DOWN, DOWN], "up_block_types": [UP, CROSS_UP],
+        "cross_attention_dim": 8, "attention_head_dim": 2, "norm_num_groups": 4, "layers_per_block": 1}
+
+
+@pytest.mark.parametrize("key", unet.ONLY)
+def test_an_option_that_is_not_implemented_is_refused(key):
+    with pytest.raises(ValueError, match=f"sets {key} to 'another'; only .* is implemented$"):
+        UNetConfig.from_json(json.dumps(BASE | {key: "another"}))
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"down_block_types": [CROSS_DOWN, "AttnDownBlock2D"]}, "AttnDownBlock2D"),
+    ({"up_block_types": ["SimpleCrossAttnUpBlock2D", UP]}, "SimpleCrossAttnUpBlock2D"),
+    ({"up_block_types": [UP, [CROSS_UP]]}, "up_block_types"),
+    ({"down_block_types": [DOWN]}, "down_block_types"),
+    ({"up_block_types": None}, "up_block_types"),
+    ({"block_out_channels": 64}, "block_out_channels"),
+    ({"block_out_channels": [], "down_block_types": [], "up_block_types": []}, "block_out_channels"),
+    ({"block_out_channels": [8, "16"]}, "block_out_channels"),
+    ({"block_out_channels": [8, 18]}, "18.* norm_num_groups 4"),
+    ({"block_out_channels": [3, 6], "norm_num_groups": 3, "attention_head_dim": 3}, "sines and cosines"),
+    ({"freq_shift": 4}, "freq_shift 4"),
+    ({"freq_shift": "none"}, "freq_shift"),
+    ({"attention_head_dim": 3}, "8 .* 3 heads"),
+    ({"attention_head_dim": [2, 0]}, "attention_head_dim"),
+    ({"attention_head_dim": [2, 2, 2]}, "attention_head_dim"),
+    ({"attention_head_dim": None}, "attention_head_dim"),
+    ({"transformer_layers_per_block": [[1], [2]]}, "transformer_layers_per_block"),
+    ({"cross_attention_dim": [8, 8]}, "cross_attention_dim"),
+    ({"layers_per_block": [1, 2]}, "layers_per_block"),
+    ({"layers_per_block": 0}, "layers_per_block"),
+    ({"in_channels": True}, "in_channels"),
+    ({"norm_num_groups": None}, "norm_num_groups"),
+    ({"norm_eps": None}, "norm_eps"),
+    ({"flip_sin_to_cos": "yes"}, "flip_sin_to_cos"),
+    ({"use_linear_projection": None}, "use_linear_projection"),
+    ({"qk_norm": "rms_norm"}, "sets qk_norm, which this U-Net does not implement"),
+], ids=str)
+def test_a_config_of_another_architecture_is_refused(change, named):
+    UNetConfig.from_json(json.dumps(BASE))
+    with pytest.raises(ValueError, match=named) as caught:
+        UNetConfig.from_json(json.dumps(BASE | change))
+    assert "\n" not in str(caught.value)
+
+
+def test_heads_need_divide_only_where_there_is_attention():
+    text = json.dumps(BASE | {"down_block_types": [DOWN, DOWN], "up_block_types": [CROSS_UP, UP], "attention_head_dim": 16})
+    UNet(UNetConfig.from_json(text))
+
+
+@pytest.mark.parametrize("missing", ["block_out_channels", "down_block_types", "up_block_types", "cross_attention_dim"])
+def test_a_config_without_a_needed_key_is_refused(missing):
+    with pytest.raises(ValueError, match=f"does not set {missing}"):
+        UNetConfig.from_json(json.dumps({key: value for key, value in BASE.items() if key != missing}))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3"])
+def test_a_config_that_is_no_json_object_is_refused(text):
+    with pytest.raises(ValueError, match="not a JSON object"):
+        UNetConfig.from_json(text)
+
+
+def test_keys_that_change_nothing_are_accepted():
+    plain = UNetConfig.from_json(json.dumps(BASE))
+    extra = {"sample_size": 64, "dropout": 0.1, "upcast_attention": None, "num_class_embeds": None, "act_fn": "silu",
+             "mid_block_scale_factor": 1.0, "only_cross_attention": False, "_class_name": "any", "_manifest": {}}
+    assert UNetConfig.from_json(json.dumps(BASE | extra)) == plain
