@@ -120,7 +120,10 @@ class CLIPTokenizer:
 
     @classmethod
     def from_folder(cls, folder):
-        """Read a `tokenizer` folder of a checkpoint. A damaged or foreign one is a ValueError that names the file."""
+        """Read a `tokenizer` folder of a checkpoint. A damaged or foreign one is a ValueError that names the file.
+
+        Where the files do not say otherwise, the special tokens and the 77 ids of every published CLIP hold.
+        """
         folder = Path(folder)
         config_file = folder / "tokenizer_config.json"
         config = _read_json(config_file) if config_file.exists() else {}
@@ -129,7 +132,7 @@ class CLIPTokenizer:
         for side in ("padding_side", "truncation_side"):
             if config.get(side, "right") != "right":
                 raise ValueError(f"{config_file} sets {side} to {config[side]!r}; only 'right' is implemented")
-        length = config.get("model_max_length", 77)            # what every published CLIP was trained with
+        length = config.get("model_max_length", 77)
         if type(length) is not int or not 2 <= length <= 100_000:
             raise ValueError(
                 f"{config_file} gives model_max_length {length!r}; set it to the text encoder's max_position_embeddings"
@@ -236,8 +239,11 @@ def _read_specials(folder, config, listed, vocab):
     with ids (`added_tokens_decoder`, or in tokenizer.json) decides where there is one; a token that is not listed is
     declared by its role, in special_tokens_map.json before tokenizer_config.json.
     """
-    path = folder / "tokenizer_config.json"
+    path = folder / ("tokenizer.json" if listed else "tokenizer_config.json")
     if "added_tokens_decoder" in config:
+        path = folder / "tokenizer_config.json"
+        if not isinstance(config["added_tokens_decoder"], dict):
+            raise ValueError(f"{path}: added_tokens_decoder must map ids to tokens")
         listed = list(config["added_tokens_decoder"].items())
     else:
         if (folder / "special_tokens_map.json").exists():
@@ -251,7 +257,7 @@ def _read_specials(folder, config, listed, vocab):
     for number, token in listed:
         text, folded = _special(token, path)
         if not str(number).isdecimal():
-            raise ValueError(f"{folder}: the special token {text!r} has the id {number!r}, which is not a whole number")
+            raise ValueError(f"{path}: the special token {text!r} has the id {number!r}, which is not a whole number")
         specials[text] = int(number), folded
     decided = set(specials)
 
@@ -259,7 +265,7 @@ def _read_specials(folder, config, listed, vocab):
         text, folded = _special(token, path)
         if text not in decided:
             if text not in vocab:
-                raise ValueError(f"{path} declares the special token {text!r}, which the vocabulary lacks")
+                raise ValueError(f"{path}: the special token {text!r} is not in the vocabulary")
             specials[text] = vocab[text], folded               # declared twice: the later one decides
         return specials[text][0]
 
@@ -281,7 +287,7 @@ def _special(token, path):
 
 
 def _read_merges(path):
-    """Lines of two tokens. The first line may be a `#version`; any other line that begins with # is a merge."""
+    """Lines of two tokens, after a `#version`; any other line that begins with # is a merge."""
     pairs = []
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line or line.startswith("#version"):
@@ -305,4 +311,7 @@ def _read_single(path):
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(token, str) for token in pair):
             raise ValueError(f"{path}: a merge must be two tokens, found {pair!r}")
-    return model["vocab"], pairs, [(token.get("id"), token) for token in found.get("added_tokens") or ()]
+    added = found.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        raise ValueError(f"{path}: added_tokens must be a list of tokens with their ids")
+    return model["vocab"], pairs, [(token.get("id"), token) for token in added]

@@ -72,7 +72,7 @@ HARD = [
     "</s> <pad> [CLS] </w> a</w>", "Ġ Ċ Ā",
     # markup and programs
     "price: $12.50 & 100% <b>bold</b> &amp; &lt;x&gt; &#39;", "a.b.c:d;e/f\\g|h`i~j^k",
-    "under_score __init__ snake_case",
+    "under_score __init__ snake_case", "# ## ### ######## #1 #tag ##tag #\ufe0f",
     "https://example.org/?q=a%20b#c", "“smart” ‘single’ — dash –", "```x```", "-----", "....", "a-b--c---d",
     # long words and long prompts
     "x" * 300, "ab" * 200, "!" * 300, "é" * 150, "日" * 120, "1" * 120, " ".join(["very long prompt"] * 60),
@@ -155,6 +155,13 @@ def assert_equal_ids(ours, theirs, texts):
 # ------------------------------------------------------------------------------------------------- the published one
 
 
+def test_bytes_have_the_symbols_of_the_published_vocabulary(shared):
+    vocab = json.loads((shared / "data" / "tokenizers" / "clip" / "vocab.json").read_text(encoding="utf-8"))
+    symbols = list(byte_symbols().values())
+    assert sorted(byte_symbols()) == list(range(256))
+    assert sorted(vocab, key=vocab.get)[:512] == [*symbols, *(symbol + "</w>" for symbol in symbols)]
+
+
 def test_recorded_ids(pair, shared):
     ours, _, folder = pair
     golden = json.loads((shared / "data" / "tokenizers" / "golden.json").read_text(encoding="utf-8"))
@@ -212,9 +219,9 @@ def test_a_word_without_end_takes_seconds_at_most(first, letters):
     """The cost grows like n log n: a merge that searches the whole word each time takes minutes here."""
     ours, theirs, _ = first
     word = "".join(random.Random(0).choices(letters, k=100_000))
-    began = time.monotonic()
+    began = time.process_time()
     ids = ours.encode(word)
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 10
     assert ids == theirs(word, add_special_tokens=False, verbose=False).input_ids
 
 
@@ -376,10 +383,11 @@ DAMAGE = [
     ("tokenizer_config.json", changed(model_max_length="77"), "model_max_length '77'.*max_position_embeddings"),
     ("tokenizer_config.json", changed(padding_side="left"), "padding_side to 'left'"),
     ("tokenizer_config.json", changed(truncation_side="left"), "truncation_side to 'left'"),
-    ("tokenizer_config.json", changed(added_tokens_decoder={"x": added("y")}), "'y' has the id 'x'"),
+    ("tokenizer_config.json", changed(added_tokens_decoder={"x": added("y")}), "_config.json: .* 'y' has the id 'x'"),
+    ("tokenizer_config.json", changed(added_tokens_decoder=["y"]), "tokenizer_config.json: added_tokens_decoder must"),
     ("tokenizer_config.json", changed(added_tokens_decoder={"7": "y", "8": {}}), "tokenizer_config.json declares"),
     ("special_tokens_map.json", text("{'a'}"), "special_tokens_map.json is not valid JSON"),
-    ("special_tokens_map.json", changed(pad_token="<pad>"), "special_tokens_map.json declares .* '<pad>', which"),
+    ("special_tokens_map.json", changed(pad_token="<pad>"), "special_tokens_map.json: .*'<pad>' is not in the"),
     ("special_tokens_map.json", changed(pad_token={"text": "!"}), "special_tokens_map.json declares .* without a text"),
     ("special_tokens_map.json", changed(pad_token=added("!", lstrip=True)), "special_tokens_map.json sets lstrip"),
 ]
@@ -403,7 +411,9 @@ def test_damaged_files_are_named(file, damage, message, small, tmp_path):
     (lambda whole: whole["model"].update(merges=[["a", 1]]), "a merge must be two tokens"),
     (lambda whole: whole["model"].update(merges=[7]), "a merge must be two tokens"),
     (lambda whole: whole["model"].update(merges=[["qq", "zz"]]), "needs the token 'qq', which .*tokenizer.json lacks"),
-    (lambda whole: whole.update(added_tokens=[{"content": "x"}]), "'x' has the id None"),
+    (lambda whole: whole.update(added_tokens=[{"content": "x"}]), "tokenizer.json: .* 'x' has the id None"),
+    (lambda whole: whole.update(added_tokens=["x"]), "tokenizer.json: added_tokens must"),
+    (lambda whole: whole.update(added_tokens=[{"id": 3, "content": ""}]), "tokenizer.json declares"),
 ])
 def test_a_damaged_tokenizer_json_is_named(change, message, small, tmp_path):
     transformers.CLIPTokenizer.from_pretrained(small).save_pretrained(tmp_path)
