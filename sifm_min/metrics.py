@@ -46,14 +46,14 @@ def ssim(dist, ref):
 
 def _ssim_map(x, y):
     """The SSIM of every window of two planes (B,H,W) -> (B,H-10,W-10)."""
-    # Moments are taken about the reference's mean: E[x^2] - E[x]^2 of the raw values loses digits on flat areas.
-    mean = y.detach().mean((1, 2), keepdim=True)
-    x, y = x - mean, y - mean
+    # Moments are taken about each plane's mean: E[x^2] - E[x]^2 of the raw values loses digits on flat areas.
+    mean_x, mean_y = (plane.detach().mean((1, 2), keepdim=True) for plane in (x, y))
+    x, y = x - mean_x, y - mean_y
     mu_x, mu_y = _blur(x), _blur(y)
     sigma_xx = _blur(x * x) - mu_x * mu_x
     sigma_yy = _blur(y * y) - mu_y * mu_y
     sigma_xy = _blur(x * y) - mu_x * mu_y
-    mu_x, mu_y = mu_x + mean, mu_y + mean
+    mu_x, mu_y = mu_x + mean_x, mu_y + mean_y
     luminance = (2 * mu_x * mu_y + K1**2) / (mu_x * mu_x + mu_y * mu_y + K1**2)
     return luminance * (2 * sigma_xy + K2**2) / (sigma_xx + sigma_yy + K2**2)
 

@@ -87,10 +87,20 @@ def test_equal_pictures():
     assert metrics.ssim(dist, dist).tolist() == pytest.approx([1, 1], abs=1e-6)
 
 
-def test_flat_pictures_keep_their_digits():
-    # In plain float32 moments this is 0.946177.
-    one, other = torch.full((1, 3, 96, 96), 100 / 255), torch.full((1, 3, 96, 96), 140 / 255)
-    assert metrics.ssim(one, other).item() == pytest.approx(0.945957818, abs=1e-6)
+@pytest.mark.parametrize("dist, ref", [(100, 140), (0, 255), (255, 254), (7, 200), (128, 128)])
+def test_flat_pictures_keep_their_digits(dist, ref):
+    one, other = (torch.full((1, 3, 30, 30), value / 255) for value in (dist, ref))
+    a, b = dist / 255, ref / 255
+    assert metrics.ssim(one, other).item() == pytest.approx((2 * a * b + 1e-4) / (a * a + b * b + 1e-4), abs=1e-6)
+
+
+def test_faint_texture_keeps_its_digits():
+    # Moments of the raw float32 values are off by 3e-6 here.
+    noise = [0.002 * plane for plane in pictures(batch=8, height=40, width=40)]
+    ref = 0.9 + noise[0]
+    dist = ref + noise[1]
+    torch.testing.assert_close(metrics.ssim(dist, ref), metrics.ssim(dist.double(), ref.double()).float(),
+                               rtol=0, atol=5e-7)
 
 
 @pytest.mark.parametrize("metric", [metrics.psnr, metrics.ssim])

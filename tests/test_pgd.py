@@ -131,6 +131,12 @@ def test_the_random_start_is_cut_to_range_and_mask():
     assert (picture() + delta).min() >= 0 and (picture() + delta).max() <= 1
 
 
+def test_no_steps_give_the_start_itself():
+    pixels = picture()
+    delta = pgd(pixels, lambda x, step: pytest.fail("the objective ran"), 0.1, steps=0, step_size=1, generator=seeded(3))
+    torch.testing.assert_close(pixels + delta, pixels + start(pixels, 0.1, seeded(3)), rtol=0, atol=0)
+
+
 def test_the_zero_start_is_zero():
     assert not start(picture(), 0.1, None, init="zero").any()
 
