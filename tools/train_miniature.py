@@ -594,15 +594,15 @@ def main(argv=None):
     parser.add_argument("--tau", type=float, default=0.34,
                         help="how far an attack of the budget pulls the latent to its target")
     parser.add_argument("--text-steps", type=int, default=1200)
-    parser.add_argument("--unet-steps", type=int, default=7000)
+    parser.add_argument("--unet-steps", type=int, default=6600)
     parser.add_argument("--judge-steps", type=int, default=2500)
     parser.add_argument("--renderings", type=int, default=16_000)
     parser.add_argument("--guidance", type=float, default=2.0)
-    parser.add_argument("--image-guidance", type=float, default=1.2)
+    parser.add_argument("--image-guidance", type=float, default=1.5)
     parser.add_argument("--cached", type=int, default=20_000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--decay", type=float, default=0.35,
+    parser.add_argument("--decay", type=float, default=0.3,
                         help="the last share of the steps, over which the rate falls to zero")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
