@@ -49,7 +49,10 @@ def load_editor(source="miniature", *, device=None, dtype=None, revision=None, o
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     checkpoint = checkpoints.open_checkpoint(source, COMPONENTS, revision=revision, offline=offline)
     name = str(source)
-    index = json.loads(checkpoint.text("model_index.json")) if checkpoint.has("model_index.json") else {}
+    try:
+        index = dict(json.loads(checkpoint.text("model_index.json"))) if checkpoint.has("model_index.json") else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: model_index.json is not a JSON object ({error}); fetch it again") from None
     if (pipeline := index.get("_class_name", InstructPix2Pix.PIPELINE)) != InstructPix2Pix.PIPELINE:
         raise ValueError(f"{name} is a {pipeline}; only {InstructPix2Pix.PIPELINE} is implemented")
     # The published repositories' stored sampler is not the one that anybody, their authors included, edits with.
@@ -153,10 +156,13 @@ class InstructPix2Pix:
 
     def timesteps(self, count):
         """`count` timesteps, (count,), evenly spaced over what a default edit visits, noisiest first."""
+        if count < 1:
+            raise ValueError(f"{count} timesteps: at least one is needed")
         visited = self.scheduler.plan(self.defaults.steps).timesteps
         highest, lowest = float(visited.max()), max(float(visited.min()), LOWEST_TIMESTEP)
-        return torch.linspace(highest, lowest,
-                              count).round().long() if count > 1 else torch.tensor([round((highest + lowest) / 2)])
+        if count == 1:
+            return torch.tensor([round((highest + lowest) / 2)])
+        return torch.linspace(highest, lowest, count).round().long()
 
     def noise_latent(self, condition, noise, timesteps):
         """The noisy latent z_t of a picture given by its condition; noise (B,C,h,w) standard normal, timesteps (B,)."""
@@ -241,8 +247,12 @@ def _pixels(image):
 
 
 def _lists(image, prompt):
-    pictures = [image] if isinstance(image, Image.Image) else list(image)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    """(pictures, prompts), equally many; one of either serves for all of the other."""
+    pictures = list(image) if isinstance(image, list | tuple) else [image]
+    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    for values, kind, wanted in ((pictures, Image.Image, "PIL pictures"), (prompts, str, "prompts, as text")):
+        if wrong := [value for value in values if not isinstance(value, kind)]:
+            raise ValueError(f"edit takes {wanted}; it got {type(wrong[0]).__name__}")
     if not pictures or not prompts:
         raise ValueError("edit needs at least one picture and one prompt")
     count = max(len(pictures), len(prompts))
