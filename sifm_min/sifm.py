@@ -37,7 +37,9 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
         if value not in known:
             raise ValueError(f"{option} {value!r}: choose one of {', '.join(known)}")
     T = editor.timesteps(timesteps) if isinstance(timesteps, int) else torch.as_tensor(timesteps)
-    taps = list(taps or editor.default_taps)
+    if min(len(T), len(contexts), 1 if batch is None else batch) < 1:
+        raise ValueError("SIFM needs at least one prompt, one timestep, and one timestep in a batch")
+    taps = list(editor.default_taps if taps is None else taps)
     batches = T.split(batch or len(T))
     with torch.no_grad():
         E_orig = editor.encode(editor.resize(x_orig))        # (1,C,h,w)
