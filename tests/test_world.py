@@ -49,7 +49,7 @@ def unrendered(monkeypatch):
     monkeypatch.setattr(world, "changed_share", lambda *pictures: (0.0, None))
 
 
-# ------------------------------------------------------------------------------------------------------- determinism
+# ---------------------------------------------------------------------------------------------------------- determinism
 
 def fingerprint(samples):
     told = [(s.instruction.scene, s.instruction.target, s.prompt, s.unseen_prompts) for s in samples]
@@ -104,7 +104,7 @@ def test_a_scene_has_one_picture():
         assert picture.tobytes() != world.render(replace(scene, jitter=tuple(-j for j in scene.jitter))).tobytes()
 
 
-# ----------------------------------------------------------------------------------------------------- the vocabulary
+# ------------------------------------------------------------------------------------------------------- the vocabulary
 
 def test_three_categories_and_many_kinds():
     assert world.CATEGORIES == ("portrait", "landscape", "artwork")
@@ -148,7 +148,7 @@ def test_the_tokenizer_is_trained_on_the_training_wordings_alone():
     assert not set(corpus) & {prompt for kind in world.KINDS for prompt in every_wording(kind, held_out=True)}
 
 
-# --------------------------------------------------------------------------------------------------------- the splits
+# ----------------------------------------------------------------------------------------------------------- the splits
 
 @pytest.mark.parametrize("split", ["train", "held-out"])
 def test_samples_keep_to_their_split(split, unrendered):
@@ -181,7 +181,7 @@ def test_an_unknown_split_is_refused():
         miniature.samples(1, split="test")
 
 
-# --------------------------------------------------------------------------------------------------------- the samples
+# ---------------------------------------------------------------------------------------------------------- the samples
 
 def test_samples_are_exact():
     """The target is the picture of the changed scene, and nothing but what was asked for differs."""
