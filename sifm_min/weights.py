@@ -57,22 +57,25 @@ def status(source):
 def verify(checkpoint, published=None):
     """Hash the files of a checkpoint: a list of {"file", "sha256", "ok", "problem"}.
 
-    published: file -> SHA-256 that it must have. `ok` is None where there is nothing to compare with; a file of weights
-    must also be whole by its own header.
+    published: file -> SHA-256 that it must have. `ok` is None where there is nothing to compare with. A file of weights
+    must also be whole by its own header, and whatever the folder's SHA256SUMS lists must be there.
     """
     listed = {}
     if checkpoint.has("SHA256SUMS"):
         lines = re.findall(r"^(\w{64}) [ *](.+)$", checkpoint.text("SHA256SUMS"), re.M)
         listed = {name: digest for digest, name in lines}
     found = []
-    for file in dict.fromkeys(([MAIN] if checkpoint.has(MAIN) else []) + list(checkpoint.files)):
+    for file in dict.fromkeys([*([MAIN] if checkpoint.has(MAIN) else []), *checkpoint.files, *listed]):
         path = checkpoint.folder / file
+        if not checkpoint.has(file):
+            found.append({"file": file, "sha256": None, "ok": False, "problem": "is listed in SHA256SUMS and missing"})
+            continue
         digest, problems, compared = checkpoints.sha256(path), [], False
         if checkpoints.is_weights(file):
             try:
                 checkpoints.header(path)
-            except Unavailable as error:
-                problems.append(str(error))
+            except Unavailable:
+                problems.append("is cut short or damaged")
         # The cache keeps a file under the name by which the hub knows its content: the SHA-256 of a large file, git's
         # hash of a small one.
         blob = os.path.basename(os.readlink(path)) if checkpoint.revision and path.is_symlink() else ""
@@ -109,7 +112,7 @@ def _list(names, args):
     rows = [("NAME", "STATE", "SIZE", "REVISION", "ACCESS", "FROM", "LICENCE")]
     for record in records:
         revision = (record["revision"] or "-")[:12] if record["pinned"] else "unpinned"
-        about = "~" if record["state"] != "shipped" and record["bytes"] else ""
+        about = "" if os.path.isdir(record["source"]) or not record["bytes"] else "~"
         rows.append((record["name"], record["state"], about + _size(record["bytes"]), revision,
                      "gated" if record["gated"] else "open", record["source"], record["licence"]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -132,10 +135,11 @@ def _check(name, args):
     for file in files:
         mark = {True: "ok", False: "BAD", None: "unknown"}[file["ok"]]
         if not args.json and not (download and file["ok"]):
-            cli.out(f"{mark:7}  {file['sha256']}  {name}: {file['file']}")
+            cli.out(f"{mark:7}  {file['sha256'] or '-' * 64}  {name}: {file['file']}")
         if file["problem"]:
             path = checkpoint.folder / file["file"]
-            cli.fail(f"{path} {file['problem']}; remove {os.path.realpath(path)} and fetch it again")
+            remedy = f"remove {os.path.realpath(path)} and download" if checkpoint.revision else "get the folder"
+            cli.fail(f"{path} {file['problem']}; {remedy} again")
     if args.json:
         cli.out(cli.to_json({"name": source.name, "source": checkpoint.source, "revision": checkpoint.revision,
                              "folder": checkpoint.folder, "licence": source.licence, "files": files}))

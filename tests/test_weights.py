@@ -140,7 +140,7 @@ def test_verify_finds_one_flipped_bit(hub, weights_main):  # noqa: F811
         path.write_bytes(content)
         code, out, err = weights_main("verify", REPO)
         assert code == 1 and [line.split()[-1] for line in out.splitlines() if line.startswith("BAD")] == [name]
-        assert f"is not the file of the hub's checksum {path.name}; remove {path} and fetch it again" in err
+        assert f"is not the file of the hub's checksum {path.name}; remove {path} and download again" in err
         record = json.loads(weights_main("verify", REPO, "--json")[1])
         assert [file["file"] for file in record["files"] if not file["ok"]] == [name]
         path.unlink()                                           # the remedy that was given
@@ -158,11 +158,15 @@ def test_verify_of_a_shipped_editor(shipped, weights_main):
     marks = {line.split()[-1]: line.split()[0] for line in out.splitlines()}
     assert code == 1 and marks["text_encoder/model.safetensors"] == "BAD" and marks["unet/model.safetensors"] == "ok"
     assert f"is not the file of SHA256SUMS {'0' * 64}" in err
+    (shipped / "SHA256SUMS").write_text(f"{digest}  judge/model.safetensors\n")   # a file that no editor needs
+    code, out, err = weights_main("verify", "miniature")
+    assert code == 1 and "judge/model.safetensors is listed in SHA256SUMS and missing" in err
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("BAD")] == ["judge/model.safetensors"]
     path = shipped / "unet/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     (shipped / "SHA256SUMS").unlink()
     code, _, err = weights_main("verify", shipped)
-    assert code == 1 and "cut short or damaged" in err          # found without a checksum
+    assert code == 1 and "cut short or damaged; get the folder again" in err      # found without a checksum
 
 
 @pytest.mark.parametrize("argv, code, words", [
@@ -191,6 +195,15 @@ def test_a_shipped_editor_that_is_not_there(shipped, weights_main):
         code, _, err = weights_main(action, "miniature")
         assert code == 3 and "lacks its weights" in err and "tools/train_miniature.py" in err
     assert "absent" in weights_main("list", "miniature")[1]
+
+
+@pytest.mark.parametrize("name", ["miniature", "miniature-plain"])
+def test_the_weights_that_ship_are_those_of_their_checksums(name, weights_main):
+    code, out, err = weights_main("verify", name)
+    assert code == 0 and "none damaged" in err, err
+    marks = {line.split()[-1]: line.split()[0] for line in out.splitlines()}
+    weighty = [file for file in marks if file.endswith(".safetensors")]
+    assert len(weighty) >= 3 and {marks[file] for file in weighty} == {"ok"}
 
 
 def test_help_has_examples_that_parse(weights_main):
