@@ -78,7 +78,7 @@ def count(text):
 
 def number(text):
     """A finite number; `1/255` works too."""
-    return float(_number(text, Fraction))
+    return _number(text, lambda text: float(Fraction(text)))
 
 
 def fraction(text):
@@ -125,7 +125,9 @@ def commas(item=str):
 def timesteps(text):
     """`10` -> 10, a count of timesteps; `900,500,100` -> those timesteps, 0 to 999 (`500,` is one: the comma tells)."""
     if "," not in text:
-        return count(text)
+        if (value := count(text)) > 1000:
+            raise argparse.ArgumentTypeError(f"{text} timesteps are more than there are: 1000")
+        return value
     values = [_number(part, int) for part in commas()(text)]
     if wrong := [value for value in values if not 0 <= value < 1000]:
         raise argparse.ArgumentTypeError(f"{wrong[0]} is no timestep: they run from 0 to 999")
@@ -142,7 +144,7 @@ def device(text):
 def _number(text, kind):
     try:
         return kind(text)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):                    # 1/0; 1e999 is no float
         raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from . import cli
+from .immunize import find
 
 EXAMPLES = """examples:
   %(prog)s photo.png --prompt "make her a witch" -o out
@@ -10,6 +11,9 @@ EXAMPLES = """examples:
 
 writes NAME_edited.png per picture, of the picture's own size. Exit codes: 0 all done, 1 some pictures failed, 2 usage,
 3 weights unavailable, 130 interrupted."""
+
+
+ENDING = "_edited.png"
 
 
 def _parser():
@@ -34,14 +38,14 @@ def _body(args):
     from . import images
     from .editors import load_editor
 
-    pictures = images.find(args.pictures)
+    pictures = find(args.pictures, args.output, (ENDING,))
     editor = load_editor(args.editor, revision=args.revision, **cli.place(args))
     images.make_folder(args.output)
     if editor.notice:
         cli.say(editor.notice, quiet=args.quiet)
 
     def one(path):
-        target = args.output / f"{path.stem}_edited.png"
+        target = args.output / f"{path.stem}{ENDING}"
         if target.exists() and not args.overwrite:
             raise ValueError(f"{target} exists; add --overwrite or choose another folder")
         picture = images.read(path)
@@ -51,8 +55,9 @@ def _body(args):
                                  guidance=args.guidance, image_guidance=args.image_guidance, size=args.size,
                                  on_step=lambda i, n: bar.update())
         images.write(target, edited, overwrite=args.overwrite)
-        cli.result({"picture": path, "edited": target, "prompt": args.prompt, "seed": args.seed,
-                    "editor": editor.provenance()}, str(target), as_json=args.json)
+        record = {"picture": path, "edited": target, "prompt": args.prompt, "seed": args.seed,
+                  "editor": editor.provenance()} if args.json else {}    # provenance hashes the weights: seconds of work
+        cli.result(record, str(target), as_json=args.json)
 
     return cli.each_file(pictures, one, quiet=args.quiet, debug=args.debug, as_json=args.json)
 

@@ -220,8 +220,8 @@ def _lanczos(size, new):
 
 def budget(eps):
     """How many steps of 1/255 the saved file may differ by: 7 for eps = 0.03, 8 for 8/255. Raises ValueError."""
-    steps = math.floor(255 * eps + 1e-9)
-    if not 1 <= steps <= 255:
+    steps = math.floor(255 * eps + 1e-9) if 0 < eps <= 1 else 0     # neither nan nor inf has a floor
+    if steps < 1:
         raise ValueError(f"eps {eps:.6g}: the budget must be from 1/255 (one 8-bit step) to 1, such as 0.03 or 8/255")
     return steps
 

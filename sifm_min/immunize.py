@@ -5,7 +5,7 @@ fails, and returns the picture with a report that holds everything needed to rep
 holds on the 8-bit picture that is saved. `python -m sifm_min.immunize` does it for files and folders.
 """
 
-import hashlib
+import contextlib
 import inspect
 import json
 import os
@@ -49,8 +49,7 @@ class Result:
 
 
 def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=100, seed=0, step_size=1 / 255,
-             schedule="constant",
-             init="random", mask=None, on_step=None, **options):
+             schedule="constant", init="random", mask=None, on_step=None, **options):
     """Immunize one picture against one editor.
 
     image: a PIL picture, an `images.Picture`, or a path. prompts: the edit to defeat, or several that the steps cycle
@@ -61,6 +60,7 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=100, seed
     Raises ValueError, in one sentence, for whatever the caller can mend.
     """
     import torch
+    from PIL import Image
 
     from . import images, metrics
     from .pgd import pgd
@@ -71,6 +71,10 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=100, seed
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("immunize needs at least one prompt")
+    if isinstance(editor, str | Path):
+        raise ValueError(f"editor {str(editor)!r} is a name; load it first: load_editor({str(editor)!r})")
+    if not isinstance(image, str | Path | Image.Image | images.Picture):
+        raise ValueError(f"image is of type {type(image).__name__}; give a PIL picture or a path")
     picture = image
     if not isinstance(image, images.Picture):
         picture = images.read(image) if isinstance(image, str | Path) else images.picture(image)
@@ -138,11 +142,14 @@ def _reset_peak(device):
 
 
 def _peak(device):
-    """Peak memory in bytes: of the device on cuda, of this process since its start elsewhere."""
+    """Peak memory in bytes: of the device on cuda, of this process since its start elsewhere; None on Windows."""
     if device.type == "cuda":
         import torch
         return torch.cuda.max_memory_allocated(device)
-    import resource
+    try:
+        import resource
+    except ImportError:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -213,11 +220,14 @@ def _body(args):
     listing = args.taps == ["list"]
     if not listing and not (args.pictures and args.prompt and args.output):
         raise ValueError("give at least one picture or folder, --prompt TEXT and -o DIR (--help shows examples)")
-    pictures = [] if listing else _find(args.pictures)
+    pictures = [] if listing else _share(find(args.pictures, args.output, OUTPUTS))
+    if args.mask:                                            # what is wrong with the mask itself is no picture's fault
+        images.read_mask(args.mask, *images.read(args.mask).image.size)
     editor = _load(args)
     if listing:
         for name in editor.tap_names:
-            cli.out(f"{name}{'  (default)' if name in editor.default_taps else ''}")
+            default = name in editor.default_taps
+            cli.result({"tap": name, "default": default}, f"{name}{'  (default)' if default else ''}", as_json=args.json)
         return cli.OK
     editor_taps = set(editor.tap_names)
     if unknown := [name for name in args.taps or () if name not in editor_taps]:
@@ -225,8 +235,7 @@ def _body(args):
     images.make_folder(args.output)
     if editor.notice:
         cli.say(editor.notice, quiet=args.quiet)
-    mine = slice(int(os.environ.get("RANK", 0)), None, int(os.environ.get("WORLD_SIZE", 1)))      # torchrun: its share each
-    return cli.each_file(pictures[mine], lambda path: _one(path, editor, args), quiet=args.quiet, debug=args.debug,
+    return cli.each_file(pictures, lambda path: _one(path, editor, args), quiet=args.quiet, debug=args.debug,
                          as_json=args.json)
 
 
@@ -239,34 +248,55 @@ def _load(args):
     return load_editor(args.editor, revision=args.revision, **place)
 
 
-def _find(names):
-    """The pictures named, folders opened (not what we wrote ourselves); two that would write one file are refused."""
+def find(names, output, endings):
+    """The pictures named, folders opened, for a command that writes <output>/<stem><ending> for each of them.
+
+    Earlier results that lie in a folder are left out. Raises ValueError where two pictures would write one file, or one
+    picture would be overwritten by the result of another.
+    """
     from . import images
-    named = set(map(Path, names))
-    found = [path for path in images.find(names) if path in named or not path.name.endswith(OUTPUTS[:2])]
-    if not found:
+    named, stems = set(map(Path, names)), {}
+    for path in images.find(names):
+        if path in named or not path.name.endswith(endings):
+            other = stems.setdefault(path.stem, path)
+            if os.path.realpath(other) != os.path.realpath(path):
+                raise ValueError(f"{other} and {path} would both write {path.stem}{endings[0]}; "
+                                 "run them into different folders")
+    if not stems:
         raise ValueError(f"{names[0]}: nothing in this folder but earlier results")
-    stems = {}
-    for path in found:
-        if (other := stems.setdefault(path.stem, path)) != path:
-            raise ValueError(f"{other} and {path} would both write {path.stem}_immunized.png; "
-                             "run them into different folders")
-    return found
+    here = os.path.realpath(output)
+    inside = {path.name: path for path in stems.values() if os.path.realpath(path.parent) == here}
+    if lost := [inside[stem + ending] for stem in stems for ending in endings if stem + ending in inside]:
+        raise ValueError(f"{lost[0]} would be overwritten by a result; choose another folder for the results")
+    return list(stems.values())
+
+
+def _share(pictures):
+    """This process's share of the pictures: all of them, or under torchrun every n-th."""
+    if "WORLD_SIZE" not in os.environ:
+        return pictures
+    rank, size = os.environ.get("RANK", ""), os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise ValueError(f"RANK {rank!r} of WORLD_SIZE {size!r} is no share of the work: leave both to torchrun, or unset them")
+    return pictures[int(rank)::int(size)]
 
 
 def _one(path, editor, args):
     from . import images
 
-    immunized_path, preview_path, report_path = (args.output / f"{path.stem}{end}" for end in OUTPUTS)
-    asked, before = _asked(path, args), _read_report(report_path)
-    if not args.overwrite and before.get("asked") == asked and before.get("finished"):
-        cli.say(f"{path}: done before, skipped", quiet=args.quiet)
-        return
-    if not args.overwrite and before.get("asked") != asked:
-        existing = [p for p in (immunized_path, preview_path, report_path) if p.exists()]
-        if existing:
-            raise ValueError(f"{existing[0]} exists, from another picture or other options; "
-                             "add --overwrite or choose another folder")
+    immunized_path, preview_path, report_path = paths = [args.output / f"{path.stem}{end}" for end in OUTPUTS]
+    asked, before = _asked(path, editor, args), _read_report(report_path)
+    existing = [p for p in paths if p.exists()]
+    if not args.overwrite and before.get("asked") == asked:
+        wanted = {immunized_path, report_path} if args.no_preview else set(paths)
+        if before.get("finished") and wanted <= set(existing):
+            cli.say(f"{path}: done before, skipped", quiet=args.quiet)
+            if args.json:
+                cli.out(cli.to_json(_in_short(before) | {"skipped": True}))
+            return
+    elif existing and not args.overwrite:
+        raise ValueError(f"{existing[0]} exists, from another picture or other options; "
+                         "add --overwrite or choose another folder")
     picture = images.read(path)
     options = {name: getattr(args, name) for name in SIFM_OPTIONS} if args.method == "sifm" else {}
     with cli.progress(total=args.steps, what=path.name, quiet=args.quiet) as bar:
@@ -276,22 +306,40 @@ def _one(path, editor, args):
     preview = None if args.no_preview else _preview(picture, result.image, editor, args)
     # The report frames the pictures: begun before them and finished after them, it tells a later run whose they are.
     report = {"finished": False, "asked": asked}
-    images.write(report_path, cli.to_json(report) + "\n", overwrite=True)
-    report |= {"finished": True, "picture": str(path), "immunized": immunized_path.name, **result.report}
-    images.write_checked(immunized_path, result.image, picture, args.eps, overwrite=True)
-    if preview is not None:
-        images.write(preview_path, preview, overwrite=True)
-    images.write(report_path, cli.to_json(report, indent=1) + "\n", overwrite=True)
-    cli.result({key: value for key, value in report.items() if key not in ("loss", "asked")},
-               f"{immunized_path}: at most {report['linf_steps']}/255 per channel (budget {report['budget_steps']}/255), "
-               f"PSNR {report['psnr']:.1f} dB, {report['seconds']:.0f} s", as_json=args.json)
+    with contextlib.ExitStack() as undo:                     # disk full, Ctrl-C: one file of three helps nobody
+        for new in set(paths) - set(existing):
+            undo.callback(_remove, new)
+        images.write(report_path, cli.to_json(report) + "\n", overwrite=True)
+        report |= {"finished": True, "picture": str(path), "immunized": immunized_path.name, **result.report}
+        images.write_checked(immunized_path, result.image, picture, args.eps, overwrite=True)
+        if preview is not None:
+            images.write(preview_path, preview, overwrite=True)
+        images.write(report_path, cli.to_json(report, indent=1) + "\n", overwrite=True)
+        undo.pop_all()
+    cli.result(_in_short(report), f"{immunized_path}: at most {report['linf_steps']}/255 per channel "
+               f"(budget {report['budget_steps']}/255), PSNR {report['psnr']:.1f} dB, {report['seconds']:.0f} s",
+               as_json=args.json)
 
 
-def _asked(path, args):
-    """What decides the result: the picture's bytes and every option. A report that says the same needs no second run."""
+def _remove(path):
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _in_short(report):
+    """A report as --json prints it on one line."""
+    return {key: value for key, value in report.items() if key not in ("loss", "asked")}
+
+
+def _asked(path, editor, args):
+    """What decides the result: the bytes of picture, mask and weights, and every option. The same needs no second run."""
+    from .models.checkpoints import sha256
     told_apart = {"pictures", "output", "overwrite", "json", "quiet", "debug", "device"}
     values = {key: str(value) for key, value in vars(args).items() if key not in told_apart}
-    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **values}
+    if not path.is_file():                                   # hashing a device would never end
+        raise ValueError(f"{path}: no such file")
+    return {**values, "sha256": sha256(path), "mask": args.mask and sha256(args.mask),
+            "weights": editor.provenance()["weights"]}
 
 
 def _read_report(path):
@@ -310,7 +358,8 @@ def _preview(picture, immunized, editor, args):
         edits = [editor.edit(image.convert("RGB"), prompt, seed=args.seed, on_step=lambda i, n: bar.update())
                  for image in (picture.image, immunized)]
     captions = ("original", f"edited: {prompt}", "immunized", f"edited: {prompt}", "perturbation x10")
-    pictures = (picture.image, edits[0], immunized, edits[1], images.amplify(picture.image, immunized))
+    original = picture.put_together(picture.image)           # with its transparency, as the immunized one has it
+    pictures = (original, edits[0], immunized, edits[1], images.amplify(picture.image, immunized))
     return images.sheet(list(zip(captions, pictures, strict=True)), footer=editor.notice)
 
 

@@ -12,3 +12,10 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the reference data is not here: {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """The folder of an editor with random weights that takes milliseconds: see tiny_editor.py."""
+    import tiny_editor
+    return tiny_editor.write(tmp_path_factory.mktemp("tiny"))

@@ -57,7 +57,7 @@ def test_eps_refuses(text):
 
 @pytest.mark.parametrize("kind, good, bad", [
     (cli.count, {"1": 1, "100": 100}, ["0", "-3", "2.5", "many", ""]),
-    (cli.number, {"0.1": 0.1, "-2": -2.0, "1/4": 0.25}, ["nan", "inf", "-inf", "x", "1/0"]),
+    (cli.number, {"0.1": 0.1, "-2": -2.0, "1/4": 0.25}, ["nan", "inf", "-inf", "x", "1/0", "1e999"]),
     (cli.fraction, {"0": 0.0, "1": 1.0, "0.6": 0.6}, ["-0.1", "1.1", "nan"]),
     (cli.positive, {"0.1": 0.1}, ["0", "-1", "nan"]),
     (cli.seed, {"0": 0, str(2**63 - 1): 2**63 - 1}, ["-1", str(2**63), "1.5", "x"]),
@@ -65,7 +65,7 @@ def test_eps_refuses(text):
     (cli.commas(), {"a": ["a"], "a, b": ["a", "b"], "a,": ["a"]}, ["", "a,,b", ","]),
     (cli.commas(cli.count), {"1,2": [1, 2]}, ["1,0", "1,x"]),
     (cli.timesteps, {"10": 10, "900,500": [900, 500], "500,": [500], "0,999": [0, 999]},
-     ["0", "1000,", "-1,", "5.5", ","]),
+     ["0", "1001", "1000,", "-1,", "5.5", ","]),
     (cli.device, {"cpu": "cpu", "cuda": "cuda", "cuda:1": "cuda:1"}, ["gpu", "cuda:", "cpu:0:1", "meta", ""]),
 ], ids=lambda value: getattr(value, "__name__", ""))
 def test_types(kind, good, bad):
