@@ -534,7 +534,7 @@ def export(args):
         folder = MODELS / name
         if folder.exists():
             for old in folder.rglob("*"):
-                if old.is_file() and old.name != "README.md":
+                if old.is_file() and old.name != "README.md" and "examples" not in old.parts:
                     old.unlink()
         defaults = {"steps": 10, "guidance": args.guidance, "image_guidance": args.image_guidance, "size": 64}
         write_json(folder / "model_index.json", {
