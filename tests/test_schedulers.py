@@ -235,7 +235,7 @@ def test_gradients_flow_through_everything(sampler, kind):
 
 # -- what is read, replaced and refused --------------------------------------------------------------------------------
 
-OTHERS = ["PNDMScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler", "LMSDiscreteScheduler",
+OTHERS = ["PNDMScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler",
           "UniPCMultistepScheduler", "HeunDiscreteScheduler", "DEISMultistepScheduler", "LCMScheduler"]
 
 
