@@ -235,7 +235,8 @@ def quantize(original, delta, eps):
     if tuple(delta.shape) != expected:
         raise ValueError(f"delta is {tuple(delta.shape)}; this {original.mode} picture takes {expected}")
     limit = budget(eps)
-    steps = (delta.detach()[0].double() * 255).round().clamp(-limit, limit).permute(1, 2, 0).cpu().numpy().astype(np.int16)
+    delta = delta.detach()[0].permute(1, 2, 0).cpu().double().numpy()
+    steps = (delta * 255).round().clip(-limit, limit).astype(np.int16)
     immunized = np.asarray(original.image).astype(np.int16) + steps      # one channel of steps serves all three
     return original.put_together(Image.fromarray(immunized.clip(0, 255).astype(np.uint8)))
 

@@ -4,7 +4,9 @@ import errno
 import io
 import math
 import os
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -111,18 +113,16 @@ def test_a_16_bit_grey_png_keeps_its_upper_bits_and_says_so(tmp_path):
     assert original.info["notes"] == ["16 bits a channel, of which the upper 8 are kept"]
 
 
-def png48(pixels, colour_type=2, extra=b""):
-    """A PNG of 16 bits a channel, which Pillow can read and not write; pixels: (H,W,C) uint16."""
-    import struct
-    import zlib
-
+def png48(pixels, colour_type=2, key=None):
+    """A PNG of 16 bits a channel, which Pillow can read and not write; pixels: (H,W,C) uint16. key: tRNS, if any."""
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     height, width = pixels.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows))
+    transparent = chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)) if key else b""
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + transparent + chunk(b"IDAT", zlib.compress(rows))
             + chunk(b"IEND", b""))
 
 
@@ -215,7 +215,8 @@ def damaged(folder):
         "text.png": b"this is not a picture\n", "empty.jpg": b"", "half.jpg": whole.getvalue()[:len(whole.getvalue()) // 2],
         "half.png": png.getvalue()[:2000], "zero.png": bytes(zero), "page.svg": b"<svg xmlns='x'></svg>",
         "print.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-        "colourkey.png": png48(array(high=65536, dtype=np.uint16), 2, b"\0\0\0\6tRNS" + bytes(6) + b"\x8b\xb5\xe8\x87"),
+        "key48.png": png48(array(high=65536, dtype=np.uint16), 2, (1, 2, 3)),
+        "key16.png": png48(array(channels=1, high=65536, dtype=np.uint16)[..., None], 0, (7,)),
     }
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -229,7 +230,8 @@ def test_what_is_no_picture_is_refused_in_one_sentence(tmp_path):
         with pytest.raises(ValueError) as refusal:
             images.read(tmp_path / name)
         assert name in str(refusal.value) and "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
-        assert type(refusal.value) is ValueError and refusal.value.__suppress_context__ or name in ("folder.png", "missing.png")
+        assert refusal.value.__suppress_context__ or refusal.value.__context__ is None    # no second traceback in --debug
+        assert ("one colour of them transparent" in str(refusal.value)) == name.startswith("key")
 
 
 @pytest.mark.parametrize("limit", [150, 250])                # Pillow warns above its limit and raises above twice of it
@@ -312,7 +314,7 @@ def test_working_size_rules():
     for width, height in generator.integers(1, 5000, (300, 2)):
         for upscale in (False, True):
             new = images.working_size(int(width), int(height), upscale=upscale)
-            assert all(side % 8 == 0 and 8 <= side <= 512 for side in new)
+            assert all(type(side) is int and side % 8 == 0 and 8 <= side <= 512 for side in new)
             scale = 512 / max(width, height)
             scale = scale if upscale else min(scale, 1)
             for side, was in zip(new, (width, height), strict=True):
@@ -373,6 +375,7 @@ def test_resize_serves_gradients_after_inference_mode():
 def test_budget_in_steps():
     assert images.budget(0.03) == 7 and images.budget(8 / 255) == 8 and images.budget(1) == 255
     assert [images.budget(n / 255) for n in range(1, 256)] == list(range(1, 256))
+    assert [images.budget(math.nextafter(n / 255, 0)) for n in range(1, 256)] == list(range(1, 256))
     assert [images.budget((n - 1e-3) / 255) for n in range(2, 256)] == list(range(1, 255))
     for eps in (0, 0.0039, -1, 1.01, 300):
         with pytest.raises(ValueError, match="the budget must be"):
