@@ -180,9 +180,9 @@ def _parser():
                         "Write a picture again with an invisible perturbation that makes text-guided edits of it fail.",
                         EXAMPLES)
     add = parser.add_argument
-    add("pictures", nargs="*", metavar="PICTURE-OR-FOLDER")
+    add("pictures", nargs="*", type=cli.path, metavar="PICTURE-OR-FOLDER")
     add("--prompt", action="append", type=cli.prompt, help="the edit to defeat; several take turns")
-    add("-o", "--output", type=Path, metavar="DIR", help="where results go (created if absent)")
+    add("-o", "--output", type=cli.path, metavar="DIR", help="where results go (created if absent)")
     add("--editor", default="miniature",
         help="miniature, miniature-plain, instruct-pix2pix, hq-edit, a folder in the published layout, or a hub id")
     add("--revision", help="of a hub repository (a commit, tag or branch)")
@@ -192,7 +192,7 @@ def _parser():
     add("--step-size", type=cli.positive, default=1 / 255, help="of one iteration, on [0,1] (default: 1/255)")
     add("--schedule", choices=("constant", "linear"), default="constant", help="of the step size")
     add("--init", choices=("random", "zero"), default="random", help="where the perturbation starts")
-    add("--mask", type=Path, metavar="PICTURE", help="perturb only where this picture is bright")
+    add("--mask", type=cli.path, metavar="PICTURE", help="perturb only where this picture is bright")
     sifm = parser.add_argument_group("SIFM")
     sifm.add_argument("--lam", "--lambda", type=cli.number, default=0.1,
                       help="weight of the distance term (default: 0.1)")
@@ -255,7 +255,7 @@ def find(names, output, endings):
     picture would be overwritten by the result of another.
     """
     from . import images
-    named, stems = set(map(Path, names)), {}
+    named, stems = set(names), {}
     for path in images.find(names):
         if path in named or not path.name.endswith(endings):
             other = stems.setdefault(path.stem, path)
@@ -307,13 +307,16 @@ def _one(path, editor, args):
     # The report frames the pictures: begun before them and finished after them, it tells a later run whose they are.
     report = {"finished": False, "asked": asked}
     with contextlib.ExitStack() as undo:                     # disk full, Ctrl-C: one file of three helps nobody
-        for new in set(paths) - set(existing):
-            undo.callback(_remove, new)
-        images.write(report_path, cli.to_json(report) + "\n", overwrite=True)
+        def put(target, content, write=images.write, **how):
+            write(target, content, overwrite=args.overwrite or target in existing, **how)
+            if target not in existing:
+                undo.callback(_remove, target)
+
+        put(report_path, cli.to_json(report) + "\n")
         report |= {"finished": True, "picture": str(path), "immunized": immunized_path.name, **result.report}
-        images.write_checked(immunized_path, result.image, picture, args.eps, overwrite=True)
+        put(immunized_path, result.image, images.write_checked, original=picture, eps=args.eps)
         if preview is not None:
-            images.write(preview_path, preview, overwrite=True)
+            put(preview_path, preview)
         images.write(report_path, cli.to_json(report, indent=1) + "\n", overwrite=True)
         undo.pop_all()
     cli.result(_in_short(report), f"{immunized_path}: at most {report['linf_steps']}/255 per channel "

@@ -379,7 +379,7 @@ def test_methods_is_a_mapping():
     (("a.png", "--editor", "a.png"), "a.png is a file"), (("a.png", "--seed", "-1"), "--seed"),
     (("a.png", "--device", "cuda:63"), "--device cuda:63"), (("a.png", "--mask", "no.png"), "no.png: no such file"),
     (("a.png", "--mask", "dark.png"), "dark.png: the mask is all dark"), (("a.png", "--mask", "."), "is a folder"),
-    ((), "give at least one picture"), (("empty",), "empty: no pictures in this folder"),
+    ((), "give at least one picture"), (("",), "the name is empty"), (("a.png", "-o", ""), "the name is empty"), (("empty",), "empty: no pictures in this folder"),
     (("a.png", "a.jpg"), "would both write a_immunized.png"), (("a.png", "sub/a.png"), "would both write a_immunized.png"),
 ])
 def test_a_usage_error_is_one_sentence_and_touches_nothing(run, capsys, argv, says):
@@ -533,6 +533,15 @@ def test_a_second_run_does_only_what_is_not_done(run, capsys):
         assert out.startswith("out/a_immunized.png: ") and out.count("\n") == 1 and "in/b.png: done before, skipped" in err
         assert sorted(files()) == sorted(before)
         assert all(files()[name] == before[name] for name in before if name != "a.json")
+
+
+def test_what_somebody_else_writes_during_the_run_is_theirs(run, monkeypatch, capsys):
+    photo("a.png")
+    sheet = images.sheet
+    monkeypatch.setattr(images, "sheet", lambda *args, **options: (Path("out/a_immunized.png").write_text("theirs"),
+                                                                   sheet(*args, **options))[1])
+    assert run("a.png") == cli.SOME_FAILED
+    assert "out/a_immunized.png exists" in capsys.readouterr().err and files() == {"a_immunized.png": b"theirs"}
 
 
 @pytest.mark.parametrize("change", [("--seed", "1"), ("--eps", "8/255"), ("--prompt", "a cat"), ("--taps", "mid_block")])
