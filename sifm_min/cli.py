@@ -112,6 +112,13 @@ def prompt(text):
     return text
 
 
+def path(text):
+    """A path. Not the empty one that an unset shell variable leaves: it would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
 def commas(item=str):
     """The type of a comma list: `a,b,c` -> [item(a), item(b), item(c)]; a comma at the end is allowed."""
     def items(text):

@@ -1,7 +1,5 @@
 """The attacker's side as a command: edit pictures with an instruction, exactly as the published pipeline does."""
 
-from pathlib import Path
-
 from . import cli
 from .immunize import find
 
@@ -19,9 +17,9 @@ ENDING = "_edited.png"
 def _parser():
     parser = cli.Parser("edit", "Edit pictures by an instruction, as an attacker would.", EXAMPLES)
     add = parser.add_argument
-    add("pictures", nargs="+", type=Path, metavar="PICTURE-OR-FOLDER")
+    add("pictures", nargs="+", type=cli.path, metavar="PICTURE-OR-FOLDER")
     add("--prompt", required=True, type=cli.prompt, help="the instruction")
-    add("-o", "--output", required=True, type=Path, metavar="DIR", help="where results go (created if absent)")
+    add("-o", "--output", required=True, type=cli.path, metavar="DIR", help="where results go (created if absent)")
     add("--editor", default="miniature",
         help="miniature, miniature-plain, instruct-pix2pix, hq-edit, a folder in the published layout, or a hub id")
     add("--revision", help="of a hub repository (a commit, tag or branch)")

@@ -203,6 +203,9 @@ class InstructPix2Pix:
             edited = self.sample(pixels, [prompts[i] for i in members], negative_prompt=negative_prompt,
                                  seeds=[seed] * len(members),
                                  steps=steps, guidance=guidance, image_guidance=image_guidance, on_step=on_step)
+            if not edited.isfinite().all():                  # as 8 bits it would look like an edit that was defeated
+                raise ValueError("the edit is not a finite picture; a wider dtype, such as float32, or a smaller guidance "
+                                 "may help")
             for i, output in zip(members, edited, strict=True):
                 array = output.clamp(0, 1).permute(1, 2, 0).float().cpu().numpy()
                 picture = Image.fromarray((array * 255).round().astype(np.uint8))

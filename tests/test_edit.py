@@ -92,6 +92,12 @@ def test_json_and_quiet(run, tiny_folder, capsys):
         assert len(record["editor"]["weights"]) == 3
 
 
+def test_an_edit_that_overflows_is_an_error_and_not_a_picture(run, capsys):
+    photo("a.png")
+    assert run("a.png", "--guidance", "1e300") == cli.SOME_FAILED
+    assert "a.png: the edit is not a finite picture" in capsys.readouterr().err and files() == {}
+
+
 def test_nothing_is_overwritten_unless_asked(run, capsys):
     photo("a.png")
     Path("out").mkdir()
@@ -120,6 +126,7 @@ def test_results_beside_the_pictures_are_not_edited_again(run, capsys):
     (("empty",), cli.USAGE, "empty: no pictures in this folder"),
     (("a.png", "a.jpg"), cli.USAGE, "a.png and a.jpg would both write a_edited.png"),
     (("a.png", "--editor", "owner/editor"), cli.UNAVAILABLE, "offline nothing is fetched"),
+    (("",), cli.USAGE, "PICTURE-OR-FOLDER: the name is empty"), (("a.png", "-o", ""), cli.USAGE, "the name is empty"),
     (("a.png", "-o", "a.jpg"), cli.SOME_FAILED, "a.jpg is a file; results need a folder"),
 ])
 def test_mistakes_are_one_sentence_and_a_code(run, tmp_path, monkeypatch, capsys, argv, code, says):

@@ -379,7 +379,8 @@ def test_methods_is_a_mapping():
     (("a.png", "--editor", "a.png"), "a.png is a file"), (("a.png", "--seed", "-1"), "--seed"),
     (("a.png", "--device", "cuda:63"), "--device cuda:63"), (("a.png", "--mask", "no.png"), "no.png: no such file"),
     (("a.png", "--mask", "dark.png"), "dark.png: the mask is all dark"), (("a.png", "--mask", "."), "is a folder"),
-    ((), "give at least one picture"), (("",), "the name is empty"), (("a.png", "-o", ""), "the name is empty"), (("empty",), "empty: no pictures in this folder"),
+    ((), "give at least one picture"), (("",), "the name is empty"), (("a.png", "-o", ""), "the name is empty"),
+    (("empty",), "empty: no pictures in this folder"),
     (("a.png", "a.jpg"), "would both write a_immunized.png"), (("a.png", "sub/a.png"), "would both write a_immunized.png"),
 ])
 def test_a_usage_error_is_one_sentence_and_touches_nothing(run, capsys, argv, says):
