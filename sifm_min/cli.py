@@ -226,7 +226,7 @@ def to_json(record, indent=None):
         if isinstance(value, float) and not math.isfinite(value):
             return str(float(value))
         return str(value) if isinstance(value, Path) else value
-    return json.dumps(plain(record), indent=indent, allow_nan=False)
+    return json.dumps(plain(record), indent=indent)
 
 
 def progress(iterable=None, *, total=None, what="", unit="step", quiet=False):
@@ -242,11 +242,16 @@ def progress(iterable=None, *, total=None, what="", unit="step", quiet=False):
 def _write(text, file):
     encoding = getattr(file, "encoding", None) or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)    # a file name may be anything
-    if hub := sys.modules.get("huggingface_hub.utils"):
-        hub.tqdm.write(text, file=file)                                  # above a running bar, not through it
-    else:
-        print(text, file=file)
-    file.flush()
+    try:
+        if hub := sys.modules.get("huggingface_hub.utils"):
+            hub.tqdm.write(text, file=file)                  # above a running bar, not through it
+        else:
+            print(text, file=file)
+        file.flush()                                         # a full disk or a closed pipe shows here, not at exit
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):       # Python flushes the rest at exit, and would fail once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        raise
 
 
 # ------------------------------------------------------------------------------------------------------- running
@@ -264,14 +269,10 @@ def guard(body, *, debug=False):
     """body() -> exit code or None. What may go wrong (not our own bugs) ends in one sentence and its code."""
     try:
         with _terminable():
-            code = body() or OK
-            sys.stdout.flush()                               # a full disk or a closed pipe shows here, not at exit
-            return code
+            return body() or OK
     except KeyboardInterrupt:
         return fail("interrupted; what is finished is whole", INTERRUPTED)
     except BrokenPipeError:                                  # the reader has gone (| head): nobody wants the rest
-        with contextlib.suppress(OSError, ValueError):       # at exit Python flushes stdout again, and would complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return SOME_FAILED
     except (_unavailable(), ValueError, OSError) as error:   # in this order: some errors are two of them
         codes = ((_unavailable(), UNAVAILABLE), (ValueError, USAGE), (OSError, SOME_FAILED))

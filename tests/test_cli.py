@@ -260,9 +260,10 @@ def test_no_bar_where_stderr_is_not_a_terminal(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def python(code, stdout=subprocess.PIPE, **options):
+def python(code, stdout=subprocess.PIPE, **variables):
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | variables
     return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, text=True, stdout=stdout, stderr=subprocess.PIPE, **options)
+        [sys.executable, "-c", code], cwd=ROOT, text=True, stdout=stdout, stderr=subprocess.PIPE, env=variables)
 
 
 def test_importing_is_silent_and_light():
@@ -315,6 +316,5 @@ def test_a_full_disk_behind_stdout_is_one_sentence():
 
 
 def test_a_name_that_the_terminal_cannot_show_is_escaped():
-    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    process = python("from sifm_min import cli; cli.out('caf\\udce9.png')", env=ascii_only)
+    process = python("from sifm_min import cli; cli.out('caf\\udce9.png')", PYTHONIOENCODING="ascii")
     assert process.communicate() == ("caf\\udce9.png\n", "")
