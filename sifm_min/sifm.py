@@ -51,7 +51,7 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
     def phi(E, t, eta, c):
         E = E.expand(len(t), -1, -1, -1)
         z_t = editor.noise_latent(E if noisy == "paper" else E_orig.expand_as(E), eta, t)
-        found = [a.float() for a in editor.features(E, z_t, t, c.expand(len(t), -1, -1), taps=taps).values()]
+        found = [a.float() for a in editor.features(E, z_t, t, c, taps=taps).values()]
         if aggregate == "loss-mean":
             return found
         if len({a.shape for a in found}) > 1:

@@ -140,8 +140,8 @@ def grain(pixels, generator=None):
                                                                                                                      1)
 
 
-def new_vae(args, name=None):
-    vae = AutoencoderKL(VAEConfig.from_json(json.dumps(VAE)))
+def new_vae(args, name=None, config=VAE):
+    vae = AutoencoderKL(VAEConfig.from_json(json.dumps(config)))
     if name:
         vae.load_state_dict(torch.load(args.work / name, weights_only=True))
         vae.eval().requires_grad_(False)
@@ -182,12 +182,12 @@ def load_data(args):
             json.loads((args.work / "prompts.json").read_text()))
 
 
-def vae(args):
+def vae(args, config=VAE, pictures=None):
     """The autoencoder: first on quarter-size crops (four times the steps for the time), then on whole pictures."""
     if (args.work / "vae-plain.pt").exists():
         return
-    sources, targets, _ = load_data(args)
-    run = Run(args.work / "vae.pt", new_vae(args), lr=1.5e-3, steps=args.vae_steps, decay=0.4, ema=0.995)
+    sources, targets = pictures or load_data(args)[:2]
+    run = Run(args.work / "vae.pt", new_vae(args, config=config), lr=1.5e-3, steps=args.vae_steps, decay=0.4, ema=0.995)
     rng = np.random.default_rng(run.step)
     generator = torch.Generator().manual_seed(run.step)
     while not run.done:
@@ -208,11 +208,14 @@ def vae(args):
             run.log(f"loss {loss:.4f} psnr {psnr:.2f} kl {kl.item():.2f} {'whole' if whole else 'crops'}")
     network = run.finished()
     std = in_batches(lambda x: mean_latent(network, x), sources[:2048]).std().item()
+    last, first = ((network.quant_conv, network.post_quant_conv) if config.get("use_quant_conv", True) else
+                   (network.encoder.conv_out, network.decoder.conv_in))
+    channels = config["latent_channels"]
     with torch.no_grad():                                    # unit latents: unscaled conditions and scaled targets then agree
-        network.quant_conv.weight[:4] /= std
-        network.quant_conv.bias[:4] /= std
-        network.quant_conv.bias[4:] -= 2 * math.log(std)
-        network.post_quant_conv.weight *= std
+        last.weight[:channels] /= std
+        last.bias[:channels] /= std
+        last.bias[channels:] -= 2 * math.log(std)
+        first.weight *= std
     say(f"vae: latent std was {std:.3f}, reconstruction {vae_psnr(network, network):.2f} dB on held-out scenes")
     save(network.state_dict(), args.work / "vae-plain.pt")
 
@@ -237,7 +240,7 @@ def vae_psnr(encoder, decoder):
     return (-10 * torch.log10((output - to_pixels(pictures)).square().mean((1, 2, 3)))).mean().item()
 
 
-def tune(args):
+def tune(args, config=VAE, sources=None):
     """Make the encoder as attackable as a real latent space, by the latent shift alone (model card, `Calibration`).
 
     The encoder is distilled from its plain self. Per batch, one sign step of the whole budget pulls the latent towards a
@@ -246,9 +249,9 @@ def tune(args):
     """
     if (args.work / "vae-tuned.pt").exists():
         return
-    sources, _, _ = load_data(args)
-    plain, tuned = new_vae(args, "vae-plain.pt"), new_vae(args, "vae-plain.pt")
-    parts = nn.ModuleList([tuned.encoder, tuned.quant_conv]).requires_grad_(True)
+    sources = load_data(args)[0] if sources is None else sources
+    plain, tuned = (new_vae(args, "vae-plain.pt", config) for _ in range(2))
+    parts = nn.ModuleList([tuned.encoder, *([tuned.quant_conv] if tuned.config.use_quant_conv else [])]).requires_grad_(True)
     run = Run(args.work / "tune.pt", parts, lr=3e-3, steps=args.tune_steps, decay=0.8, ema=0.98, warmup=5)
     rng, generator = np.random.default_rng(1000 + run.step), torch.Generator().manual_seed(1000 + run.step)
     seen = []
