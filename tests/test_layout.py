@@ -23,7 +23,7 @@ FLOORS = {
     3: "editors miniature",                                  # editors and verdicts
     2: "cli images isr metrics pgd world",                   # tools of ours
     1: "models.checkpoints",                                 # loading
-    0: "models.clip models.schedulers models.tokenizers models.unet models.vae",             # networks
+    0: "models.clip models.mmdit models.schedulers models.tokenizers models.unet models.vae",             # networks
     -1: "__init__",                                          # the package itself: __version__, and lazy names
     -2: "models.__init__",                                   # a docstring
 }

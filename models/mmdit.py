@@ -1,0 +1,348 @@
+"""The multimodal diffusion transformer of Stable Diffusion 3: predicts the velocity of a noisy latent, given a text.
+
+Reads the `transformer/` of stabilityai/stable-diffusion-3-medium-diffusers (16 input channels), of UltraEdit (32, or 48
+with a mask: the noisy latent and image conditions), of stable-diffusion-3.5-medium (dual attention in its first blocks,
+normalised queries and keys), and of the shipped miniature. Parameters carry the names of the published files, so loading
+is a plain match by name. Paper: Esser et al. 2024 (arXiv 2403.03206), section 4 and figure 2.
+
+`MMDiT.walk` is the whole forward pass, on one screen; the classes above it are its layers. Image tokens and text tokens
+are two streams with their own weights, which meet in every block's attention.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# A key of the published config.json that is no field below.
+IGNORED = {"sample_size": "decides the position table, which is in the file"}
+COUNTS = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size",
+          "joint_attention_dim", "caption_projection_dim", "pooled_projection_dim", "pos_embed_max_size")
+
+NORM_EPS = 1e-6                                     # of every norm
+WAVES = 256                                         # sines and cosines that a timestep becomes
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMDiTConfig:
+    """`transformer/config.json`. Defaults are those of the published class, for files older than the option."""
+
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int                         # channels per head; their product is the width of both streams
+    joint_attention_dim: int                        # channels of the text context
+    pooled_projection_dim: int                      # channels of the pooled text
+    pos_embed_max_size: int                         # side of the position table, in patches
+    caption_projection_dim: int
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: int = 2                             # latent pixels per token and side
+    dual_attention_layers: tuple[int, ...] = ()     # blocks with a second attention, of the image tokens alone
+    qk_norm: str | None = None                      # None, or "rms_norm" over each head's queries and keys
+
+    def __post_init__(self):
+        for key in COUNTS:
+            if type(value := getattr(self, key)) is not int or value < 1:
+                raise ValueError(f"the transformer's config.json sets {key} to {value!r}, not to a positive integer")
+        if not isinstance(self.dual_attention_layers, (list, tuple)) or not all(
+                type(i) is int and 0 <= i < self.num_layers for i in self.dual_attention_layers):
+            raise ValueError("the transformer's config.json sets dual_attention_layers to "
+                             f"{self.dual_attention_layers!r}, not to numbers of its {self.num_layers} blocks")
+        object.__setattr__(self, "dual_attention_layers", tuple(self.dual_attention_layers))
+        if self.qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"the transformer's config.json sets qk_norm to {self.qk_norm!r}; "
+                             "only None and 'rms_norm' are implemented")
+        if self.caption_projection_dim != self.width:
+            raise ValueError(f"the transformer's config.json sets caption_projection_dim to {self.caption_projection_dim}, "
+                             f"and {self.num_attention_heads} heads of {self.attention_head_dim} are {self.width}")
+
+    @property
+    def width(self) -> int:
+        """Channels of both streams."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_json(cls, text: str) -> "MMDiTConfig":
+        """The config in the text of a `config.json`; a key or value that this file does not implement is refused."""
+        try:
+            given = {key: value for key, value in json.loads(text).items() if not key.startswith("_")}
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"the transformer's config.json is not a JSON object ({error})") from None
+        given = {key: value for key, value in given.items() if key not in IGNORED}
+        if extra := sorted(given.keys() - {field.name for field in fields(cls)}):
+            raise ValueError(f"the transformer's config.json sets {', '.join(extra)}, which this one does not implement")
+        if absent := [field.name for field in fields(cls) if field.default is MISSING and field.name not in given]:
+            raise ValueError(f"the transformer's config.json does not set {', '.join(absent)}")
+        if given.get("out_channels", 0) is None:                            # as files write "the same number"
+            given["out_channels"] = given.get("in_channels", cls.in_channels)
+        return cls(**given)
+
+
+def tap_names(config: MMDiTConfig) -> tuple[str, ...]:
+    """Every name that `walk` yields, in execution order: per block the image tokens under the block's module path and
+    the text tokens under the same with ".context" (the last block has none), then "out".
+
+    All image taps share the shape (B, tokens, width), and all text taps the shape (B, L, width).
+    """
+    names = []
+    for i in range(config.num_layers):
+        names += [f"transformer_blocks.{i}", f"transformer_blocks.{i}.context"]
+    return (*names[:-1], "out")
+
+
+def default_taps(config: MMDiTConfig) -> tuple[str, ...]:
+    """The image tokens after blocks n/2 to n-2: 12 to 22 of the published 24. The last block is left out, being as good
+    as the output."""
+    first = config.num_layers // 2
+    return tuple(f"transformer_blocks.{i}" for i in range(first, max(config.num_layers - 1, first + 1)))
+
+
+class PatchEmbedding(nn.Module):
+    """Every patch a token, with its place added from the centre of a square table of positions."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        self.side = config.pos_embed_max_size
+        self.proj = nn.Conv2d(config.in_channels, config.width, config.patch_size, stride=config.patch_size)
+        # Stored in the file with the weights, though nothing ever trained it.
+        self.register_buffer("pos_embed", torch.empty(1, self.side**2, config.width))
+
+    def forward(self, latent):                                              # (B, C, h, w) -> (B, tokens, width)
+        x = self.proj(latent)
+        height, width = x.shape[-2:]
+        top, left = (self.side - height) // 2, (self.side - width) // 2
+        table = self.pos_embed.unflatten(1, (self.side, self.side))
+        table = table[:, top:top + height, left:left + width].flatten(1, 2)
+        return x.flatten(2).transpose(1, 2) + table.to(x.dtype)
+
+
+class TwoLayers(nn.Module):
+    """A linear layer, SiLU, a linear layer."""
+
+    def __init__(self, ins: int, width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(ins, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class TimeTextEmbedding(nn.Module):
+    """What every block is told of the timestep and of the whole text: one vector per picture."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        self.timestep_embedder = TwoLayers(WAVES, config.width)
+        self.text_embedder = TwoLayers(config.pooled_projection_dim, config.width)
+
+    def forward(self, timestep, pooled):                                    # a number or (T,); (B or 1, P) -> (B, width)
+        timestep = torch.as_tensor(timestep, device=pooled.device).reshape(-1, 1).float()
+        steps = torch.arange(WAVES // 2, dtype=torch.float32, device=pooled.device)
+        # In float32 whatever the weights, and in everybody's order of operations, which decides the last digits.
+        angle = timestep * torch.exp(-math.log(10000) * steps / (WAVES // 2))
+        waves = torch.cat([angle.cos(), angle.sin()], dim=1).to(pooled.dtype)
+        return self.timestep_embedder(waves) + self.text_embedder(pooled)
+
+
+class Modulation(nn.Module):
+    """adaLN: from the time and text vector, `count` vectors that shift, scale and gate the tokens of one stream."""
+
+    def __init__(self, width: int, count: int):
+        super().__init__()
+        self.count = count
+        self.linear = nn.Linear(width, count * width)
+
+    def forward(self, temb):                                                # (B, C) -> count times (B, 1, C)
+        return self.linear(F.silu(temb)).unsqueeze(1).chunk(self.count, dim=-1)
+
+
+def normed(x, shift, scale):
+    """Tokens (B, L, C) of zero mean and unit variance each, then scaled and shifted by (B, 1, C)."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
+
+
+class Attention(nn.Module):
+    """Image tokens look at one another and, where `joint`, both streams look at both, each through its own weights."""
+
+    def __init__(self, config: MMDiTConfig, *, joint: bool, answers_text: bool = False):
+        super().__init__()
+        width = config.width
+        self.heads = config.num_attention_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])              # a list: the files say to_out.0
+        if joint:
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.to_add_out = nn.Linear(width, width) if answers_text else None
+
+        def norm(wanted):
+            return nn.RMSNorm(config.attention_head_dim, eps=NORM_EPS) if wanted and config.qk_norm else None
+
+        self.norm_q, self.norm_k = norm(True), norm(True)
+        self.norm_added_q, self.norm_added_k = norm(joint), norm(joint)
+
+    def split(self, tokens, norm=None):                                     # (B, L, C) -> (B, heads, L, head_dim)
+        tokens = tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return norm(tokens) if norm else tokens
+
+    def forward(self, x, context=None, *, want_probs=False):                # (B, N, C), (B, L, C)
+        """What each stream saw, and how much each image token looked at each text token if that is wanted: x (B,N,C),
+        context (B,L,C) or None, probs (B,heads,N,L) or None, of a softmax over all N + L."""
+        q, k, v = (self.split(to(x), norm) for to, norm in
+                   ((self.to_q, self.norm_q), (self.to_k, self.norm_k), (self.to_v, None)))
+        if context is not None:
+            text = (self.split(to(context), norm) for to, norm in
+                    ((self.add_q_proj, self.norm_added_q), (self.add_k_proj, self.norm_added_k), (self.add_v_proj, None)))
+            q, k, v = (torch.cat(pair, dim=2) for pair in zip((q, k, v), text, strict=True))
+        probs, count = None, x.shape[1]
+        if want_probs:                              # fused attention does not give them
+            probs = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(dim=-1)
+            seen, probs = probs @ v, probs[:, :, :count, count:]
+        else:
+            seen = F.scaled_dot_product_attention(q, k, v)
+        seen = seen.transpose(1, 2).flatten(2)
+        answer = self.to_add_out(seen[:, count:]) if self.to_add_out is not None else None
+        return self.to_out[0](seen[:, :count]), answer, probs
+
+
+class FeedForward(nn.Module):
+    """Four times the width and back. The identity stands where the published layout has its dropout."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        first = nn.Module()
+        first.proj = nn.Linear(width, 4 * width)                            # the files say net.0.proj
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * width, width)])
+
+    def forward(self, x):
+        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+
+
+class JointBlock(nn.Module):
+    """Attention over both streams, then a feed-forward for each; every part is shifted, scaled and gated by `temb`.
+
+    In the last block (`final`) the text is only looked at: nothing comes after it that would read it.
+    """
+
+    def __init__(self, config: MMDiTConfig, *, dual: bool, final: bool):
+        super().__init__()
+        width = config.width
+        self.norm1 = Modulation(width, 9 if dual else 6)
+        self.norm1_context = Modulation(width, 2 if final else 6)
+        self.attn = Attention(config, joint=True, answers_text=not final)
+        self.attn2 = Attention(config, joint=False) if dual else None
+        self.ff = FeedForward(width)
+        self.ff_context = None if final else FeedForward(width)
+
+    def forward(self, x, context, temb, want_probs=False):                  # (B, N, C), (B, L, C), (B, C)
+        """Both streams after the block, (x, context), context None in the last one; and the attention's probabilities."""
+        shift, scale, gate, ff_shift, ff_scale, ff_gate, *second = self.norm1(temb)
+        if self.ff_context is None:
+            text_scale, text_shift = self.norm1_context(temb)               # here the files have the scale first
+        else:
+            text_shift, text_scale, text_gate, text_ff_shift, text_ff_scale, text_ff_gate = self.norm1_context(temb)
+
+        seen, text_seen, probs = self.attn(normed(x, shift, scale), normed(context, text_shift, text_scale),
+                                           want_probs=want_probs)
+        y = x + gate * seen
+        if self.attn2 is not None:
+            shift2, scale2, gate2 = second
+            y = y + gate2 * self.attn2(normed(x, shift2, scale2))[0]
+        x = y + ff_gate * self.ff(normed(y, ff_shift, ff_scale))
+
+        if self.ff_context is None:
+            return x, None, probs
+        context = context + text_gate * text_seen
+        context = context + text_ff_gate * self.ff_context(normed(context, text_ff_shift, text_ff_scale))
+        return x, context, probs
+
+
+class MMDiT(nn.Module):
+    """The published SD3Transformer2DModel. `checkpointing`: recompute blocks in the backward pass, for memory."""
+
+    Config = MMDiTConfig
+    checkpointing = False
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        self.config = config
+        self.pos_embed = PatchEmbedding(config)
+        self.time_text_embed = TimeTextEmbedding(config)
+        self.context_embedder = nn.Linear(config.joint_attention_dim, config.width)
+        self.transformer_blocks = nn.ModuleList(
+            JointBlock(config, dual=i in config.dual_attention_layers, final=i == config.num_layers - 1)
+            for i in range(config.num_layers))
+        self.norm_out = Modulation(config.width, 2)
+        self.proj_out = nn.Linear(config.width, config.patch_size**2 * config.out_channels)
+
+    @property
+    def tap_names(self) -> tuple[str, ...]:
+        return tap_names(self.config)
+
+    @property
+    def probs_names(self) -> tuple[str, ...]:
+        """Attention probabilities that `walk` yields only where `wanted` names them: they cost memory and time."""
+        return tuple(f"transformer_blocks.{i}.attn.probs" for i in range(self.config.num_layers))
+
+    def walk(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor, pooled: torch.Tensor, *,
+             wanted: Iterable[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+        """Run the network, yielding (name, activation) in execution order; the last item is ("out", velocity).
+
+        noisy_latent: (B, in_channels, h, w), h and w multiples of the patch size, with the image conditions' channels
+        appended where the checkpoint has them. timestep: 0 to 1000 (sigma times 1000), a number or a tensor with one or
+        B of them. context: (B, L, joint_attention_dim), or (1, L, ...) for one text; pooled likewise, (B or 1, P).
+        wanted: which of `probs_names` to yield too: (B, heads, image tokens, L), how much each image token looks at each
+        text token. Activations are live: graph attached, never detached or cast. ValueError for a size that does not fit.
+        """
+        p, side = self.config.patch_size, self.config.pos_embed_max_size
+        h, w = (size // p for size in noisy_latent.shape[-2:])
+        if (h * p, w * p) != tuple(noisy_latent.shape[-2:]) or max(h, w) > side:
+            raise ValueError(f"a latent of {noisy_latent.shape[-2]} x {noisy_latent.shape[-1]} does not fit: sides are "
+                             f"multiples of {p}, up to {side * p}")
+        x = self.pos_embed(noisy_latent)                                            # (B, h*w, width)
+        temb = self.time_text_embed(timestep, pooled)                               # (B or 1, width)
+        context = self.context_embedder(context).expand(len(x), -1, -1)             # (B, L, width)
+
+        for i, block in enumerate(self.transformer_blocks):
+            want_probs = (name := f"transformer_blocks.{i}.attn.probs") in wanted
+            if self.checkpointing and torch.is_grad_enabled():
+                x, context, probs = checkpoint(block, x, context, temb, want_probs, use_reentrant=False)
+            else:
+                x, context, probs = block(x, context, temb, want_probs)
+            if want_probs:
+                yield name, probs
+            yield f"transformer_blocks.{i}", x
+            if context is not None:
+                yield f"transformer_blocks.{i}.context", context
+
+        scale, shift = self.norm_out(temb)
+        x = self.proj_out(normed(x, shift, scale)).unflatten(-1, (p, p, -1)).unflatten(1, (h, w))   # (B, h, w, p, p, out)
+        yield "out", x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)        # (B, out, h*p, w*p)
+
+    def forward(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        """The predicted velocity, noise minus clean latent: (B, out_channels, h, w)."""
+        for _, activation in self.walk(noisy_latent, timestep, context, pooled):
+            velocity = activation                                                   # the last one stays
+        return velocity
+
+    def features(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor, pooled: torch.Tensor, *,
+                 taps: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The tapped activations, name -> tensor. Stops after the last one: later blocks are never run."""
+        taps, known = set(taps), (*self.tap_names, *self.probs_names)
+        if not taps:
+            raise ValueError(f"no taps were asked for; this transformer has {len(known)}, from {known[0]!r} to {known[-1]!r}")
+        if unknown := sorted(taps.difference(known)):
+            raise ValueError(f"unknown tap {unknown[0]!r}; this transformer has {', '.join(known)}")
+        found = {}
+        for name, x in self.walk(noisy_latent, timestep, context, pooled, wanted=taps.intersection(self.probs_names)):
+            if name in taps:
+                found[name] = x
+                if len(found) == len(taps):
+                    break
+        assert len(found) == len(taps), "tap_names promises what walk does not yield"
+        return found
