@@ -224,12 +224,19 @@ class Attention(nn.Module):
         """What of the attention depends on what is looked at alone."""
         return self.split(self.to_k(context)), self.split(self.to_v(context))
 
-    def forward(self, x, context):                                          # (B, tokens, C), (B or 1, L, D)
+    def forward(self, x, context, *, want_probs=False):                     # (B, tokens, C), (B or 1, L, D)
+        """What was seen, (B, tokens, C), and where if that is wanted: probs (B, heads, tokens, L) or None."""
         q = self.split(self.to_q(x))
         k, v = (part.expand(len(x), -1, -1, -1) for part in self.keys_values(context))
-        # Fused on every device: on a CPU too it is measured as fast as a plain softmax(q k^T) v or faster, forward and
-        # backward, from 16 tokens to 4096, and it never holds the (tokens, L) matrix.
-        return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        probs = None
+        if want_probs:                              # fused attention does not give them
+            probs = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(dim=-1)
+            seen = probs @ v
+        else:
+            # Fused on every device: on a CPU too it is measured as fast as a plain softmax(q k^T) v or faster, forward
+            # and backward, from 16 tokens to 4096, and it never holds the (tokens, L) matrix.
+            seen = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](seen.transpose(1, 2).flatten(2)), probs
 
 
 class GEGLU(nn.Module):
@@ -267,11 +274,12 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x, context):                                          # (B, tokens, C) -> the same
+    def forward(self, x, context, want_probs=False):                        # (B, tokens, C) -> the same, probs or None
         y = self.norm1(x)
-        x = x + self.attn1(y, y)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x = x + self.attn1(y, y)[0]
+        seen, probs = self.attn2(self.norm2(x), context, want_probs=want_probs)
+        x = x + seen
+        return x + self.ff(self.norm3(x)), probs
 
 
 def per_token(layer, tokens):
@@ -291,13 +299,18 @@ class Transformer(nn.Module):
             TransformerBlock(width, config.cross_attention_dim, heads) for _ in range(layers))
         self.proj_out = nn.Linear(width, width) if config.use_linear_projection else nn.Conv2d(width, width, 1)
 
-    def forward(self, x, context):                                          # (B, C, h, w) -> the same
+    def forward(self, x, context, path, wanted):
+        """x (B, C, h, w) -> the same; and name -> probs (B, heads, h*w, L) of those that are wanted here, at `path`."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (B, C, h, w) -> (B, h*w, C)
         tokens = per_token(self.proj_in, tokens)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+        found = {}
+        for k, block in enumerate(self.transformer_blocks):
+            want_probs = (name := f"{path}.transformer_blocks.{k}.attn2.probs") in wanted
+            tokens, probs = block(tokens, context, want_probs)
+            if want_probs:
+                found[name] = probs
         tokens = per_token(self.proj_out, tokens)
-        return x + tokens.transpose(1, 2).unflatten(2, x.shape[-2:])        # (B, h*w, C) -> (B, C, h, w)
+        return x + tokens.transpose(1, 2).unflatten(2, x.shape[-2:]), found           # (B, h*w, C) -> (B, C, h, w)
 
 
 class Downsample(nn.Module):
@@ -378,13 +391,22 @@ class UNet(nn.Module):
     def tap_names(self) -> tuple[str, ...]:
         return tap_names(self.config)
 
-    def walk(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    @property
+    def probs_names(self) -> tuple[str, ...]:
+        """The attentions to the text, in execution order, whose probabilities `walk` yields only where `wanted` names
+        them: fused attention, which they take the place of, has none, and they cost memory and time."""
+        return tuple(f"{path}.probs" for path, _ in self.named_modules() if path.endswith(".attn2"))
+
+    def walk(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor, *,
+             wanted: Iterable[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """Run the network, yielding (name, activation) in execution order; the last item is ("out", prediction).
 
         noisy_latent: (B, in_channels, h, w), as the scheduler scales it, with the image condition's channels appended
         where the checkpoint has them. timestep: a number, or a tensor with one or B of them. context: (B, L, C), or
-        (1, L, C) for one text. Names are module paths of the published layout. Activations are live: graph attached,
-        never detached or cast. This is a generator so that `features` can stop early without a second block loop.
+        (1, L, C) for one text. wanted: which of `probs_names` to yield too, each before its transformer's output:
+        (B, heads, h*w, L), how much each position looks at each text token. Names are module paths of the published
+        layout. Activations are live: graph attached, never detached or cast. This is a generator so that `features` can
+        stop early without a second block loop.
         """
         temb = self.time_embedding(timestep)                                        # (1 or B, 4 * widths[0])
         x = self.conv_in(noisy_latent)                                              # (B, widths[0], h, w)
@@ -396,8 +418,10 @@ class UNet(nn.Module):
                 x = resnet(x, temb)
                 yield f"down_blocks.{i}.resnets.{j}", x
                 if block.attentions:
-                    x = block.attentions[j](x, context)
-                    yield f"down_blocks.{i}.attentions.{j}", x
+                    path = f"down_blocks.{i}.attentions.{j}"
+                    x, probs = block.attentions[j](x, context, path, wanted)
+                    yield from probs.items()
+                    yield path, x
                 skips.append(x)
             if block.downsamplers:
                 x = block.downsamplers[0](x)                                        # (B, C, ceil(h / 2), ceil(w / 2))
@@ -406,7 +430,8 @@ class UNet(nn.Module):
 
         x = self.mid_block.resnets[0](x, temb)
         yield "mid_block.resnets.0", x
-        x = self.mid_block.attentions[0](x, context)
+        x, probs = self.mid_block.attentions[0](x, context, "mid_block.attentions.0", wanted)
+        yield from probs.items()
         yield "mid_block.attentions.0", x
         x = self.mid_block.resnets[1](x, temb)
         yield "mid_block.resnets.1", x
@@ -417,8 +442,10 @@ class UNet(nn.Module):
                 x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
                 yield f"up_blocks.{i}.resnets.{j}", x
                 if block.attentions:
-                    x = block.attentions[j](x, context)
-                    yield f"up_blocks.{i}.attentions.{j}", x
+                    path = f"up_blocks.{i}.attentions.{j}"
+                    x, probs = block.attentions[j](x, context, path, wanted)
+                    yield from probs.items()
+                    yield path, x
             if block.upsamplers:
                 x = block.upsamplers[0](x, skips[-1].shape[-2:])
                 yield f"up_blocks.{i}.upsamplers.0", x
@@ -433,14 +460,17 @@ class UNet(nn.Module):
 
     def features(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor, *,
                  taps: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The tapped activations, name -> tensor. Stops after the last one: later blocks are never run."""
-        taps, known = set(taps), self.tap_names
+        """The tapped activations, name -> tensor. Stops after the last one: later blocks are never run.
+
+        taps: from `tap_names`, and from `probs_names`, the attention maps.
+        """
+        taps, known, maps = set(taps), self.tap_names, self.probs_names
         if not taps:
             raise ValueError(f"no taps were asked for; this U-Net has {len(known)}, from {known[0]!r} to {known[-1]!r}")
-        if unknown := sorted(taps.difference(known)):
-            raise ValueError(f"unknown tap {unknown[0]!r}; this U-Net has {', '.join(known)}")
+        if unknown := sorted(taps.difference(known, maps)):
+            raise ValueError(f"unknown tap {unknown[0]!r}; this U-Net has {', '.join((*known, *maps))}")
         found = {}
-        for name, x in self.walk(noisy_latent, timestep, context):
+        for name, x in self.walk(noisy_latent, timestep, context, wanted=taps.intersection(maps)):
             if name in taps:
                 found[name] = x
                 if len(found) == len(taps):

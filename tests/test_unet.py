@@ -140,11 +140,12 @@ def halves_swapped(self, x):
     return x * F.gelu(gate)
 
 
-def not_normed_for_text(self, x, context):
+def not_normed_for_text(self, x, context, want_probs=False):
     y = self.norm1(x)
-    x = x + self.attn1(y, y)
-    x = x + self.attn2(x, context)
-    return x + self.ff(self.norm3(x))
+    x = x + self.attn1(y, y)[0]
+    seen, probs = self.attn2(x, context, want_probs=want_probs)
+    x = x + seen
+    return x + self.ff(self.norm3(x)), probs
 
 
 def skips_first(parts, dim):
@@ -265,6 +266,75 @@ def test_wrong_taps_are_one_sentence_before_anything_runs(taps, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         ours.features(None, None, None, taps=taps)
     assert "\n" not in str(caught.value) and "conv_in" in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------- attention maps
+
+def their_maps(theirs, arguments):
+    """Name of ours -> softmax(q k^T / sqrt(d)) of the queries and keys that hooks see in their attn2."""
+    seen, found = {}, {}
+    for name, module in theirs.named_modules():
+        if name.endswith("attn2"):
+            for part in ("to_q", "to_k"):
+                def hook(module, args, out, key=(name, part)):
+                    seen[key] = out
+                getattr(module, part).register_forward_hook(hook)
+    theirs(*arguments)
+    for name, module in theirs.named_modules():
+        if name.endswith("attn2"):
+            q, k = (torch.stack(seen[name, part].chunk(module.heads, -1), 1) for part in ("to_q", "to_k"))
+            scores = torch.einsum("bhid,bhjd->bhij", q, k) * (q.shape[-1] ** -0.5)
+            weights = (scores - scores.amax(-1, keepdim=True)).exp()
+            found[f"{name}.probs"] = weights / weights.sum(-1, keepdim=True)
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_maps_are_those_of_their_queries_and_keys(name):
+    theirs = oracle(CONFIGS[name])
+    ours, arguments = ours_like(theirs), inputs(theirs.config, SIZES["odd"])
+    expected = their_maps(theirs, arguments)
+    found = ours.features(*arguments, taps=ours.probs_names)
+    assert list(found) == list(ours.probs_names)
+    assert found.keys() == expected.keys() and not set(found) & set(ours.tap_names)
+    for tap, probs in found.items():
+        assert_close(probs, expected[tap])
+        torch.testing.assert_close(probs.sum(-1), torch.ones(probs.shape[:-1]))
+        assert probs.std() > 1e-3                   # far from uniform, or any order of tokens would do
+    last = ours.probs_names[-1]                     # live
+    mine, other = (torch.autograd.grad(each[last][..., 2].square().sum(), arguments[0])[0] for each in (found, expected))
+    assert other.abs().max() > 0
+    assert_close(mine, other)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_wanted_maps_change_nothing_else(name):
+    """Explicit and fused attention agree to rounding; what is not wanted is not yielded, and is the same to the bit."""
+    theirs = oracle(CONFIGS[name]).double()
+    ours, arguments = ours_like(theirs), inputs(theirs.config, dtype=torch.float64)
+    fused = dict(ours.walk(*arguments))
+    assert tuple(fused) == ours.tap_names
+    explicit = list(ours.walk(*arguments, wanted=ours.probs_names))
+    order = [tap for tap, _ in explicit]
+    assert len(order) == len(set(order)) and set(order) == {*ours.tap_names, *ours.probs_names}
+    for tap, x in explicit:
+        if tap in fused:
+            assert_close(x, fused[tap])
+        else:                                       # each before the output of its transformer
+            assert order.index(tap) < order.index(tap.split(".transformer_blocks")[0])
+    for tap in ours.probs_names[:2]:                # in single precision, one map and one activation
+        single, arguments32 = ours_like(oracle(CONFIGS[name])), [x.float() for x in arguments]
+        mixed = single.features(*arguments32, taps=[tap, "out"])
+        assert list(mixed) == [tap, "out"]
+        assert_close(mixed["out"], single(*arguments32))
+
+
+def test_features_stop_after_a_map():
+    ours = UNet(CONFIGS[SMALL])
+    ran = []
+    ours.mid_block.resnets[1].register_forward_pre_hook(lambda *_: ran.append(True))
+    ours.features(*inputs(ours.config), taps=["mid_block.attentions.0.transformer_blocks.0.attn2.probs"])
+    assert not ran
 
 
 def test_default_taps(shared):
