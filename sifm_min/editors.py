@@ -78,6 +78,7 @@ class InstructPix2Pix:
     """
 
     PIPELINE = "StableDiffusionInstructPix2PixPipeline"
+    kind = "instruct"                                        # the picture is a condition beside a latent of pure noise
 
     def __init__(self, *, name, unet, vae, text_encoder, tokenizer, scheduler, defaults=None, notice="",
                  checkpoint=None):
@@ -164,10 +165,13 @@ class InstructPix2Pix:
             return torch.tensor([round((highest + lowest) / 2)])
         return torch.linspace(highest, lowest, count).round().long()
 
+    def scaled(self, condition):
+        """The latent z of a picture given by its condition, in the scale that the denoiser denoises at."""
+        return condition * self.vae.config.scaling_factor
+
     def noise_latent(self, condition, noise, timesteps):
         """The noisy latent z_t of a picture given by its condition; noise (B,C,h,w) standard normal, timesteps (B,)."""
-        return self.scheduler.add_noise(condition * self.vae.config.scaling_factor, noise.to(condition),
-                                        timesteps.to(condition.device))
+        return self.scheduler.add_noise(self.scaled(condition), noise.to(condition), timesteps.to(condition.device))
 
     def features(self, condition, noisy_latent, timesteps, context, *, taps):
         """Activations of the U-Net, name -> tensor, live; the forward pass ends at the last tap."""
@@ -176,6 +180,16 @@ class InstructPix2Pix:
     def predict(self, condition, noisy_latent, timesteps, context):
         """The U-Net's prediction (B,C,h,w), in the scheduler's parameterisation."""
         return self.unet(*self._inputs(condition, noisy_latent, timesteps), context)
+
+    def noise_prediction(self, prediction, noisy_latent, timesteps):
+        """The noise (B,C,h,w) that a prediction takes to be in noisy_latent, whatever the network was trained to predict."""
+        if self.scheduler.config.prediction_type == "epsilon":
+            return prediction
+        kept = self.scheduler.alphas_cumprod_at(timesteps).reshape(-1, 1, 1, 1)          # z_t = sqrt(a) z + sqrt(1-a) noise
+        kept, lost = kept.sqrt().to(noisy_latent), (1 - kept).sqrt().to(noisy_latent)
+        if self.scheduler.config.prediction_type == "v_prediction":                      # v = sqrt(a) noise - sqrt(1-a) z
+            return lost * noisy_latent + kept * prediction
+        return (noisy_latent - kept * prediction) / lost                                 # "sample": z itself
 
     def _inputs(self, condition, noisy_latent, timesteps):
         # Only the network itself runs in its dtype: noise, noising and the sum of gradients stay in float32.
