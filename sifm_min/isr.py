@@ -439,7 +439,11 @@ def mcnemar(b, c):
     """
     if b < 0 or c < 0:
         raise ValueError(f"{b} and {c} are no counts")
-    return min(1.0, 2 * sum(math.comb(b + c, i) for i in range(min(b, c) + 1)) / 2 ** (b + c))
+    choose = total = 1                          # C(b + c, 0); the next one is the last times (b + c - i) / (i + 1)
+    for i in range(min(b, c)):
+        choose = choose * (b + c - i) // (i + 1)
+        total += choose
+    return min(1.0, 2 * total / 2 ** (b + c))
 
 
 def swap_test(differences):
