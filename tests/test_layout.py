@@ -22,7 +22,8 @@ FLOORS = {
     4: "baselines sifm",                                     # objectives
     3: "editors miniature",                                  # editors and verdicts
     2: "cli images isr metrics pgd world",                   # tools of ours
-    1: "models.checkpoints",                                 # loading
+    1: "backbones models.checkpoints",                       # loading
+    0.5: "models.hub models.single_files models.sources",    # what loading stands on
     0: "models.clip models.mmdit models.schedulers models.tokenizers models.unet models.vae",             # networks
     -1: "__init__",                                          # the package itself: __version__, and lazy names
     -2: "models.__init__",                                   # a docstring
@@ -33,7 +34,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split(
 SIX = {"torch": "torch", "safetensors": "safetensors", "huggingface-hub": "huggingface_hub", "numpy": "numpy",
        "pillow": "PIL", "requests": "requests"}
 BY_NAME = ("__init__", "immunize")                           # whose lazy names a test below looks up
-NARROWER = {-2: set(), -1: set(), 0: {"torch"}, 1: {"torch", "safetensors", "huggingface_hub"}}
+NARROWER = {-2: set(), -1: set(), 0: {"torch"}, 0.5: {"huggingface_hub"}, 1: {"torch", "safetensors", "huggingface_hub"}}
 
 
 # ------------------------------------------------------------------------------------------------------------ the rules

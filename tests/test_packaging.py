@@ -208,7 +208,7 @@ def files(folder, *patterns):
 
 def shipped(project):
     """What a package holds of the project, under its installed names: code, and the data that setup.cfg names."""
-    networks = {f"models/{name}" for name in files(project / "models", "**/*.py", "miniature*/**/*")}
+    networks = {f"models/{name}" for name in files(project / "models", "**/*.py", "miniature*/**/*", "lpips/*")}
     return files(project / "sifm_min", "**/*.py", "panels/*.json", "prompts/*") | networks
 
 
