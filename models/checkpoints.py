@@ -1,92 +1,31 @@
-"""Checkpoints: find the files of an editor (shipped, a folder, or the hub) and load their tensors exactly.
+"""Checkpoints: find the files of an editor (shipped, a folder, one file, or the hub) and load their tensors exactly.
 
 Reads the published (diffusers) layout: one folder per component, each network with a `config.json` and safetensors in
-one file or in shards with an index. Pickles are never opened. From the hub come only the files that are needed, at one
-revision, into the standard cache (`HF_HOME`); what is complete there is used without a request. Loading is all or
-nothing: every tensor's name and shape is compared before the first one is read.
+one file or in shards with an index; and the single files of Stable Diffusion 3. Pickles are never opened. From the hub
+come only the files that are needed, at one revision, into the standard cache. Loading is all or nothing: every tensor's
+name and shape is compared before the first one is read.
 
-`EDITORS` is the table of the editors known by name.
+`EDITORS` is the table of the editors known by name, in sources.py.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.utils import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 
-
-class Unavailable(RuntimeError):
-    """Weights cannot be had or used; the message is one sentence that says what is wrong and what to do."""
+from . import hub, single_files
+from .hub import MAIN, Unavailable
+from .single_files import Place
+from .sources import EDITORS, PIPELINES, STABLE_DIFFUSION_3, T5, Source
 
 
 class Unfit(Unavailable, ValueError):
     """The files are there, and are not what the network needs: damaged, of another network, or unsafe to read."""
 
-
-# ------------------------------------------------------------------------------------------------------ known editors
-
-INSTRUCT_PIX2PIX = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where an editor known by name comes from: `folder` is set for a shipped one, `hub_id` for the others."""
-
-    name: str
-    licence: str
-    components: tuple[str, ...] = INSTRUCT_PIX2PIX
-    folder: Path | None = None
-    hub_id: str | None = None
-    revision: str | None = None                     # a commit; None: `main` is resolved once and then kept
-    gated: bool = False                             # the hub hands it out only to accounts that accepted the licence
-    size: int | None = None                         # bytes to fetch, to two digits; None: the files say
-    files: Mapping[str, str] = field(default_factory=dict)      # weight file -> its published SHA-256
-
-
-_HERE = Path(__file__).resolve().parent
-
-EDITORS: dict[str, Source] = {source.name: source for source in (
-    Source(name="miniature", licence="Apache-2.0", folder=_HERE / "miniature"),
-    Source(name="miniature-plain", licence="Apache-2.0", folder=_HERE / "miniature-plain"),
-    Source(
-        name="instruct-pix2pix",
-        licence="MIT; derived from Stable Diffusion 1.5 (CreativeML OpenRAIL-M)",
-        hub_id="timbrooks/instruct-pix2pix",
-        revision="31519b5cb02a7fd89b906d88731cd4d6a7bbf88d",
-        size=2_100_000_000,
-        files={
-            "unet/diffusion_pytorch_model.fp16.safetensors":
-                "0d6bbc0a95dd125196d327a660b43d24c56f433eb30d2776f1327fb86bd38f78",
-            "vae/diffusion_pytorch_model.fp16.safetensors":
-                "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c",
-            "text_encoder/model.fp16.safetensors":
-                "77795e2023adcf39bc29a884661950380bd093cf0750a966d473d1718dc9ef4e",
-        },
-    ),
-    Source(
-        name="hq-edit",
-        licence="CC BY-NC 4.0 (non-commercial)",
-        hub_id="MudeHui/HQ-Edit",
-        size=4_300_000_000,                         # expected: float32 files only, of the shapes of instruct-pix2pix
-    ),
-)}
 
 # ------------------------------------------------------------------------------------------------- what a layout needs
 
@@ -98,9 +37,23 @@ WEIGHTS = tuple(                                                # best first: ha
     for end in ends
 )
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5")
+TOKENIZERS = {                                                  # by what the tokenizer is for, best first
+    "CLIP": (("vocab.json", "merges.txt"), ("tokenizer.json",)),
+    "T5": (("tokenizer.json",), ("spiece.model",)),
+}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./-]*")
-MAIN = "model_index.json"                                       # the one file that every published pipeline has
+
+
+def pipeline_components(index, where, *, t5=True):
+    """The components of the pipeline that a model_index.json, as a dict, describes; one that names no class is an
+    InstructPix2Pix. T5 is left out where the pipeline has none (no entry, or an empty one) or t5 is False."""
+    name = str(index.get("_class_name", "StableDiffusionInstructPix2PixPipeline"))
+    if name not in PIPELINES:
+        raise Unfit(f"{where} is a {name}, which is not implemented; implemented are {', '.join(PIPELINES)}")
+    entries = [index.get(part) for part in T5]
+    absent = () if t5 and all(isinstance(entry, list) and entry and None not in entry for entry in entries) else T5
+    return tuple(part for part in PIPELINES[name] if part not in absent)
 
 
 def needed(names, component, read, where):
@@ -113,10 +66,11 @@ def needed(names, component, read, where):
     here = f"{component}/"
     if component.startswith("tokenizer"):
         extra = [f for f in (here + "tokenizer_config.json", here + "special_tokens_map.json") if f in names]
-        for group in ([here + "vocab.json", here + "merges.txt"], [here + "tokenizer.json"]):
-            if names >= set(group):
-                return extra + group
-        raise Unavailable(f"{where} has no tokenizer: {here} needs vocab.json and merges.txt, or tokenizer.json")
+        kinds = TOKENIZERS["T5" if component in T5 else "CLIP"]
+        for kind in kinds:
+            if names >= {here + file for file in kind}:
+                return extra + [here + file for file in kind]
+        raise Unavailable(f"{where} has no tokenizer: {here} needs {', or '.join(map(' and '.join, kinds))}")
     if component == "scheduler":
         if here + "scheduler_config.json" in names:
             return [here + "scheduler_config.json"]
@@ -166,9 +120,11 @@ def _json(text, where):
     return found
 
 
-def _in_folder(folder, components, where):
-    """The files that `components` need of a folder on this disk."""
+def _in_folder(folder, components, where, t5=True):
+    """The files that `components` need of a folder on this disk; None: those of its pipeline."""
     files = []
+    if components is None:
+        components = pipeline_components(_index(folder), where, t5=t5)
     for component in components:
         try:                                        # a dangling link does not exist: its blob left the cache
             names = {f"{component}/{path.name}" for path in (folder / component).iterdir() if path.exists()}
@@ -178,6 +134,12 @@ def _in_folder(folder, components, where):
             raise Unavailable(f"{folder / component} cannot be read: {error.strerror}") from None
         files += needed(names, component, lambda name: _read(folder / name), where)
     return files
+
+
+def _index(folder):
+    """The model_index.json of a folder, {} where it has none."""
+    path = folder / MAIN
+    return _json(_read(path), path) if path.exists() else {}
 
 
 def _read(path):
@@ -197,15 +159,18 @@ def _read(path):
 
 
 def find(source):
-    """The `Source` of a name in `EDITORS`, a folder, or a hub id `owner/name`; ValueError if it is none of these."""
+    """The `Source` of a name in `EDITORS`, a folder, a single file, or a hub id `owner/name`; else ValueError."""
     name = os.fspath(source)
     if name in EDITORS:
         return EDITORS[name]
     folder = Path(os.path.expanduser(name))
     if name and folder.is_dir():
         return Source(name=name, licence="not stated", folder=folder)
+    if name and folder.exists() and is_weights(name):
+        return Source(name=name, licence="not stated", file=folder)
     if name and folder.exists():
-        raise ValueError(f"{name} is a file; give the folder that holds unet/, vae/ and the other components")
+        raise ValueError(f"{name} is a file; give the folder that holds unet/, vae/ and the other components, or a single "
+                         "file of Stable Diffusion 3, which ends in .safetensors")
     if HUB_ID.fullmatch(name) is None:
         raise ValueError(f"{name!r} is neither a known editor ({', '.join(EDITORS)}), nor a folder that exists, nor a "
                          "hub id (owner/name)")
@@ -213,125 +178,109 @@ def find(source):
     return known or Source(name=name, licence="the one on its card", hub_id=name)
 
 
-def open_checkpoint(source, components, *, revision=None, offline=None):
+def open_checkpoint(source, components=None, *, t5=True, revision=None, offline=None, rest=None):
     """The `Checkpoint` of `source` (see `find`), with the files of `components` at hand, fetched if need be.
 
-    components: folder names such as "unet", "vae", "text_encoder", "tokenizer", "scheduler"; revision: commit, tag or
-    branch of a hub id (default: the pinned commit, else `main`, resolved at the first download and then kept); offline:
-    True makes no request (default: `HF_HUB_OFFLINE`). Raises `Unavailable`, and ValueError for a senseless argument.
+    components: folder names such as "unet", "vae", "tokenizer"; None: those of the pipeline that model_index.json names,
+    which is read first, so that a pipeline that is not implemented costs nothing; then t5 False leaves out T5, most of
+    the bytes of Stable Diffusion 3. revision: commit, tag or branch of a hub id (default: the pinned commit, else
+    `main`, resolved at the first download and then kept). offline: True makes no request (default: `HF_HUB_OFFLINE`).
+    rest: for a single file, where the components come from that it lacks: a folder, a known name or a hub id (default:
+    the file's own folder). Raises `Unavailable`, and ValueError for a senseless argument.
     """
     found = find(source)
+    if found.hub_id is None and revision is not None:
+        raise ValueError(f"revision {revision} is for a hub id; {found.name} is on this disk, which has only one")
+    if found.file:
+        return _open_single_file(found.file, components, t5, rest, offline)
+    if rest is not None:
+        raise ValueError(f"components from {rest} are for a single file that lacks them; {found.name} has its own")
     if found.folder:
-        if revision is not None:
-            raise ValueError(f"revision {revision} is for a hub id; {found.name} is a folder, which has only one")
         if not found.folder.is_dir():
             raise Unavailable(f"the shipped editor {found.name} lacks its weights in {found.folder}; install sifm_min "
                               "again, or make them with tools/train_miniature.py")
-        return Checkpoint(found.folder, str(found.folder), None, _in_folder(found.folder, components, found.folder))
+        files = _in_folder(found.folder, components, found.folder, t5)
+        return Checkpoint(found.folder, str(found.folder), None, files)
     if revision is not None and REVISION.fullmatch(revision) is None:
         raise ValueError(f"revision {revision!r} is not a commit, tag or branch")
-    hub_id, command = found.hub_id, f"download {found.name}{f' --revision {revision}' if revision else ''}"
-    revision = revision or found.revision or "main"
-    folder, missing = cached(hub_id, revision, components)
-    if missing and (constants.HF_HUB_OFFLINE if offline is None else offline):
+    command = f"download {found.name}{f' --revision {revision}' if revision else ''}{'' if t5 else ' --no-t5'}"
+    hub_id, revision = found.hub_id, revision or found.revision or "main"
+    folder, missing = cached(hub_id, revision, components, t5=t5)
+    if missing and (hub.is_offline() if offline is None else offline):
         raise Unavailable(f"{missing}, and offline nothing is fetched: run `python -m sifm_min.weights {command}` once "
                           "while online, without HF_HUB_OFFLINE")
     if missing:
-        folder = _fetch(hub_id, revision, components)
-    return Checkpoint(folder, hub_id, folder.name, _in_folder(folder, components, hub_id))
+        def choose(names, get):
+            chosen = components
+            if chosen is None:
+                chosen = pipeline_components(_json(_read(get(MAIN)), f"{hub_id}/{MAIN}"), hub_id, t5=t5)
+            return [file for part in chosen for file in needed(names, part, lambda name: _read(get(name)), hub_id)]
+
+        folder = hub.fetch(hub_id, revision, choose, last=is_weights)           # weights last: see `needed`
+    return Checkpoint(folder, hub_id, folder.name, _in_folder(folder, components, hub_id, t5))
 
 
-def cached(hub_id, revision, components):
+def cached(hub_id, revision, components=None, *, t5=True):
     """(snapshot folder in the cache or None, why it is not complete or None), without any request."""
+    folder = None
     try:
-        found = try_to_load_from_cache(hub_id, MAIN, revision=revision or "main")
-    except OSError as error:
-        return None, Unavailable(f"{hub_id} in the cache {constants.HF_HUB_CACHE} cannot be read: {error.strerror}")
-    if not isinstance(found, str):                  # None, or a mark that says that the repository has no such file
-        return None, Unavailable(f"{hub_id} is not in the cache {constants.HF_HUB_CACHE}")
-    folder = Path(found).parent
-    try:
-        _in_folder(folder, components, hub_id)
+        folder = hub.snapshot(hub_id, revision or "main")
+        if folder is None:
+            return None, Unavailable(f"{hub_id} is not in the cache {hub.cache()}")
+        _in_folder(folder, components, hub_id, t5)
     except Unavailable as missing:
-        return folder, Unavailable(f"{hub_id} is not complete in the cache {constants.HF_HUB_CACHE} ({missing})")
+        if folder is None:
+            return None, missing
+        return folder, Unavailable(f"{hub_id} is not complete in the cache {hub.cache()} ({missing})")
     return folder, None
 
 
-def _fetch(hub_id, revision, components):
-    """Fetch what is missing of a hub repository into the standard cache; its snapshot folder.
-
-    One listing, then file by file. Files that are complete are never fetched again; a connection that breaks is taken
-    up where it broke, by huggingface_hub.
-    """
-    def listed(revision):
-        timeout = constants.HF_HUB_ETAG_TIMEOUT
-        found = HfApi().model_info(hub_id, revision=revision, files_metadata=True, timeout=timeout)
-        return found.sha, {file.rfilename: file.size or 0 for file in found.siblings}
-
-    def fetch(name, revision):
-        return Path(hf_hub_download(hub_id, name, revision=revision))
-
-    try:
-        commit, sizes = listed(revision)            # first, as it fails at once where a download retries for long
-        if MAIN not in sizes:
-            raise Unavailable(f"{hub_id} has no {MAIN}: it is not a pipeline in the diffusers layout; give one that is")
-        folder = fetch(MAIN, revision).parent       # writes down, in the cache, which commit a branch stands for
-        if folder.name != commit:                   # it moved between the two requests
-            commit, sizes = listed(folder.name)
-        files = []
-        for component in components:
-            files += needed(sizes.keys(), component, lambda name: _read(fetch(name, commit)), hub_id)
-        size = sum(sizes[file] for file in files if not (folder / file).exists())
-        if (free := shutil.disk_usage(folder).free) < size:
-            raise Unavailable(f"{hub_id} takes {size / 1e9:.1f} GB more, and {constants.HF_HUB_CACHE} has "
-                              f"{free / 1e9:.1f} GB left; make room, or point HF_HOME to another disk")
-        for file in sorted(files, key=is_weights):  # weights last: see `needed`
-            fetch(file, commit)
-    except Unavailable:
-        raise
-    except HUB_FAULTS as error:
-        raise Unavailable(_explained(error, hub_id, revision)) from error
-    return folder
+def _open_single_file(file, components, t5, rest, offline):
+    """The `SingleFile`, with what it lacks from `rest`."""
+    parts = _parts(file)
+    beside = find(file.absolute().parent if rest is None else rest)
+    if beside.file:
+        raise ValueError(f"components cannot come from {rest}, which is a file; give a folder, a known editor or a hub id")
+    if beside.folder:
+        offered = {part for part in STABLE_DIFFUSION_3 if (beside.folder / part).is_dir()}
+        for part, names in single_files.STANDALONE.items():
+            found = [path for name in names for path in (beside.folder / name, beside.folder / "text_encoders" / name)
+                     if path.exists()]
+            if part not in offered | parts.keys() and found:
+                parts[part] = (found[0], "", header(found[0]))
+    else:
+        offered = set(pipeline_components(open_checkpoint(rest, (), offline=offline).index, beside.name))
+    if components is None:
+        has_t5 = t5 and T5[0] in offered | parts.keys()
+        components = [part for part in STABLE_DIFFUSION_3 if has_t5 or part not in T5]
+    lacking = [part for part in components if part not in parts and (part != "scheduler" or part in offered)]
+    if absent := [part for part in lacking if part not in offered]:
+        clips = any(part.startswith("text_encoder") for part in absent)
+        more = "; the text encoders are also in the file sd3_medium_incl_clips.safetensors" if clips else ""
+        more += "; or decline T5" if set(absent) <= set(T5) else ""
+        raise Unavailable(f"neither {file} nor {beside.name} has {', '.join(absent)}: give components, a folder that has "
+                          f"them as a diffusers pipeline does, or sd3, from which they are fetched{more}")
+    others = open_checkpoint(beside.name, lacking, offline=offline) if lacking else None
+    return SingleFile(file, parts, others, components)
 
 
-# The HTTP library under huggingface_hub differs by version: its errors are known by the base of the hub's own. Then
-# ValueError, KeyError, TypeError: an answer that is not the hub's (a login page); RuntimeError: hf_xet, a downloader.
-HUB_FAULTS = (*HfHubHTTPError.__bases__, EntryNotFoundError, OSError, ValueError, KeyError, TypeError, RuntimeError)
-
-
-def _explained(error, hub_id, revision):
-    """A fault of the hub, the network or the disk as one sentence that says what to do."""
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__                     # "not in the cache", which is only why the real one was raised
-    hub, cache, kept = constants.ENDPOINT, constants.HF_HUB_CACHE, "what is complete is kept"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, GatedRepoError):
-        token = "the token in use has no access" if get_token() else "no token is set"
-        return (f"{hub_id} is gated and {token}: accept its licence at {hub}/{hub_id}, set HF_TOKEN to a token of that "
-                "account, and run this again")
-    if isinstance(error, RevisionNotFoundError):
-        return f"{hub_id} has no revision {revision}: see {hub}/{hub_id}/commits/main, or leave the revision out"
-    if isinstance(error, RepositoryNotFoundError):
-        return (f"{hub} has no repository {hub_id} that this account may see: check the name (there is no folder of "
-                "that name either), or set HF_TOKEN to a token that may read it")
-    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return f"{hub_id} lists a file that it does not hand out: give another revision, or try again later"
-    if status in (401, 403):
-        remedy = "the token in use: set HF_TOKEN to one that may read it" if get_token() else "access: set HF_TOKEN"
-        return f"{hub} refuses for {hub_id} {remedy}, and see {hub}/{hub_id}"
-    if status is not None:
-        return f"{hub} answered {status} for {hub_id}: try again later; {kept}"
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"{hub_id} is not complete in the cache, and HF_HUB_OFFLINE is set: run this once without it"
-    code = error.errno if isinstance(error, OSError) else None
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk of {cache} is full: make room, or point HF_HOME to another disk; {kept}"
-    if code is not None and not isinstance(error, ConnectionError):
-        return (f"{error.filename or cache} cannot be written ({error.strerror}): make it writable, or point HF_HOME "
-                "to a folder that is")
-    reason = f"{type(error).__name__} {error}".strip().splitlines()[0].split(". ")[0][:200]
-    return (f"{hub_id} cannot be fetched from {hub} ({reason}): check the connection and the proxy and run this again, "
-            f"{kept}; or give a folder that has the files")
+def _parts(file):
+    """{component: (file, prefix, {name without prefix: (shape, kind)})} of a single file; all of it must be known."""
+    found = header(file)
+    split, unknown = single_files.split(found)
+    parts = {part: (file, single_files.PREFIXES[part], {name: found[stored] for name, stored in names.items()})
+             for part, names in split.items()}
+    if not any(name.startswith("joint_blocks.") for name in split.get("transformer", ())):
+        raise Unfit(f"{file} is not a single file of Stable Diffusion 3: it has no {single_files.PREFIXES['transformer']}"
+                    "joint_blocks; give sd3_medium.safetensors or its like, or the folder of a whole pipeline")
+    for part, (_, prefix, held) in parts.items():
+        known = single_files.places(part, {name: shape for name, (shape, _) in held.items()})
+        unknown += [prefix + name for name in held if name not in known]
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise Unfit(f"{file} holds tensors that Stable Diffusion 3 does not have: {', '.join(unknown[:3])}{more}; give the "
+                    "file as it was published")
+    return parts
 
 
 # --------------------------------------------------------------------------------------------------------- loading it
@@ -342,21 +291,28 @@ RENEWAL = 16 << 20                                  # bytes to read before a fil
 
 class Checkpoint:
     """An editor's files. `folder`: where they lie; `source`: hub id, or the folder; `revision`: commit, or None;
-    `files`: those that were asked for, as paths relative to the folder."""
+    `files`: those that were asked for, as paths relative to the folder; `components`: the folders among them."""
 
     def __init__(self, folder, source, revision, files):
         self.folder, self.source, self.revision, self.files = folder, source, revision, tuple(files)
+        self.components = tuple(dict.fromkeys(file.split("/")[0] for file in self.files))
         self._hashes = {}                           # weight file that `load` has read -> its SHA-256, once asked for
+
+    @property
+    def index(self):
+        """The model_index.json as a dict, {} where there is none."""
+        return _json(self.text(MAIN), f"{self.source}/{MAIN}") if self.has(MAIN) else {}
 
     def has(self, relative):
         """Whether the checkpoint holds this file; a path such as "vae/config.json"."""
-        return self._path(relative).is_file()
+        return self.path(relative).is_file()
 
     def text(self, relative):
         """The text of a small file."""
-        return _read(self._path(relative))
+        return _read(self.path(relative))
 
-    def _path(self, relative):
+    def path(self, relative):
+        """Where a file or a folder of the checkpoint lies, such as "tokenizer"."""
         path = PurePosixPath(relative)
         if path.is_absolute() or ".." in path.parts or "\\" in str(relative):
             raise ValueError(f"{relative!r} leads out of the checkpoint")
@@ -365,48 +321,113 @@ class Checkpoint:
     def load(self, network_class, component, *, device="cpu", dtype=None):
         """The network of `component` (a folder name), its config and weights read, in eval mode and frozen.
 
-        dtype None keeps what the file has. Tensors go from the mapped file to `device` and `dtype` one at a time: the
-        peak is the network plus one tensor, within `RENEWAL`. What needs no conversion stays mapped on the CPU, which
-        takes no memory of its own and wants the file left alone. Raises `Unfit` with the first differences in name,
-        shape or kind, before anything is read, where file and config disagree.
+        dtype None keeps what the file has (float8, in which nothing computes, becomes bfloat16, which holds each of its
+        values). Tensors go from the mapped file to `device` and `dtype` one at a time: the peak is the network plus one
+        tensor, within `RENEWAL`. What needs no conversion stays mapped on the CPU, which takes no memory of its own and
+        wants the file left alone. Raises `Unfit` with the first differences in name, shape or kind, before anything is
+        read, where file and config disagree.
         """
         import torch  # not at the top: `weights list` need not wait for it
 
-        path = self._path(f"{component}/config.json")
-        text = _read(path)
-        _json(text, path)
+        text, where = self.text(f"{component}/config.json"), self._where(f"{component}/config.json")
+        _json(text, where)
         try:
             config = network_class.Config.from_json(text)
             with torch.device("meta"):
                 network = network_class(config)
         except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-            raise Unfit(f"{path} does not describe a {network_class.__name__}: {error}") from error
-        files = [self.folder / file for file in _in_folder(self.folder, [component], self.source)
-                 if is_weights(file)]
-        places = _match(network, {file: header(file) for file in files}, f"{self.source}/{component}")
+            raise Unfit(f"{where} does not describe a {network_class.__name__}: {error}") from error
+        headers, places = self._stored(component)
+        found = _match(network, headers, places, f"{self.source}/{component}")
         shapes, state = {name: tensor.shape for name, tensor in network.state_dict().items()}, {}
-        for file in files:
+        for file in headers:
             mapped, read = None, 0
-            for name, stored in places[file].items():
+            for name, (stored, place) in found[file].items():
                 mapped = mapped or safe_open(file, framework="pt")
                 original = mapped.get_tensor(stored)
-                tensor = original.to(device)        # first to the device, which converts faster than the CPU
-                if dtype is not None and tensor.is_floating_point():
-                    tensor = tensor.to(dtype)
+                tensor = place.take(original).to(device)        # first to the device, which converts faster than the CPU
+                if tensor.is_floating_point() and (dtype or tensor.itemsize == 1):
+                    tensor = tensor.to(dtype or torch.bfloat16)
                 state[name] = tensor.reshape(shapes[name])
                 read += original.nbytes
-                if tensor is not original and read > RENEWAL:
+                if (tensor.dtype, tensor.device) != (original.dtype, original.device) and read > RENEWAL:
                     mapped, read = None, 0          # copied: with the mapping go the file's pages that were read
-            self._hashes.setdefault(file.relative_to(self.folder).as_posix(), None)
+            self._hashes.setdefault(file, None)
         network.load_state_dict(state, strict=True, assign=True)
         return network.eval().requires_grad_(False)
 
+    def _where(self, relative):
+        """What a small file is called in an error."""
+        return self.path(relative)
+
+    def _stored(self, component):
+        """({file: its header}, {name in them: its places}) of a component's weights."""
+        files = [self.folder / file for file in _in_folder(self.folder, [component], self.source) if is_weights(file)]
+        headers = {file: header(file) for file in files}
+        return headers, {name: (Place(name),) for found in headers.values() for name in found}
+
     def hashes(self):
         """SHA-256 of every weight file that was loaded, {relative path: hexadecimal}, computed from what is on disk."""
-        for name, known in self._hashes.items():
+        for file, known in self._hashes.items():
             if known is None:
-                self._hashes[name] = sha256(self.folder / name)
-        return dict(sorted(self._hashes.items()))
+                self._hashes[file] = sha256(file)
+        return dict(sorted((self._relative(file), digest) for file, digest in self._hashes.items()))
+
+    def _relative(self, file):
+        return file.relative_to(self.folder).as_posix()
+
+
+class SingleFile(Checkpoint):
+    """A single file of Stable Diffusion 3, read as if it were a folder; what it lacks comes from `others`.
+
+    parts: {component: (file, prefix, header without prefixes)}; others: a `Checkpoint`, or None.
+    """
+
+    def __init__(self, file, parts, others, components):
+        super().__init__(file.parent, str(file), None, [file.name])
+        self.components, self._parts, self._others = tuple(components), parts, others
+        texts = {MAIN: {"_class_name": "StableDiffusion3Pipeline", **{part: ["file", part] for part in components}}}
+        if "scheduler" not in getattr(others, "components", ()):
+            texts["scheduler/scheduler_config.json"] = single_files.CONFIGS["scheduler"]
+        for part, (_, prefix, held) in parts.items():
+            try:
+                texts[f"{part}/config.json"] = single_files.config(part, {name: shape for name, (shape, _) in held.items()})
+            except KeyError as error:
+                raise Unfit(f"{file} has no tensor {prefix}{error.args[0]}; fetch it again") from None
+            except (ValueError, IndexError, ArithmeticError) as error:
+                raise Unfit(f"{file}: the shapes under {prefix} are not those of its {part} ({error})") from None
+        self._texts = {name: json.dumps(text) for name, text in texts.items()}
+
+    def has(self, relative):
+        return relative in self._texts or bool(self._others and self._others.has(relative))
+
+    def text(self, relative):
+        return self._texts[relative] if relative in self._texts else super().text(relative)
+
+    def path(self, relative):
+        return self._others.path(relative) if self._others else super().path(relative)
+
+    def load(self, network_class, component, *, device="cpu", dtype=None):
+        if component in self._parts:
+            return super().load(network_class, component, device=device, dtype=dtype)
+        if self._others is None:
+            raise Unavailable(f"{self.source} has no {component}")
+        return self._others.load(network_class, component, device=device, dtype=dtype)
+
+    def _where(self, relative):
+        return f"{self.source}: its {relative.split('/')[0]}"
+
+    def _stored(self, component):
+        file, prefix, held = self._parts[component]
+        known = single_files.places(component, {name: shape for name, (shape, _) in held.items()})
+        headers = {file: {prefix + name: found for name, found in held.items()}}
+        return headers, {prefix + name: known[name] for name in held}
+
+    def hashes(self):
+        return dict(sorted((super().hashes() | (self._others.hashes() if self._others else {})).items()))
+
+    def _relative(self, file):
+        return file.name
 
 
 def header(file):
@@ -428,26 +449,28 @@ def header(file):
         raise Unavailable(f"{file} cannot be read: {error.strerror or error}") from None
 
 
-def _match(network, headers, where):
-    """{file: {name in the network: name in the file}}, or `Unfit` with what is missing, unexpected and wrong."""
+def _match(network, headers, places, where):
+    """{file: {name in the network: (name in the file, its place)}}, or `Unfit` with what is missing, unexpected, wrong."""
     rename = getattr(network, "rename", None) or (lambda name: name)
     expected = network.state_dict()
-    places, origin, unexpected, wrong = {file: {} for file in headers}, {}, [], []
-    for file, header in headers.items():
-        for stored, (shape, kind) in header.items():
-            if (name := rename(stored)) is None:
-                continue                            # known, and dropped on purpose
-            if name not in expected:
-                unexpected.append(f"unexpected {stored}")
-                continue
-            want, is_float = tuple(expected[name].shape), expected[name].is_floating_point()
-            if name in origin:
-                wrong.append(f"{stored} and {origin[name]} both stand for {name}")
-            elif shape != want and not (len(want) == 2 and shape == (*want, 1, 1)):     # 1x1 convolution for linear
-                wrong.append(f"{stored} is {list(shape)}, expected {list(want)}")
-            elif is_float != kind.startswith(("F", "BF")):
-                wrong.append(f"{stored} holds {kind}, expected {'a float type' if is_float else 'whole numbers'}")
-            origin[name] = places[file][name] = stored
+    found, origin, unexpected, wrong = {file: {} for file in headers}, {}, [], []
+    entries = [(file, stored, shape, kind, place) for file, header in headers.items()
+               for stored, (shape, kind) in header.items() for place in places[stored]]
+    for file, stored, shape, kind, place in entries:
+        shape = place.shape(shape)
+        if (name := rename(place.name)) is None:
+            continue                            # known, and dropped on purpose
+        if name not in expected:
+            unexpected.append(f"unexpected {stored}")
+            continue
+        want, is_float = tuple(expected[name].shape), expected[name].is_floating_point()
+        if name in origin:
+            wrong.append(f"{stored} and {origin[name]} both stand for {name}")
+        elif shape != want and not (len(want) == 2 and shape == (*want, 1, 1)):     # 1x1 convolution for linear
+            wrong.append(f"{stored} is {list(shape)}, expected {list(want)}")
+        elif is_float != kind.startswith(("F", "BF")):
+            wrong.append(f"{stored} holds {kind}, expected {'a float type' if is_float else 'whole numbers'}")
+        origin[name], found[file][name] = stored, (stored, place)
     missing = [f"missing {name}" for name in expected if name not in origin]
     if missing or unexpected or wrong:
         # One of each kind in turn: five missing names would hide the misspelt ones that explain them.
@@ -455,7 +478,7 @@ def _match(network, headers, where):
         rest = len(missing) + len(unexpected) + len(wrong) - len(first)
         raise Unfit(f"{where} does not fit {type(network).__name__} ({len(missing)} missing, {len(unexpected)} "
                     f"unexpected, {len(wrong)} wrong): {'; '.join(first)}{f'; and {rest} more' if rest else ''}")
-    return places
+    return found
 
 
 def sha256(path):

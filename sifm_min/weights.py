@@ -15,11 +15,13 @@ from .models.checkpoints import EDITORS, MAIN, Unavailable
 EXAMPLES = """examples:
   %(prog)s list
   %(prog)s download instruct-pix2pix
+  %(prog)s download sd3 --no-t5
   %(prog)s download some-owner/some-editor --revision v1.0
   %(prog)s verify miniature instruct-pix2pix path/to/a/folder
 
 list      makes no request. An editor is shipped with this package, or absent, partial or complete in the cache;
-          `unpinned` means that no commit is known to be good: `main` is resolved at the first download, then kept
+          `unpinned` means that no commit is known to be good: `main` is resolved at the first download, then kept;
+          `without-t5` is all that Stable Diffusion 3 needs if its largest text encoder is declined
 download  says licence and size, fetches what is missing (files that are complete stay), then verifies
 verify    hashes every file and compares with the published checksum, the one by which the cache knows the file, and
           the SHA256SUMS of its folder
@@ -30,28 +32,35 @@ HF_HOME moves the cache, HF_TOKEN opens gated repositories, HF_HUB_OFFLINE=1 for
 
 def status(source):
     """What `list` says of an editor, as a JSON-ready dict; `revision` is the commit in use, or None. No request."""
-    if source.folder:
-        folder, size, missing = source.folder, 0, None
+    folder, complete = source.folder or source.file, "shipped" if source.name in EDITORS else "complete"
+    if folder:
+        size, missing, present = 0, None, folder.exists()
         try:
-            checkpoint = checkpoints.open_checkpoint(source.name, source.components)
-            size = sum((folder / file).stat().st_size for file in checkpoint.files)
+            checkpoint = _open(source)
+            size = sum((checkpoint.folder / file).stat().st_size for file in checkpoint.files)
         except Unavailable as error:
             missing = str(error)
-        present, complete = folder.is_dir(), "shipped" if source.name in EDITORS else "complete"
     else:
-        folder, missing = checkpoints.cached(source.hub_id, source.revision, source.components)
+        folder, missing = checkpoints.cached(source.hub_id, source.revision)
         present, complete, size = folder is not None, "complete", source.size
+        if missing and present and not checkpoints.cached(source.hub_id, source.revision, t5=False)[1]:
+            missing, complete, size = None, "without-t5", source.size_without_t5
     return {
         "name": source.name,
         "state": "absent" if not present else "partial" if missing else complete,
         "missing": missing and str(missing),
         "bytes": size or None,
-        "source": source.hub_id or str(source.folder),
-        "pinned": source.folder is not None or source.revision is not None,
+        "source": source.hub_id or str(source.folder or source.file),
+        "pinned": source.hub_id is None or source.revision is not None,
         "revision": source.revision or (folder.name if source.hub_id and folder else None),
         "gated": source.gated,
         "licence": source.licence,
     }
+
+
+def _open(source, **options):
+    """The checkpoint of a source, of a single file with no more than is in it."""
+    return checkpoints.open_checkpoint(source.name, () if source.file else None, **options)
 
 
 def verify(checkpoint, published=None):
@@ -112,7 +121,7 @@ def _list(names, args):
     rows = [("NAME", "STATE", "SIZE", "REVISION", "ACCESS", "FROM", "LICENCE")]
     for record in records:
         revision = (record["revision"] or "-")[:12] if record["pinned"] else "unpinned"
-        about = "" if os.path.isdir(record["source"]) or not record["bytes"] else "~"
+        about = "" if os.path.exists(record["source"]) or not record["bytes"] else "~"
         rows.append((record["name"], record["state"], about + _size(record["bytes"]), revision,
                      "gated" if record["gated"] else "open", record["source"], record["licence"]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -125,11 +134,11 @@ def _check(name, args):
     """Fetch one editor (download) and verify it (both); an exit code."""
     source, download = checkpoints.find(name), args.action == "download"
     if download and source.hub_id:
-        size = f"about {_size(source.size)}" if source.size else "a size that the hub will tell"
+        size = source.size_without_t5 if args.no_t5 else source.size
+        size = f"about {_size(size)}" if size else "a size that the hub will tell"
         cli.say(f"{name}: {size} from {source.hub_id} at {args.revision or source.revision or 'main (unpinned)'}, "
                 f"licence: {source.licence}", quiet=args.quiet)
-    checkpoint = checkpoints.open_checkpoint(name, source.components, revision=args.revision,
-                                             offline=None if download else True)
+    checkpoint = _open(source, t5=not args.no_t5, revision=args.revision, offline=None if download else True)
     published = source.files if checkpoint.revision == source.revision else {}
     files = verify(checkpoint, published)
     for file in files:
@@ -153,6 +162,8 @@ def _check(name, args):
 def _body(args):
     if args.revision and args.action == "list":
         raise ValueError("--revision is for download and verify; list shows the revision that is used by default")
+    if args.no_t5 and args.action == "list":
+        raise ValueError("--no-t5 is for download and verify; list says `without-t5` of what is complete but for T5")
     if args.action == "list":
         return _list(args.names, args)
     if not args.names:
@@ -170,6 +181,8 @@ def _parser():
     parser.add_argument("names", nargs="*", metavar="NAME",
                         help="a known editor, a folder, or a hub id (list: default all known ones)")
     parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub id instead of the pinned one")
+    parser.add_argument("--no-t5", action="store_true",
+                        help="leave out Stable Diffusion 3's T5 text encoder, 9.5 GB that it can do without")
     parser.shared()
     return parser
 

@@ -358,7 +358,7 @@ def test_texts_hashes_and_paths_out_of_the_checkpoint(folder):
 
 @pytest.mark.parametrize("source, word", [
     ("", "neither a known editor"),
-    ("instruct", "neither a known editor (miniature, miniature-plain, instruct-pix2pix, hq-edit)"),
+    ("instruct", f"neither a known editor ({', '.join(EDITORS)})"),
     ("/no/such/folder", "nor a folder that exists"),
     ("./no-such-folder", "nor a folder that exists"),
     ("a/b/c", "nor a hub id"),
@@ -373,7 +373,7 @@ def test_a_source_that_means_nothing(source, word):
 
 def test_a_file_and_a_folder_with_a_revision_are_told(folder):
     with pytest.raises(ValueError, match="is a file; give the folder"):
-        open_checkpoint(folder / "unet" / PLAIN, ["unet"])
+        open_checkpoint(folder / "unet/config.json", ["unet"])
     with pytest.raises(ValueError, match="is for a hub id"):
         open_checkpoint(folder, ["unet"], revision="main")
     with pytest.raises(ValueError, match="not a commit, tag or branch"):
@@ -388,7 +388,8 @@ def test_a_shipped_editor_without_its_weights_is_told(tmp_path, monkeypatch):
 
 
 def test_the_table_of_editors():
-    assert list(EDITORS) == ["miniature", "miniature-plain", "instruct-pix2pix", "hq-edit"]
+    assert [name for name in EDITORS if name != "miniature-sd3"] == [
+        "miniature", "miniature-plain", "instruct-pix2pix", "hq-edit", "sd3", "ultraedit"]
     assert all(name == source.name and source.licence for name, source in EDITORS.items())
     assert all((source.folder is None) != (source.hub_id is None) for source in EDITORS.values())
     models = Path(checkpoints.__file__).resolve().parent
@@ -396,6 +397,12 @@ def test_the_table_of_editors():
     assert EDITORS["miniature-plain"].folder == models / "miniature-plain"
     assert EDITORS["instruct-pix2pix"].revision == "31519b5cb02a7fd89b906d88731cd4d6a7bbf88d"
     assert EDITORS["hq-edit"].hub_id == "MudeHui/HQ-Edit" and EDITORS["hq-edit"].revision is None
+    assert ("miniature-sd3" in EDITORS) == (models / "miniature-sd3").is_dir()
+    assert [name for name, source in EDITORS.items() if source.gated] == ["sd3"]
+    assert EDITORS["sd3"].hub_id == "stabilityai/stable-diffusion-3-medium-diffusers"
+    assert EDITORS["sd3"].revision == "b1148b4028b9ec56ebd36444c193d56aeff7ab56"
+    assert EDITORS["ultraedit"].hub_id == "BleachNick/SD3_UltraEdit_freeform" and EDITORS["ultraedit"].revision
+    assert all(source.size_without_t5 < source.size for source in (EDITORS["sd3"], EDITORS["ultraedit"]))
     digests = [digest for source in EDITORS.values() for digest in source.files.values()]
     assert digests and all(len(digest) == 64 and int(digest, 16) for digest in digests)
 
@@ -518,12 +525,13 @@ def test_pickles_that_diffusers_wrote_are_refused_and_the_command_converts_them(
 # -------------------------------------------------------------------------------------------------------------- the hub
 
 REPO = "owner/editor"
+INDEX = b'{"_class_name": "StableDiffusionInstructPix2PixPipeline"}'
 
 
 def pipeline(seed=0, **changes):
     """The files of a repository that holds what we need, and much that we do not. `changes`: name -> bytes or None."""
     files = {
-        "README.md": b"card", "model_index.json": b'{"_class_name": "Tiny"}',
+        "README.md": b"card", "model_index.json": INDEX,
         "editor-00-22000.ckpt": bytes(9000), "editor-00-22000.safetensors": bytes(9000),
         "safety_checker/config.json": b"{}", "safety_checker/model.safetensors": bytes(9000),
         "feature_extractor/preprocessor_config.json": b"{}",
@@ -574,7 +582,7 @@ def test_only_what_is_needed_is_fetched_and_then_never_again(hub):
     assert set(hub.asked()) == NEEDED and set(checkpoint.files) == NEEDED - {"model_index.json"}
     assert checkpoint.revision == hub.refs[REPO, "main"] and checkpoint.source == REPO
     assert_same(checkpoint.load(Tiny, "vae").state_dict(), tensors(seed=10, dtype=torch.float16))
-    assert checkpoint.text("model_index.json") == '{"_class_name": "Tiny"}' and checkpoint.has("tokenizer/merges.txt")
+    assert checkpoint.text("model_index.json") == INDEX.decode() and checkpoint.has("tokenizer/merges.txt")
     assert hub.asked().index(f"unet/{HALF}") > hub.asked().index("tokenizer/merges.txt")           # small files first
     hub.log.clear()
     for offline in (None, False, True):

@@ -170,7 +170,7 @@ def test_verify_of_a_shipped_editor(shipped, weights_main):
 
 
 @pytest.mark.parametrize("argv, code, words", [
-    (["download"], 2, "download needs a name: miniature, miniature-plain, instruct-pix2pix, hq-edit"),
+    (["download"], 2, f"download needs a name: {', '.join(EDITORS)}"),
     (["verify"], 2, "verify needs a name"),
     (["verify", "pix2pix"], 2, "'pix2pix' is neither a known editor"),
     (["list", "pix2pix"], 2, "'pix2pix' is neither a known editor"),

@@ -1,0 +1,121 @@
+"""The hub: chosen files of a repository in the standard cache (`HF_HOME`), and each of its faults as one sentence.
+
+What is complete in the cache is used without a request. Nothing is known here of what the files mean.
+"""
+
+import errno
+import shutil
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.utils import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+MAIN = "model_index.json"                           # the one file that every published pipeline has
+
+
+class Unavailable(RuntimeError):
+    """Weights cannot be had or used; the message is one sentence that says what is wrong and what to do."""
+
+
+def cache():
+    """The folder of the cache."""
+    return constants.HF_HUB_CACHE
+
+
+def is_offline():
+    """Whether `HF_HUB_OFFLINE` forbids requests."""
+    return constants.HF_HUB_OFFLINE
+
+
+def snapshot(hub_id, revision):
+    """The folder in the cache that holds a repository at this revision, or None; no request is made."""
+    try:
+        found = try_to_load_from_cache(hub_id, MAIN, revision=revision)
+    except OSError as error:
+        raise Unavailable(f"{hub_id} in the cache {cache()} cannot be read: {error.strerror}") from None
+    # None, or a mark that says that the repository has no such file, where it is not a path
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def fetch(hub_id, revision, choose, last):
+    """Fetch what is missing of a repository into the cache; its snapshot folder.
+
+    choose(names, read) -> the files wanted, of the names that there are; read(name) gives the path of one of them, now
+    fetched. The files for which last(name) is true come last. One listing, then file by file. Files that are complete
+    are never fetched again; a connection that breaks is taken up where it broke, by huggingface_hub.
+    """
+    def listed(revision):
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        found = HfApi().model_info(hub_id, revision=revision, files_metadata=True, timeout=timeout)
+        return found.sha, {file.rfilename: file.size or 0 for file in found.siblings}
+
+    def get(name, revision):
+        return Path(hf_hub_download(hub_id, name, revision=revision))
+
+    try:
+        commit, sizes = listed(revision)            # first, as it fails at once where a download retries for long
+        if MAIN not in sizes:
+            raise Unavailable(f"{hub_id} has no {MAIN}: it is not a pipeline in the diffusers layout; give one that is")
+        folder = get(MAIN, revision).parent         # writes down, in the cache, which commit a branch stands for
+        if folder.name != commit:                   # it moved between the two requests
+            commit, sizes = listed(folder.name)
+        files = choose(sizes.keys(), lambda name: get(name, commit))
+        size = sum(sizes[file] for file in files if not (folder / file).exists())
+        if (free := shutil.disk_usage(folder).free) < size:
+            raise Unavailable(f"{hub_id} takes {size / 1e9:.1f} GB more, and {cache()} has {free / 1e9:.1f} GB left; "
+                              "make room, or point HF_HOME to another disk")
+        for file in sorted(files, key=last):
+            get(file, commit)
+    except Unavailable:
+        raise
+    except FAULTS as error:
+        raise Unavailable(_explained(error, hub_id, revision)) from error
+    return folder
+
+
+# The HTTP library under huggingface_hub differs by version: its errors are known by the base of the hub's own. Then
+# ValueError, KeyError, TypeError: an answer that is not the hub's (a login page); RuntimeError: hf_xet, a downloader.
+FAULTS = (*HfHubHTTPError.__bases__, EntryNotFoundError, OSError, ValueError, KeyError, TypeError, RuntimeError)
+
+
+def _explained(error, hub_id, revision):
+    """A fault of the hub, the network or the disk as one sentence that says what to do."""
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__                     # "not in the cache", which is only why the real one was raised
+    hub, kept = constants.ENDPOINT, "what is complete is kept"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError):
+        token = "the token in use has no access" if get_token() else "no token is set"
+        return (f"{hub_id} is gated and {token}: accept its licence at {hub}/{hub_id}, set HF_TOKEN to a token of that "
+                "account, and run this again")
+    if isinstance(error, RevisionNotFoundError):
+        return f"{hub_id} has no revision {revision}: see {hub}/{hub_id}/commits/main, or leave the revision out"
+    if isinstance(error, RepositoryNotFoundError):
+        return (f"{hub} has no repository {hub_id} that this account may see: check the name (there is no folder of "
+                "that name either), or set HF_TOKEN to a token that may read it")
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return f"{hub_id} lists a file that it does not hand out: give another revision, or try again later"
+    if status in (401, 403):
+        remedy = "the token in use: set HF_TOKEN to one that may read it" if get_token() else "access: set HF_TOKEN"
+        return f"{hub} refuses for {hub_id} {remedy}, and see {hub}/{hub_id}"
+    if status is not None:
+        return f"{hub} answered {status} for {hub_id}: try again later; {kept}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{hub_id} is not complete in the cache, and HF_HUB_OFFLINE is set: run this once without it"
+    code = error.errno if isinstance(error, OSError) else None
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk of {cache()} is full: make room, or point HF_HOME to another disk; {kept}"
+    if code is not None and not isinstance(error, ConnectionError):
+        return (f"{error.filename or cache()} cannot be written ({error.strerror}): make it writable, or point HF_HOME "
+                "to a folder that is")
+    reason = f"{type(error).__name__} {error}".strip().splitlines()[0].split(". ")[0][:200]
+    return (f"{hub_id} cannot be fetched from {hub} ({reason}): check the connection and the proxy and run this again, "
+            f"{kept}; or give a folder that has the files")

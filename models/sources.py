@@ -1,0 +1,80 @@
+"""The editors known by name: what they are made of, where they come from, and under which licence. Data only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+INSTRUCT_PIX2PIX = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+STABLE_DIFFUSION_3 = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3",
+                      "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
+T5 = ("text_encoder_3", "tokenizer_3")                          # of these; a pipeline works without them
+PIPELINES = {                                                   # as model_index.json names them -> what they are made of
+    "StableDiffusionInstructPix2PixPipeline": INSTRUCT_PIX2PIX,
+    "StableDiffusion3Pipeline": STABLE_DIFFUSION_3,
+    "StableDiffusion3Img2ImgPipeline": STABLE_DIFFUSION_3,
+    "StableDiffusion3InstructPix2PixPipeline": STABLE_DIFFUSION_3,                         # UltraEdit's own
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where an editor comes from; one of `folder`, `file` and `hub_id` is set. Known by name: shipped, or of the hub."""
+
+    name: str
+    licence: str
+    folder: Path | None = None
+    file: Path | None = None                        # a single file of Stable Diffusion 3
+    hub_id: str | None = None
+    revision: str | None = None                     # a commit; None: `main` is resolved once and then kept
+    gated: bool = False                             # the hub hands it out only to accounts that accepted the licence
+    size: int | None = None                         # bytes to fetch, to two digits; None: the files say
+    size_without_t5: int | None = None              # the same where T5 is declined; None: it has none
+    files: Mapping[str, str] = field(default_factory=dict)      # weight file -> its published SHA-256
+
+
+_HERE = Path(__file__).resolve().parent
+
+EDITORS: dict[str, Source] = {source.name: source for source in (
+    Source(name="miniature", licence="Apache-2.0", folder=_HERE / "miniature"),
+    Source(name="miniature-plain", licence="Apache-2.0", folder=_HERE / "miniature-plain"),
+    *([Source(name="miniature-sd3", licence="Apache-2.0", folder=_HERE / "miniature-sd3")]
+      if (_HERE / "miniature-sd3").is_dir() else []),
+    Source(
+        name="instruct-pix2pix",
+        licence="MIT; derived from Stable Diffusion 1.5 (CreativeML OpenRAIL-M)",
+        hub_id="timbrooks/instruct-pix2pix",
+        revision="31519b5cb02a7fd89b906d88731cd4d6a7bbf88d",
+        size=2_100_000_000,
+        files={
+            "unet/diffusion_pytorch_model.fp16.safetensors":
+                "0d6bbc0a95dd125196d327a660b43d24c56f433eb30d2776f1327fb86bd38f78",
+            "vae/diffusion_pytorch_model.fp16.safetensors":
+                "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c",
+            "text_encoder/model.fp16.safetensors":
+                "77795e2023adcf39bc29a884661950380bd093cf0750a966d473d1718dc9ef4e",
+        },
+    ),
+    Source(
+        name="hq-edit",
+        licence="CC BY-NC 4.0 (non-commercial)",
+        hub_id="MudeHui/HQ-Edit",
+        size=4_300_000_000,                         # expected: float32 files only, of the shapes of instruct-pix2pix
+    ),
+    Source(
+        name="sd3",
+        licence="Stability AI Community License",
+        hub_id="stabilityai/stable-diffusion-3-medium-diffusers",
+        revision="b1148b4028b9ec56ebd36444c193d56aeff7ab56",
+        gated=True,
+        size=15_500_000_000,
+        size_without_t5=6_000_000_000,
+    ),
+    Source(
+        name="ultraedit",
+        licence="none stated; derived from Stable Diffusion 3 (Stability AI Community License)",
+        hub_id="BleachNick/SD3_UltraEdit_freeform",
+        revision="b1af2fa2bc827669589193d36ca49d9b077d697c",
+        size=31_000_000_000,                        # expected: float32 files only, of the shapes of sd3
+        size_without_t5=12_000_000_000,
+    ),
+)}
