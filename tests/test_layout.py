@@ -21,8 +21,8 @@ FLOORS = {
     5: "immunize",                                           # one picture
     4: "baselines sifm",                                     # objectives
     3: "editors miniature",                                  # editors and verdicts
-    2: "cli images isr metrics pgd world",                   # tools of ours
-    1: "backbones models.checkpoints",                       # loading
+    2: "cli gemini images isr metrics pgd world",            # tools of ours
+    1: "backbones models.checkpoints wire",                  # loading; what a remote judge is told and tells
     0.5: "models.hub models.single_files models.sources",    # what loading stands on
     0: "models.clip models.mmdit models.schedulers models.tokenizers models.unet models.vae",             # networks
     -1: "__init__",                                          # the package itself: __version__, and lazy names
