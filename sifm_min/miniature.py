@@ -3,7 +3,8 @@
 The miniature editors (`load_editor("miniature")`, `"miniature-plain"`) are for learning, testing and benchmarking. What
 is measured with them says nothing about protection against real editors.
 
-`judge(sample, edited)` is the strict consensus of two independent judges, each an OR of two findings as in the paper:
+`judge(sample, edited)` is the strict consensus of two independent judges, each an OR of two findings as in the paper.
+`judges` holds both, callables like any other judges, so that `isr.ask` turns them into records:
 
 pixel oracle: compares the edit O with the exact target T and the source S. With M the pixels that the instruction
   changes (more than 0.06 of the range), progress p = <O-S, T-S>_M / |T-S|^2_M and residual r = |O-T|_M / |T-S|_M.
