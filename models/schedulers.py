@@ -1,7 +1,9 @@
-"""Noise levels and single denoising steps: DDIM, Euler and Euler ancestral, from a published `scheduler_config.json`.
+"""Noise levels and single denoising steps from a published `scheduler_config.json`: DDIM, Euler, Euler ancestral, and the
+Euler steps of rectified flow (Stable Diffusion 3).
 
-`load(text)` gives a `Scheduler`: the training noise levels, and `add_noise`, which is the same for every sampler.
-`scheduler.plan(steps)` gives a `Plan`: which timesteps one edit visits, and how to get from each to the next.
+`load(text)` gives a `Scheduler`, or for rectified flow a `FlowScheduler`: the training noise levels, and `add_noise`, which
+is the same for every sampler of a kind. `scheduler.plan(steps)` gives a `Plan`: which timesteps one edit visits, and how to
+get from each to the next. A flow's plan takes a strength too: how much of the way from noise to picture an edit goes.
 
     latent = plan.sigma_start * noise
     for i, timestep in enumerate(plan.timesteps):
@@ -21,6 +23,7 @@ from dataclasses import dataclass, fields
 import torch
 
 DDIM, EULER, ANCESTRAL = "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
+FLOW = "FlowMatchEulerDiscreteScheduler"
 
 # Keys that the class of that name reads and this file does not implement: accepted only with a value that means "off".
 OFF = {
@@ -34,6 +37,15 @@ OFF = {
         "use_beta_sigmas": (False, None),
     },
     ANCESTRAL: {},
+    FLOW: {
+        "use_dynamic_shifting": (False, None),
+        "invert_sigmas": (False, None),
+        "shift_terminal": (None,),
+        "stochastic_sampling": (False, None),
+        "use_karras_sigmas": (False, None),
+        "use_exponential_sigmas": (False, None),
+        "use_beta_sigmas": (False, None),
+    },
 }
 # Keys that only DDIM reads.
 DDIM_ONLY = {"clip_sample", "clip_sample_range", "set_alpha_to_one"}
@@ -45,6 +57,7 @@ IGNORED = {
     "euler_at_final", "lambda_min_clipped", "use_lu_lambdas", "predict_x0", "disable_corrector", "use_flow_sigmas",
     "flow_shift", "time_shift_type", "use_dynamic_shifting", "shift_terminal", "rho", "sigma_data", "sigma_schedule",
     "original_inference_steps", "timestep_scaling",
+    *OFF[FLOW], "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len",
 }
 # What belongs to the trained network and not to the sampler: all that is taken over from a class not implemented here.
 TRAINED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
@@ -92,13 +105,29 @@ class SchedulerConfig:
                                  f"for {self.num_train_timesteps} num_train_timesteps")
 
 
-def load(text: str | None, *, ancestral: bool = False) -> "Scheduler":
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """`scheduler_config.json` of rectified flow."""
+
+    sampler: str = FLOW
+    num_train_timesteps: int = 1000
+    shift: float = 1.0                              # above 1, more of the steps are spent on noisy latents
+
+    def __post_init__(self):
+        if type(self.num_train_timesteps) is not int or self.num_train_timesteps < 1:
+            raise ValueError(f"scheduler_config.json sets num_train_timesteps to {self.num_train_timesteps!r}, "
+                             "not to a positive integer")
+        if type(self.shift) not in (int, float) or not 0 < self.shift < math.inf:
+            raise ValueError(f"scheduler_config.json sets shift to {self.shift!r}, not to a positive number")
+
+
+def load(text: str | None, *, ancestral: bool = False) -> "Scheduler | FlowScheduler":
     """The scheduler that the text of a `scheduler_config.json` describes.
 
-    DDIM, Euler and Euler ancestral are taken as stored. Any other class, and with `ancestral=True` any but Euler
-    ancestral (InstructPix2Pix and HQ-Edit are published to run with it, whatever their file names), becomes Euler
-    ancestral with linspace spacing on the stored betas, and `.note` says so in a sentence; otherwise `.note` is "".
-    None is a folder without that file: the betas of Stable Diffusion, with a note.
+    Rectified flow, DDIM, Euler and Euler ancestral are taken as stored. Any other class, and with `ancestral=True` any
+    of the latter three but Euler ancestral (InstructPix2Pix and HQ-Edit are published to run with it, whatever their file
+    names), becomes Euler ancestral with linspace spacing on the stored betas, and `.note` says so in a sentence; otherwise
+    `.note` is "". None is a folder without that file: the betas of Stable Diffusion, with a note.
     """
     if text is None:
         return Scheduler(SchedulerConfig(sampler=ANCESTRAL, timestep_spacing="linspace", **STABLE_DIFFUSION),
@@ -109,23 +138,37 @@ def load(text: str | None, *, ancestral: bool = False) -> "Scheduler":
         raise ValueError(f"scheduler_config.json is not a JSON object ({error})") from None
     stored = given.get("_class_name")
     given = {key: value for key, value in given.items() if not key.startswith("_")}
+    if stored == FLOW:
+        return FlowScheduler(flow_config(given))
     if stored == ANCESTRAL or (stored in OFF and not ancestral):
         return Scheduler(as_stored(stored, given))
     return Scheduler(from_betas(stored, given), f"scheduler_config.json names {stored or 'no class'}: "
                                                 "Euler ancestral with linspace spacing on its betas is used instead.")
 
 
-def as_stored(sampler: str, given: dict) -> SchedulerConfig:
-    """The config of a file that names a class implemented here; a key or value that is not implemented is refused."""
+def flow_config(given: dict) -> FlowConfig:
+    """The config of a file of rectified flow; a key or value that is not implemented is refused."""
+    known = {"num_train_timesteps", "shift"}
+    check(FLOW, given, known)
+    return FlowConfig(**{key: given[key] for key in given.keys() & known})
+
+
+def check(sampler: str, given: dict, known: set[str]) -> None:
+    """ValueError for a key or value that this file does not implement."""
     for key, off in OFF[sampler].items():
         if key in given and given[key] not in off:
             raise ValueError(f"scheduler_config.json sets {key} to {given[key]!r}; "
                              f"for {sampler} only {off[0]!r} is implemented")
+    if extra := sorted(given.keys() - known - IGNORED):
+        raise ValueError(f"scheduler_config.json sets {', '.join(extra)}, which {sampler} here does not implement")
+
+
+def as_stored(sampler: str, given: dict) -> SchedulerConfig:
+    """The config of a file that names a class implemented here; a key or value that is not implemented is refused."""
     known = {field.name for field in fields(SchedulerConfig)} - {"sampler"}
     if sampler != DDIM:
         known = known - DDIM_ONLY
-    if extra := sorted(given.keys() - known - IGNORED):
-        raise ValueError(f"scheduler_config.json sets {', '.join(extra)}, which {sampler} here does not implement")
+    check(sampler, given, known)
     default = {"timestep_spacing": "leading" if sampler == DDIM else "linspace"}
     return SchedulerConfig(sampler=sampler, **default | {key: given[key] for key in given.keys() & known})
 
@@ -286,6 +329,75 @@ class DDIMPlan:
         if self.config.clip_sample:
             clean = clean.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         return kept_next**0.5 * clean + (1 - kept_next) ** 0.5 * noise_pred
+
+
+class FlowScheduler:
+    """Rectified flow: a noisy latent is (1 - sigma) latent + sigma noise, and the network predicts noise - latent there.
+
+    The timestep that the network is given is sigma times num_train_timesteps.
+    """
+
+    draws_noise, note = False, ""
+
+    def __init__(self, config: FlowConfig):
+        self.config = config
+
+    def plan(self, steps: int, strength: float = 1.0) -> "FlowPlan":
+        """The timesteps and transitions of one edit: the last `strength` of that many steps from noise to picture."""
+        if not 1 <= steps <= self.config.num_train_timesteps:
+            raise ValueError(f"{steps} denoising steps: between 1 and {self.config.num_train_timesteps} are possible")
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength {strength}: above 0, where nothing changes, and at most 1, where nothing is kept")
+        return FlowPlan(self, steps, strength)
+
+    def add_noise(self, latent, noise, timesteps):
+        """(1 - sigma) latent + sigma noise: latent (scaled) and noise (B, C, h, w), timesteps a number or (B,)."""
+        sigma = self.sigma_at(timesteps).reshape(-1, *[1] * (latent.ndim - 1)).to(latent)
+        return sigma * noise + (1.0 - sigma) * latent
+
+    def sigma_at(self, timesteps) -> torch.Tensor:
+        """The share of noise at timesteps (a number or a tensor), of their shape, float32."""
+        timesteps = torch.as_tensor(timesteps).detach().float()
+        if bool((timesteps < 0).any()) or bool((timesteps > self.config.num_train_timesteps).any()):
+            raise ValueError(f"timestep {timesteps.min():g} to {timesteps.max():g}: this scheduler was trained "
+                             f"with 0 to {self.config.num_train_timesteps}")
+        return timesteps / self.config.num_train_timesteps
+
+
+class FlowPlan:
+    """Euler steps along the flow, from the noise level that the strength asks for down to the picture.
+
+    timesteps: (n,) float32 on the CPU, n of `steps` as `strength` says. sigmas: (n + 1,), the last one 0. An edit begins
+    with `scheduler.add_noise(latent, noise, timesteps[0])`, which at strength 1 is the noise alone.
+    """
+
+    draws_noise = False
+
+    def __init__(self, scheduler: FlowScheduler, steps: int, strength: float):
+        train, shift = scheduler.config.num_train_timesteps, scheduler.config.shift
+
+        def shifted(sigma):
+            return shift * sigma / (1 + (shift - 1) * sigma)
+
+        # From 1 to the least training noise, which is shifted here already, and then again with the rest: so were the
+        # published samples made. The levels are float32 numbers, the arithmetic between them float64.
+        lowest = shifted(torch.ones((), device="cpu") / train).item()
+        even = torch.linspace(train, lowest * train, steps, dtype=torch.float64, device="cpu") / train
+        sigmas = shifted(even).float()
+        skipped = int(steps - min(steps * strength, steps))                     # in these very floats: 50 * 0.8 decides
+        if skipped >= steps:
+            raise ValueError(f"strength {strength} of {steps} denoising steps is less than one step; raise either")
+        self.timesteps = (sigmas * train)[skipped:]
+        self.sigmas = torch.cat([sigmas[skipped:], sigmas.new_zeros(1)])
+
+    def scale_input(self, latent, i):
+        """The latent as the network wants it at step i: as it is."""
+        return latent
+
+    def step(self, velocity, i, latent, noise=None):
+        """The latent of step i + 1, in velocity's dtype (computed in at least float32). noise is not used."""
+        latent = latent.to(torch.promote_types(latent.dtype, torch.float32))
+        return (latent + (self.sigmas[i + 1] - self.sigmas[i]) * velocity).to(velocity.dtype)
 
 
 def visited(config: SchedulerConfig, steps: int) -> list[float]:
