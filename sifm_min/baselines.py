@@ -1,4 +1,29 @@
-"""What SIFM is compared with. So far the control that every figure needs beside it; the paper's baselines follow."""
+"""What SIFM is compared with: the seven methods of the paper's tables, and the control that every figure needs beside it.
+
+Each is an objective on the loop of `pgd.py`, called like `sifm.sifm`, and written from its formula: no code and no asset of
+the originals is here. By default all run under the paper's protocol: the same budget, 100 iterations of 1/255, the same
+random start. How each original was run is its preset "native" (`NATIVE`, at the end); a preset never changes the budget,
+which is a promise to whoever looks at the picture.
+
+    E(x)  the VAE encoder's posterior mean, unscaled (on InstructPix2Pix the image condition);  z(x)  the same in the
+    denoiser's scale;  z_t = noise_latent(z, eta, t);  eps_t(x, c)  the noise that the denoiser takes to be in z_t(x)
+    x     the picture as it is;   x'  the immunized one;   every loss is minimised
+
+Originals that sample the posterior take its mean here, so that one seed gives one result. Costs are passes of one picture
+in each step, forward and backward (1F 1B); what a run took in all is in its report.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from . import images
+
+NOT_IN_THE_PAPER = ("the paper leaves this method out on Stable Diffusion 3, as incompatible with its transformer; "
+                    "this rectified-flow form is ours")
 
 
 def noise(editor, x_orig, contexts, *, generator):
@@ -7,3 +32,279 @@ def noise(editor, x_orig, contexts, *, generator):
     Whatever this control achieves is no merit of a method. Cost: nothing.
     """
     return None
+
+
+# ----------------------------------------------------------------------------------------------------- the encoder alone
+
+def photoguard_encoder(editor, x_orig, contexts, *, generator, variant="zero"):
+    """PhotoGE, the encoder attack of PhotoGuard: the picture is to look to the encoder like nothing at all.
+
+        L = || z(x') - z_target ||_2
+
+    Salman et al. 2023 (arXiv 2302.06588), and the notebooks of MadryLab/photoguard. variant: "zero", the zero
+    latent of the image-to-image notebook; or "grey", the latent of a mid-grey picture, for the grey card of the inpainting
+    demo. It targets the encoder and knows no prompt. On InstructPix2Pix zero is what the editor is shown where there is
+    no picture, so the edit becomes text-to-image; on SD3 it is the zero of the denoiser's scale. Cost: encoder 1F 1B.
+    native: 1000 iterations from 0.010 linearly down to a hundredth of it.
+    """
+    _one_of(variant, ("zero", "grey"))
+    target = _latent(editor, torch.full_like(editor.resize(x_orig), 0.5)) if variant == "grey" else 0
+
+    def objective(x_imu, step):
+        return (editor.scaled(editor.encode(editor.resize(x_imu))) - target).norm()
+
+    objective.passes = lambda steps: passes(encoder=(steps + (variant == "grey"), steps))
+    return objective
+
+
+def editshield(editor, x_orig, contexts, *, generator, variant="eot"):
+    """ED, EditShield: the latent is to move as far as it can, wherever that is, also after the picture was transformed.
+
+        eot       L = - MSE( E(tau(x')), E(tau(x)) )          tau drawn at every step
+        plain     L = - MSE( E(x'), E(x) )
+        released  L = - MSE( [z_t(x'); E(x')], [z_s(x); E(x)] ) + 0.1 MSE(x', x)
+
+    Chen et al. 2024 (ECCV), and Allen-piexl/Editshield. It targets the encoder and knows no prompt. tau is the picture as it
+    is, a crop (80 to 100 % of each side), a Gaussian blur (sigma 0.5 to 1.5 pixels) or a rotation (up to 5 degrees), each
+    as likely: the paper names the kinds, the strengths are ours. The released code takes one fixed transformation for an
+    expectation, and in one script compares a rotated picture with one that is not; here both are transformed alike.
+    "released" is the loss that its scripts run, a penalty in place of a bound, where t, s and both noises are drawn
+    independently of one another, s and its noise once: mostly noise, but what moves it off delta = 0, where the other two
+    have no gradient. Of its faults three are not kept: no projection, pixels in [0,1] for a VAE trained on [-1,1], and
+    8-bit wraparound.
+    Cost: encoder 2F 1B (eot), 1F 1B (the others). native: released, 30 iterations of 0.001 from zero; Adam at that rate
+    there, steps by the sign here.
+    On SD3, whose denoiser sees no condition beside the latent, "released" is refused.
+    """
+    _one_of(variant, ("eot", "plain", "released"))
+    if variant == "released" and editor.kind != "instruct":
+        raise ValueError("editshield's released loss compares what an instruction editor's denoiser takes, latent and picture; "
+                         "this editor's takes the latent alone: choose eot or plain")
+    with torch.no_grad():
+        resized = editor.resize(x_orig)
+        E_orig = editor.encode(resized)
+
+    def seen(E):
+        t, eta = _draw(editor, E, generator)
+        return torch.cat([editor.noise_latent(E, eta, t), E], 1)
+
+    F_orig = seen(E_orig) if variant == "released" else None
+
+    def objective(x_imu, step):
+        pixels = editor.resize(x_imu)
+        if variant == "plain":
+            return -F.mse_loss(editor.encode(pixels), E_orig)
+        if variant == "released":
+            shift, penalty = F.mse_loss(seen(editor.encode(pixels)), F_orig), F.mse_loss(x_imu, x_orig)
+            return 0.1 * penalty - shift, {"shift": shift.item(), "penalty": penalty.item()}
+        tau = transformation(pixels, generator)
+        with torch.no_grad():
+            aim = editor.encode(tau(resized))
+        return -F.mse_loss(editor.encode(tau(pixels)), aim)
+
+    objective.passes = lambda steps: passes(encoder=(1 + steps * (2 if variant == "eot" else 1), steps))
+    return objective
+
+
+def transformation(pixels, generator):
+    """One of EditShield's transformations, drawn at random: a differentiable function of pixels like these, (B,3,H,W)."""
+    height, width = pixels.shape[2:]
+    kind = ("none", "crop", "blur", "rotate")[torch.randint(4, (1,), generator=generator).item()]
+    a, b, c = torch.rand(3, generator=generator).tolist()
+    if kind == "none":
+        return lambda pixels: pixels
+    if kind == "blur":
+        reach = torch.arange(-4, 5).to(pixels)
+        weights = (-reach.square() / (2 * (0.5 + a) ** 2)).softmax(0).expand(3, 1, 1, -1)
+
+        def blur(pixels):
+            pixels = F.conv2d(F.pad(pixels, (4, 4, 0, 0), mode="replicate"), weights, groups=3)
+            return F.conv2d(F.pad(pixels, (0, 0, 4, 4), mode="replicate"), weights.transpose(2, 3), groups=3)
+        return blur
+    if kind == "crop":                                       # this share of each side, wherever it fits
+        share = 0.8 + 0.2 * a
+        rows = [[share, 0, (1 - share) * (2 * b - 1)], [0, share, (1 - share) * (2 * c - 1)]]
+    else:
+        angle = math.radians(5) * (2 * a - 1)
+        sine, cosine = math.sin(angle), math.cos(angle)
+        rows = [[cosine, -sine * height / width, 0], [sine * width / height, cosine, 0]]
+    grid = F.affine_grid(torch.tensor([rows]).to(pixels), [1, 3, height, width], align_corners=False)
+    return lambda pixels: F.grid_sample(pixels, grid.expand(len(pixels), -1, -1, -1), padding_mode="reflection",
+                                        align_corners=False)
+
+
+# ------------------------------------------------------------------------------------------ encoder and denoiser together
+
+def sds(editor, x_orig, contexts, *, generator, variant="minus"):
+    """SDS, of Diff-Protect: score distillation, which leaves out the denoiser's Jacobian.
+
+        g = (dz/dx')^T r,   r = eps_t(x', c) - eta, as if r did not depend on x';   t uniform over training, eta fresh
+
+    Xue et al. 2024 (arXiv 2311.12832), and xavihart/Diff-Protect, with w(t) = 1. variant: "minus" descends along
+    g, SDS(-), the paper's proposal; "plus" ascends, SDS(+). There is no loss whose gradient g is: what is reported is the
+    mean square of r, the denoiser's training loss, negative for "plus". It targets the encoder through the denoiser's
+    score at the prompt. Cost: encoder 1F 1B, denoiser 1F 0B.
+    native: a zero start, and the caption "a photo" in place of the edit's prompt, which is the caller's to give.
+    On SD3 (ours): its released code expects a U-Net that predicts noise; r = (1 - sigma)(v - (eta - z)) is the same residual.
+    """
+    _one_of(variant, ("minus", "plus"))
+    sign = 1 if variant == "minus" else -1
+
+    def objective(x_imu, step):
+        E = editor.encode(editor.resize(x_imu))
+        t, eta = _draw(editor, E, generator)
+        with torch.no_grad():
+            residual = _noise_prediction(editor, E, eta, t, contexts[step % len(contexts)]) - eta
+        z = editor.scaled(E)
+        return sign * (residual.square().mean() + ((z - z.detach()) * residual).sum())
+
+    objective.passes = lambda steps: passes(encoder=(steps, steps), denoiser=(steps, 0))
+    return _noted(objective, editor, NOT_IN_THE_PAPER)
+
+
+def mist(editor, x_orig, contexts, *, generator, variant="fused"):
+    """MIST: the latent is drawn to that of a high-contrast pattern, and the denoiser is made to err.
+
+        textural  L = MSE( z(x'), z(Y) )
+        semantic  L = - MSE( eps_t(x', c), eta )               t uniform over training, eta fresh
+        fused     L = textural + w semantic,  w = 10000 / 16384
+
+    Liang and Wu 2023 (arXiv 2305.12683), and psyker-team/mist, whose sum in one term and mean in the other are both means
+    here: at 512 pixels on SD 1.x, where a latent has 16384 elements, this is the released loss divided by that, and at
+    other sizes the two terms keep that balance. Y is a tiled word, drawn here (`pattern`); the original's picture is under
+    the GPL. The paper does not say which variant it ran; fused is the original's default. It targets the encoder and, at
+    the prompt, the denoiser. Cost: encoder 1F 1B, denoiser 1F 1B (textural: none).
+    native: the protocol's loop as it is; the caption "a photo" or "a painting" is the caller's to give.
+    On SD3 (ours): the released code expects a U-Net that predicts noise; eps_t is then what the velocity says of it.
+    """
+    _one_of(variant, ("fused", "textural", "semantic"))
+    target = _latent(editor, pattern(editor.resize(x_orig))) if variant != "semantic" else None
+    weight = {"fused": 10_000 / 16_384, "textural": 0, "semantic": 1}[variant]
+
+    def objective(x_imu, step):
+        E = editor.encode(editor.resize(x_imu))
+        loss, terms = 0, {}
+        if variant != "semantic":
+            loss = F.mse_loss(editor.scaled(E), target)
+            terms["textural"] = loss.item()
+        if variant != "textural":
+            t, eta = _draw(editor, E, generator)
+            error = F.mse_loss(_noise_prediction(editor, E, eta, t, contexts[step % len(contexts)]), eta)
+            loss = loss - weight * error
+            terms["semantic"] = -error.item()
+        return loss, terms
+
+    denoised = variant != "textural"
+    objective.passes = lambda steps: passes(encoder=(steps + (target is not None), steps),
+                                            denoiser=(steps * denoised, steps * denoised))
+    return _noted(objective, editor, NOT_IN_THE_PAPER)
+
+
+def ace(editor, x_orig, contexts, *, generator, variant="ace+"):
+    """ACE: the denoiser's error is to be the same whatever the timestep, because it always predicts one target.
+
+        ace   L = MSE( eps_t(x', c), z(Y) )                    t uniform over the noisier 40 % of training, eta fresh
+        ace+  L = ace + 100 MSE( z(x'), z(Y) )
+
+    Zheng et al. 2025 (ICLR; arXiv 2310.04687), and caradryanl/ACE, whose mode "fused" is ace+. Y is the pattern that MIST has
+    here. The original takes turns between such steps and training a LoRA on the result; under the paper's protocol the
+    editor stays as it is. It targets the denoiser's prediction at the prompt and, in ace+, the encoder. It was made against
+    fine-tuning: an instruction editor starts from pure noise, so what it does to z_t has no part in an edit.
+    Cost: encoder 1F 1B, denoiser 1F 1B. native: 250 iterations (5 rounds of 50) of 0.0025 from zero.
+    On SD3 (ours): the released code expects a U-Net that predicts noise and a LoRA on it; eps_t is what the velocity says.
+    """
+    _one_of(variant, ("ace+", "ace"))
+    target = _latent(editor, pattern(editor.resize(x_orig)))
+    trained = editor.scheduler.config.num_train_timesteps
+
+    def objective(x_imu, step):
+        E = editor.encode(editor.resize(x_imu))
+        t, eta = _draw(editor, E, generator, lowest=trained * 6 // 10)
+        score = F.mse_loss(_noise_prediction(editor, E, eta, t, contexts[step % len(contexts)]), target)
+        if variant == "ace":
+            return score
+        latent = F.mse_loss(editor.scaled(E), target)
+        return score + 100 * latent, {"score": score.item(), "latent": latent.item()}
+
+    objective.passes = lambda steps: passes(encoder=(steps + 1, steps), denoiser=(steps, steps))
+    return _noted(objective, editor, NOT_IN_THE_PAPER)
+
+
+WORD = (".###.#.####.#...#",                                 # what the pattern says, five dots high
+        "#....#.#....##.##",
+        ".##..#.###..#.#.#",
+        "...#.#.#....#...#",
+        "###..#.#....#...#")
+
+
+def pattern(pixels):
+    """The target picture of MIST and ACE at the size of these pixels: a white word on black, three times eight, (1,3,H,W)."""
+    height, width = pixels.shape[2:]
+    tile = Image.new("L", (len(WORD[0]) + 3, len(WORD) + 3))
+    tile.putdata([255 * (1 <= x <= len(WORD[0]) and 1 <= y <= len(WORD) and WORD[y - 1][x - 1] == "#")
+                  for y in range(tile.height) for x in range(tile.width)])
+    whole = Image.new("L", (3 * tile.width, 8 * tile.height))
+    for x in range(3):
+        for y in range(8):
+            whole.paste(tile, (x * tile.width, y * tile.height))
+    return images.to_pixels(whole.resize((width, height), Image.Resampling.NEAREST)).to(pixels)
+
+
+# ---------------------------------------------------------------------------------------------------------------- helpers
+
+def passes(*, encoder=(0, 0), denoiser=(0, 0), **others):
+    """Forward and backward passes as a report states them."""
+    counts = {"encoder": encoder, "denoiser": denoiser, **others}
+    return {f"{part}_{way}": count for part, pair in counts.items()
+            for way, count in zip(("forward", "backward"), pair, strict=True)}
+
+
+def _one_of(variant, known):
+    if variant not in known:
+        raise ValueError(f"variant {variant!r}: choose one of {', '.join(known)}")
+
+
+@torch.no_grad()
+def _latent(editor, pixels):
+    return editor.scaled(editor.encode(pixels))
+
+
+def _draw(editor, E, generator, lowest=0):
+    """A timestep of training, (1,), no cleaner than `lowest`, and the noise to go with it, like E."""
+    t = torch.randint(lowest, editor.scheduler.config.num_train_timesteps, (1,), generator=generator)
+    return t, torch.randn(E.shape, generator=generator).to(E)
+
+
+def _noise_prediction(editor, E, eta, t, context):
+    """eps_t: the noise that the denoiser takes to be in the latent noised with eta."""
+    z_t = editor.noise_latent(E, eta, t)
+    return editor.noise_prediction(editor.predict(E, z_t, t, context).to(E), z_t, t)
+
+
+def _noted(objective, editor, note):
+    """Where the editor is Stable Diffusion 3, the report carries the note."""
+    if editor.kind == "img2img":
+        objective.note = note
+    return objective
+
+
+# ---------------------------------------------------------------------------------------------------------------- presets
+
+@dataclass(frozen=True)
+class Native:
+    """How an original was run. budget: its own, in words; settings: of the loop and the objective, as `immunize` takes them."""
+
+    source: str
+    budget: str
+    settings: dict = field(default_factory=dict)
+
+
+NATIVE = {
+    "photoguard-encoder": Native("MadryLab/photoguard, image-to-image notebook", "0.06 on [-1,1], which is 0.03",
+                                 {"steps": 1000, "step_size": 0.01, "schedule": "linear", "init": "random"}),
+    "editshield": Native("Allen-piexl/Editshield, scripts", "none enforced; 30 steps of 0.001 reach 0.03",
+                         {"steps": 30, "step_size": 0.001, "init": "zero", "variant": "released"}),
+    "sds": Native("xavihart/Diff-Protect, configuration file", "16/255", {"init": "zero"}),
+    "mist": Native("psyker-team/mist", "16/255"),
+    "ace": Native("caradryanl/ACE", "8/255 on [-1,1], which is 4/255", {"steps": 250, "step_size": 0.0025, "init": "zero"}),
+}

@@ -23,12 +23,12 @@ from . import cli
 class _Methods(Mapping):
     """Name -> objective, imported when it is asked for: listing the names loads no torch."""
 
-    HOMES = {"sifm": "sifm", "noise": "baselines"}
+    HOMES = {"sifm": "sifm", **dict.fromkeys(("photoguard-encoder", "editshield", "sds", "mist", "ace", "noise"), "baselines")}
 
     def __getitem__(self, name):
         if name not in self.HOMES:
             raise KeyError(name)
-        return getattr(import_module(f".{self.HOMES[name]}", __package__), name)
+        return getattr(import_module(f".{self.HOMES[name]}", __package__), name.replace("-", "_"))
 
     def __iter__(self):
         return iter(self.HOMES)
@@ -38,6 +38,39 @@ class _Methods(Mapping):
 
 
 METHODS = _Methods()
+# The paper's protocol, which is the same for all methods; preset "native" runs a baseline as its original was run.
+PROTOCOL = {"steps": 100, "step_size": 1 / 255, "schedule": "constant", "init": "random"}
+PRESETS = ("protocol", "native")
+
+
+def options_of(method):
+    """The names of a method's own options, beside those of the loop."""
+    parameters = inspect.signature(METHODS[method]).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty)
+
+
+def settings(method, preset="protocol", **given):
+    """What a run uses, as two dicts: of the loop (the keys of PROTOCOL) and of the method.
+
+    What is given wins over the preset; None counts as not given. Raises ValueError for an unknown method, preset or option.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: choose one of {', '.join(METHODS)}")
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    given = {name: value for name, value in given.items() if value is not None}
+    known = options_of(method)
+    if unknown := [name for name in given if name not in (*PROTOCOL, *known)]:
+        raise ValueError(f"{method} has no option {unknown[0]}; its options are {', '.join(known) or 'those of the loop'}")
+    chosen = PROTOCOL | (_native(method).settings if preset == "native" else {}) | given
+    return {name: chosen.pop(name) for name in PROTOCOL}, chosen
+
+
+def _native(method):
+    from .baselines import NATIVE
+    if method not in NATIVE:
+        raise ValueError(f"{method} has no preset 'native'; those that have one are {', '.join(NATIVE)}")
+    return NATIVE[method]
 
 
 @dataclass(frozen=True)
@@ -48,15 +81,17 @@ class Result:
     report: dict
 
 
-def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=100, seed=0, step_size=1 / 255,
-             schedule="constant", init="random", mask=None, on_step=None, **options):
+def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, seed=0, step_size=None,
+             schedule=None, init=None, preset="protocol", mask=None, on_step=None, **options):
     """Immunize one picture against one editor.
 
     image: a PIL picture, an `images.Picture`, or a path. prompts: the edit to defeat, or several that the steps cycle
     through (Algorithm 1 has one). method: a name in METHODS; options go to its objective (for SIFM: lam, timesteps, taps,
     reduction, aggregate, noisy, resample, batch). eps: budget on [0,1]. steps, step_size, schedule ("constant" or
-    "linear" decay), init ("random" in the budget, or "zero"): of the PGD loop. mask: the path of a picture of the
-    same size; only where it is bright is the picture perturbed. on_step(step, loss, terms) is called after each step.
+    "linear" decay), init ("random" in the budget, or "zero"): of the PGD loop; where not given, and for options not given,
+    the preset decides: "protocol", the paper's (100 steps of 1/255, constant, random), or "native", a baseline as its
+    original was run. No preset changes eps. mask: the path of a picture of the same size; only where it is bright is the
+    picture perturbed. on_step(step, loss, terms) is called after each step.
     Raises ValueError, in one sentence, for whatever the caller can mend.
     """
     import torch
@@ -66,8 +101,7 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=100, seed
     from .pgd import pgd
 
     started = time.perf_counter()
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}: choose one of {', '.join(METHODS)}")
+    loop, options = settings(method, preset, steps=steps, step_size=step_size, schedule=schedule, init=init, **options)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("immunize needs at least one prompt")
@@ -86,7 +120,10 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=100, seed
     with torch.no_grad():
         contexts = [editor.context([prompt]) for prompt in prompts]
     generator = torch.Generator().manual_seed(seed)
-    objective = METHODS[method](editor, original, contexts, generator=generator, **options)
+    texts = {"prompts": prompts} if "prompts" in inspect.signature(METHODS[method]).parameters else {}
+    objective = METHODS[method](editor, original, contexts, generator=generator, **texts, **options)
+    if objective is None:                                    # the noise control: the loop's random start as it is
+        loop |= {"steps": 0, "init": "random"}
     curve = []
 
     def in_colour(x, step):                                  # a grey picture is perturbed as one channel, and stays grey
@@ -97,22 +134,24 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=100, seed
         if on_step:
             on_step(step, loss, terms)
 
-    delta = pgd(original[:, :picture.channels], in_colour, eps, steps=steps if objective else 0, step_size=step_size,
-                schedule=schedule, init=init if objective else "random", mask=region, generator=generator, on_step=record)
+    begun = time.perf_counter()
+    delta = pgd(original[:, :picture.channels], in_colour, eps, **loop, mask=region, generator=generator, on_step=record)
+    looped = time.perf_counter() - begun
     immunized = images.quantize(picture, delta, eps)
     after, before = images.to_pixels(immunized), original.cpu()
     report = {
         "input": {"width": width, "height": height, "mode": picture.mode, **picture.info},
         "editor": editor.provenance(),
-        "method": method, "prompts": prompts,
-        "options": {"eps": eps, "steps": len(curve), "step_size": step_size, "schedule": schedule, "init": init, "seed": seed,
-                    "mask": str(mask) if mask is not None else None, **_spelled_out(METHODS[method], editor, options)},
+        "method": method, "note": getattr(objective, "note", ""), "prompts": prompts, "preset": _told(method, preset),
+        "options": {"eps": eps, **loop, "seed": seed, "mask": str(mask) if mask is not None else None,
+                    **_spelled_out(METHODS[method], editor, options)},
         "linf_steps": images.steps_used(picture.image, immunized), "budget_steps": images.budget(eps),
         "psnr": metrics.psnr(after, before).item(),
         "ssim": metrics.ssim(after, before).item() if min(width, height) >= 11 else None,
         "loss": curve,
         "passes": _passes(objective, len(curve)),
-        "seconds": round(time.perf_counter() - started, 3), "peak_memory_bytes": _peak(editor.device),
+        "seconds": round(time.perf_counter() - started, 3), "loop_seconds": round(looped, 3),
+        "peak_memory_bytes": _peak(editor.device),
         "versions": {"sifm_min": import_module(__package__).__version__, "torch": torch.__version__,
                      "python": platform.python_version()},
     }
@@ -130,9 +169,19 @@ def _spelled_out(method, editor, options):
     return values
 
 
+def _told(method, preset):
+    """What a report states of the preset: of "native" also whose it is, and the original's budget, which it leaves alone."""
+    native = _native(method) if preset == "native" else None
+    return {"name": preset} | ({"source": native.source, "budget": native.budget} if native else {})
+
+
 def _passes(objective, steps):
-    """How many forward and backward passes of VAE encoder and denoiser the run took, as the objective counts them."""
-    return objective.passes(steps) if hasattr(objective, "passes") else {}
+    """How many forward and backward passes of VAE encoder and denoiser the run took, as the objective counts them: "100
+    iterations" says nothing of cost."""
+    if hasattr(objective, "passes"):
+        return objective.passes(steps)
+    return {} if objective else dict.fromkeys(("encoder_forward", "encoder_backward", "denoiser_forward",
+                                               "denoiser_backward"), 0)
 
 
 def _reset_peak(device):
@@ -188,30 +237,37 @@ def _parser():
     add("--revision", help="of a hub repository (a commit, tag or branch)")
     add("--method", default="sifm", choices=tuple(METHODS))
     add("--eps", type=cli.eps, default=0.03, help="budget, as 0.03 or 8/255 (default: 0.03)")
-    add("--steps", type=cli.count, default=100, help="PGD iterations (default: 100)")
-    add("--step-size", type=cli.positive, default=1 / 255, help="of one iteration, on [0,1] (default: 1/255)")
-    add("--schedule", choices=("constant", "linear"), default="constant", help="of the step size")
-    add("--init", choices=("random", "zero"), default="random", help="where the perturbation starts")
+    add("--preset", choices=PRESETS, default="protocol",
+        help="what holds unless told otherwise: the paper's protocol for all methods (default), or how the original of a "
+             "baseline was run; the budget is --eps in both")
+    add("--steps", type=cli.count, help="PGD iterations (protocol: 100)")
+    add("--step-size", type=cli.positive, help="of one iteration, on [0,1] (protocol: 1/255)")
+    add("--schedule", choices=("constant", "linear"), help="of the step size (protocol: constant)")
+    add("--init", choices=("random", "zero"), help="where the perturbation starts (protocol: random)")
     add("--mask", type=cli.path, metavar="PICTURE", help="perturb only where this picture is bright")
-    sifm = parser.add_argument_group("SIFM")
-    sifm.add_argument("--lam", "--lambda", type=cli.number, default=0.1,
-                      help="weight of the distance term (default: 0.1)")
-    sifm.add_argument("--timesteps", type=cli.timesteps, default=10,
-                      help="a count, or timesteps as 900,500,100 (default: 10)")
-    sifm.add_argument("--taps", type=cli.commas(),
-                      help="activations to perturb, comma-separated; `list` prints what there is")
-    sifm.add_argument("--reduction", choices=("relative", "mean", "literal"), default="relative")
-    sifm.add_argument("--aggregate", choices=("loss-mean", "feature-mean"), default="loss-mean")
-    sifm.add_argument("--noisy", choices=("paper", "deploy"), default="paper",
-                      help="whose latent is noised: the immunized picture's, or the original's")
-    sifm.add_argument("--resample", action="store_true", help="draw new noise at every step")
-    sifm.add_argument("--batch", type=cli.count, help="timesteps at once (default: all)")
+    own = parser.add_argument_group("options of single methods, named behind each").add_argument
+    own("--lam", "--lambda", type=cli.number, help="weight of the distance term (sifm; default: 0.1)")
+    own("--timesteps", type=cli.timesteps, help="a count, or timesteps as 900,500,100 (sifm; default: 10)")
+    own("--taps", type=cli.commas(), help="activations to perturb, comma-separated; `list` prints what there is (sifm)")
+    own("--reduction", choices=("relative", "mean", "literal"), help="of activations to a number (sifm; default: relative)")
+    own("--aggregate", choices=("loss-mean", "feature-mean"), help="of the taps (sifm; default: loss-mean)")
+    own("--noisy", choices=("paper", "deploy"),
+        help="whose latent is noised: the immunized picture's (default), or the original's (sifm)")
+    own("--resample", action="store_true", default=None, help="draw new noise at every step (sifm)")
+    own("--batch", type=cli.count, help="timesteps at once (sifm; default: all)")
+    own("--variant", help="which form of the loss: zero, grey (photoguard-encoder); eot, plain, released (editshield); minus, "
+                          "plus (sds); fused, textural, semantic (mist); ace+, ace (ace); the first is the default")
     add("--no-preview", action="store_true", help="skip the preview and its two edits")
     parser.shared("device", "dtype", "seed", "overwrite")
     return parser
 
 
-SIFM_OPTIONS = ("lam", "timesteps", "taps", "reduction", "aggregate", "noisy", "resample", "batch")
+OPTIONS = ("lam", "timesteps", "taps", "reduction", "aggregate", "noisy", "resample", "batch", "variant")
+
+
+def _given(args):
+    """Of loop and method, what the command line set; the rest is the preset's, or the method's own default."""
+    return {name: value for name in (*PROTOCOL, *OPTIONS) if (value := getattr(args, name)) is not None}
 
 
 def _body(args):
@@ -220,6 +276,8 @@ def _body(args):
     listing = args.taps == ["list"]
     if not listing and not (args.pictures and args.prompt and args.output):
         raise ValueError("give at least one picture or folder, --prompt TEXT and -o DIR (--help shows examples)")
+    if not listing:
+        settings(args.method, args.preset, **_given(args))   # an option that the method has not is told before any work
     pictures = [] if listing else _share(find(args.pictures, args.output, OUTPUTS))
     if args.mask:                                            # what is wrong with the mask itself is no picture's fault
         images.read_mask(args.mask, *images.read(args.mask).image.size)
@@ -298,11 +356,10 @@ def _one(path, editor, args):
         raise ValueError(f"{existing[0]} exists, from another picture or other options; "
                          "add --overwrite or choose another folder")
     picture = images.read(path)
-    options = {name: getattr(args, name) for name in SIFM_OPTIONS} if args.method == "sifm" else {}
-    with cli.progress(total=args.steps, what=path.name, quiet=args.quiet) as bar:
-        result = immunize(picture, editor, args.prompt, method=args.method, eps=args.eps, steps=args.steps, seed=args.seed,
-                          step_size=args.step_size, schedule=args.schedule, init=args.init, mask=args.mask,
-                          on_step=lambda step, loss, terms: bar.update(), **options)
+    given = _given(args)
+    with cli.progress(total=settings(args.method, args.preset, **given)[0]["steps"], what=path.name, quiet=args.quiet) as bar:
+        result = immunize(picture, editor, args.prompt, method=args.method, eps=args.eps, seed=args.seed, preset=args.preset,
+                          mask=args.mask, on_step=lambda step, loss, terms: bar.update(), **given)
     preview = None if args.no_preview else _preview(picture, result.image, editor, args)
     # The report frames the pictures: begun before them and finished after them, it tells a later run whose they are.
     report = {"finished": False, "asked": asked}

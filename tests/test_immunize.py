@@ -25,13 +25,14 @@ from huggingface_hub import constants
 from PIL import Image
 
 import sifm_min
-from sifm_min import cli, editors, images, immunize, metrics
+from sifm_min import baselines, cli, editors, images, immunize, metrics, pgd
 from sifm_min.models import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "make it night"
 FEW = ("--steps", "2", "--timesteps", "2")
 ENDS = ("_immunized.png", "_preview.png", ".json")
+METHODS = ("sifm", "photoguard-encoder", "editshield", "sds", "mist", "ace", "noise")
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,11 @@ def run(tiny_folder, editor, tmp_path, monkeypatch):
     """Run the command in this process and in tmp_path, with few steps, on the tiny editor (which is loaded once)."""
     load = editors.load_editor
     monkeypatch.setattr(editors, "load_editor",
-                        lambda source, **options: editor if source == str(tiny_folder) else load(source, **options))
+                        lambda source, **options: editor if source in ("tiny", str(tiny_folder)) else load(source, **options))
     monkeypatch.chdir(tmp_path)
-    return lambda *argv: immunize.main(["--prompt", PROMPT, "--editor", str(tiny_folder), *FEW, "-o", "out", *argv])
+    few = {True: FEW, False: FEW[:2]}                        # the timesteps are SIFM's; another method would refuse them
+    return lambda *argv: immunize.main(["--prompt", PROMPT, "--editor", str(tiny_folder), *few["--method" not in argv],
+                                        "-o", "out", *argv])
 
 
 def photo(path, size=(24, 20), mode="RGB", seed=0, **options):
@@ -105,12 +108,13 @@ def test_three_files_and_what_the_report_holds(run, editor, tiny_folder, tmp_pat
     assert found["versions"]["sifm_min"] == sifm_min.__version__ and found["versions"]["torch"] == torch.__version__
     assert found["versions"]["python"].startswith(f"{sys.version_info[0]}.{sys.version_info[1]}")
     assert (found["method"], found["prompts"], found["picture"]) == ("sifm", [PROMPT], "a.png")
+    assert (found["preset"], found["note"]) == ({"name": "protocol"}, "")
     assert found["options"] == {
         "eps": 0.03, "steps": 2, "step_size": 1 / 255, "schedule": "constant", "init": "random", "seed": 3, "mask": None,
         "lam": 0.1, "timesteps": [999, 50], "taps": list(editor.default_taps), "reduction": "relative",
         "aggregate": "loss-mean", "noisy": "paper", "resample": False, "batch": None}
     assert found["input"] == {"width": 40, "height": 30, "mode": "RGB", "format": "PNG", "frames": 1, "notes": []}
-    assert found["seconds"] > 0 and found["peak_memory_bytes"] > 1e7
+    assert found["seconds"] > found["loop_seconds"] > 0 and found["peak_memory_bytes"] > 1e7
 
     out, err = capsys.readouterr()
     assert err == f"{tiny_editor.NOTICE}\n"
@@ -197,7 +201,8 @@ def test_noise_is_the_random_start_and_nothing_else(run):
     expected = colours(original) + (start[0].double() * 255).round().clamp(-7, 7).permute(1, 2, 0).numpy()
     assert np.array_equal(colours(Image.open("out/a_immunized.png")), expected.clip(0, 255))
     found = report()
-    assert (found["method"], found["loss"], found["passes"], found["options"]["steps"]) == ("noise", [], {}, 0)
+    assert (found["method"], found["loss"], found["options"]["steps"]) == ("noise", [], 0)
+    assert list(found["passes"].values()) == [0] * 4
 
 
 def test_prompts_take_turns(run, editor, monkeypatch):
@@ -229,6 +234,48 @@ def test_options_reach_the_objective(run, editor):
     assert first["dist"] == 0 < second["dist"]               # from a zero start the distance begins at zero
     assert report()["passes"] == {"encoder_forward": 3, "encoder_backward": 2, "denoiser_forward": 8,
                                   "denoiser_backward": 4}
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_every_method_writes_its_picture_and_what_it_took(run, editor, method):
+    original = photo("a.png")
+    assert run("a.png", "--method", method, "--no-preview") == cli.OK
+    found = report()
+    assert np.abs(colours(Image.open("out/a_immunized.png")) - colours(original)).max() == found["linf_steps"] <= 7
+    assert (found["method"], found["preset"], found["note"]) == (method, {"name": "protocol"}, "")
+    assert found["options"] == {
+        "eps": 0.03, "steps": 0 if method == "noise" else 2, "step_size": 1 / 255, "schedule": "constant", "init": "random",
+        "seed": 0, "mask": None, **{name: found["options"][name] for name in immunize.options_of(method)}}
+    assert all(type(count) is int for count in found["passes"].values())
+    assert len(found["loss"]) == found["passes"]["encoder_backward"] == found["options"]["steps"]
+
+
+def test_every_option_on_the_command_line_is_some_methods_and_the_other_way_round():
+    assert set(immunize.OPTIONS) == {name for method in METHODS for name in immunize.options_of(method)}
+
+
+@pytest.mark.parametrize("method", baselines.NATIVE)
+def test_the_native_preset_is_the_originals_setting_without_its_budget(run, monkeypatch, method):
+    photo("a.png")
+    native, used = baselines.NATIVE[method], []
+    monkeypatch.setattr(pgd, "pgd", lambda pixels, objective, eps, **loop: used.append((eps, loop)) or 0 * pixels)
+    assert immunize.main(["a.png", "--prompt", PROMPT, "--editor", "tiny", "--method", method, "--preset", "native",
+                          "--no-preview", "-o", "out"]) == cli.OK
+    [(eps, loop)], found = used, report()
+    assert {name: loop[name] for name in immunize.PROTOCOL} == {
+        name: native.settings.get(name, value) for name, value in immunize.PROTOCOL.items()}
+    assert eps == found["options"]["eps"] == 0.03
+    assert found["preset"] == {"name": "native", "source": native.source, "budget": native.budget}
+    assert found["options"] | native.settings == found["options"]
+
+
+def test_what_is_given_wins_over_the_preset(run):
+    photo("a.png")
+    assert run("a.png", "--method", "editshield", "--preset", "native", "--variant", "plain", "--init", "random", "--eps",
+               "8/255", "--no-preview") == cli.OK
+    found = report()["options"]
+    assert (found["variant"], found["init"], found["steps"], found["step_size"]) == ("plain", "random", 2, 0.001)
+    assert found["eps"] == 8 / 255
 
 
 def test_taps_list(run, editor, capsys):
@@ -332,7 +379,12 @@ def test_the_empty_prompt_is_a_prompt_to_the_library(editor, tmp_path):
 
 @pytest.mark.parametrize("options, says", [
     ({"prompts": []}, "at least one prompt"),
-    ({"method": "magic"}, "method 'magic': choose one of sifm, noise"),
+    ({"method": "magic"}, "method 'magic': choose one of sifm, photoguard-encoder, "),
+    ({"preset": "fast"}, "preset 'fast': choose one of protocol, native"),
+    ({"preset": "native"}, "sifm has no preset 'native'"),
+    ({"magic": 1}, "sifm has no option magic; its options are lam, timesteps, taps,"),
+    ({"method": "noise", "timesteps": None, "lam": 1}, "noise has no option lam; its options are those of the loop"),
+    ({"method": "mist", "timesteps": None, "variant": "literal"}, "variant 'literal': choose one of fused, textural, semantic"),
     ({"eps": 300}, "eps 300"), ({"eps": 0.001}, "eps 0.001"), ({"eps": -0.03}, "eps -0.03"), ({"eps": float("nan")}, "eps nan"),
     ({"steps": -1}, "steps -1"), ({"step_size": 0}, "step_size 0"), ({"schedule": "cosine"}, "schedule 'cosine'"),
     ({"init": "one"}, "init 'one'"), ({"reduction": "sum"}, "reduction 'sum'"), ({"aggregate": "max"}, "aggregate 'max'"),
@@ -360,8 +412,9 @@ def test_the_module_is_the_function():
 
 
 def test_methods_is_a_mapping():
-    assert tuple(sifm_min.METHODS) == ("sifm", "noise") and len(sifm_min.METHODS) == 2
-    assert all(callable(objective) and objective.__name__ == name for name, objective in sifm_min.METHODS.items())
+    assert tuple(sifm_min.METHODS) == METHODS and len(sifm_min.METHODS) == len(METHODS)
+    assert all(callable(objective) and objective.__name__ == name.replace("-", "_")
+               for name, objective in sifm_min.METHODS.items())
     assert "magic" not in sifm_min.METHODS and sifm_min.METHODS.get("magic") is None
     with pytest.raises(KeyError):
         sifm_min.METHODS["magic"]
@@ -375,7 +428,10 @@ def test_methods_is_a_mapping():
     (("a.png", "--timesteps", "0"), "--timesteps"), (("a.png", "--timesteps", "1000,"), "1000 is no timestep"),
     (("a.png", "--timesteps", "many"), "--timesteps"), (("a.png", "--steps", "0"), "--steps"),
     (("a.png", "--taps", "mid_block,nowhere"), "--taps nowhere"), (("a.png", "--batch", "0"), "--batch"),
-    (("a.png", "--method", "magic"), "--method"), (("a.png", "--editor", "nonsense"), "'nonsense' is neither"),
+    (("a.png", "--method", "magic"), "--method"), (("a.png", "--variant", "grey"), "sifm has no option variant"),
+    (("a.png", "--method", "mist", "--lam", "1"), "mist has no option lam; its options are variant"),
+    (("a.png", "--preset", "native"), "sifm has no preset 'native'; those that have one are photoguard-encoder,"),
+    (("a.png", "--preset", "fast"), "--preset"), (("a.png", "--editor", "nonsense"), "'nonsense' is neither"),
     (("a.png", "--editor", "a.png"), "a.png is a file"), (("a.png", "--seed", "-1"), "--seed"),
     (("a.png", "--device", "cuda:63"), "--device cuda:63"), (("a.png", "--mask", "no.png"), "no.png: no such file"),
     (("a.png", "--mask", "dark.png"), "dark.png: the mask is all dark"), (("a.png", "--mask", "."), "is a folder"),
@@ -613,8 +669,9 @@ def test_json_lines(run, capsys):
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["picture"] for record in records] == ["in/a.png", "in/b.png"]
     for record in records:
-        assert {"finished", "picture", "immunized", "input", "editor", "method", "prompts", "options", "linf_steps",
-                "budget_steps", "psnr", "ssim", "passes", "seconds", "peak_memory_bytes", "versions"} == record.keys()
+        assert {"finished", "picture", "immunized", "input", "editor", "method", "note", "prompts", "preset", "options",
+                "linf_steps", "budget_steps", "psnr", "ssim", "passes", "seconds", "loop_seconds", "peak_memory_bytes",
+                "versions"} == record.keys()
     assert run("in", "--json", "--no-preview", "--quiet") == cli.OK
     out, err = capsys.readouterr()                           # a second run names them too: a script sees all its pictures
     assert err == "" and [json.loads(line) for line in out.splitlines()] == [
