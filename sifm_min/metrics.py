@@ -54,7 +54,7 @@ def ssim(dist, ref, *, downsample=False):
     """
     dist, ref = _checked(dist, ref, smallest=WINDOW)
     if downsample and (factor := round(min(dist.shape[2:]) / 256)) > 1:
-        dist, ref = F.avg_pool2d(dist, factor), F.avg_pool2d(ref, factor)
+        dist, ref = _reduced(dist, factor), _reduced(ref, factor)
     return _each(_ssim, dist, ref)
 
 
@@ -138,8 +138,8 @@ def fsim(dist, ref, *, chromatic=True):
     equal. Pictures below 8 pixels a side are refused.
     """
     dist, ref = _checked(dist, ref, smallest=8)
-    if factor := int(min(dist.shape[2:]) / 256 + 0.5):
-        dist, ref = F.avg_pool2d(dist, factor), F.avg_pool2d(ref, factor)
+    if (factor := int(min(dist.shape[2:]) / 256 + 0.5)) > 1:
+        dist, ref = _reduced(dist, factor), _reduced(ref, factor)
     return _each(_fsimc if chromatic and dist.shape[1] == 3 else _fsim, dist, ref)
 
 
@@ -181,14 +181,14 @@ def _phase_congruency(plane):
     for filters, noise in zip(*_filters(*plane.shape[1:], plane.dtype, plane.device), strict=True):     # orientations
         response = torch.fft.ifft2(spectrum[:, None] * filters)                                         # (B, scale, H, W)
         even, odd = response.real.contiguous(), response.imag.contiguous()
-        sizes = _root(even * even + odd * odd)
-        sum_even, sum_odd = even.sum(1, keepdim=True), odd.sum(1, keepdim=True)
-        size = _root(sum_even * sum_even + sum_odd * sum_odd) + 1e-4
-        mean_even, mean_odd = sum_even / size, sum_odd / size
-        aligned = (even * mean_even + odd * mean_odd - (even * mean_odd - odd * mean_even).abs()).sum(1)
-        threshold = noise * _median(sizes[:, 0].flatten(1))[:, None, None]
-        energy = energy + (aligned - threshold).clamp(min=0)
-        amplitude = amplitude + sizes.sum(1)
+        squares = even * even + odd * odd
+        sum_even, sum_odd = even.sum(1), odd.sum(1)
+        squared = sum_even * sum_even + sum_odd * sum_odd
+        size = _root(squared) + 1e-4                         # of the sum, whose direction is the mean phase
+        astray = (even * (sum_odd / size)[:, None] - odd * (sum_even / size)[:, None]).abs().sum(1)
+        threshold = noise * _root(_median(squares[:, 0].flatten(1)))[:, None, None]
+        energy = energy + (squared / size - astray - threshold).clamp(min=0)
+        amplitude = amplitude + _root(squares).sum(1)
     return energy / amplitude                                # `_root` keeps the amplitude above 0
 
 
@@ -229,9 +229,10 @@ def _filters(height, width, dtype, device):
 
 def _median(values):
     """The median of each row, (B,N) -> (B,); of an even number, the mean of the two in the middle."""
-    half = (values.shape[1] + 1) // 2
-    lower = values.kthvalue(half).values
-    return lower if values.shape[1] % 2 else (lower + values.kthvalue(half + 1).values) / 2
+    lower = values.median(1).values
+    below = values <= lower[:, None]
+    above = values.masked_fill(below, math.inf).amin(1)
+    return (lower + torch.where(below.sum(1) > values.shape[1] // 2, lower, above)) / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------- LPIPS
@@ -435,6 +436,13 @@ def _each(metric, dist, ref):
     if dist.device.type != "cpu" or len(dist) == 1:
         return metric(dist, ref)
     return torch.cat([metric(*pair) for pair in zip(dist.split(1), ref.split(1), strict=True)])
+
+
+def _reduced(pixels, factor):
+    """The means of blocks factor x factor; what is left over at the right and the bottom goes."""
+    height, width = (side // factor * factor for side in pixels.shape[2:])
+    rows = sum(pixels[:, :, i:height:factor, :width] for i in range(factor))             # some 20 times faster than
+    return sum(rows[:, :, :, i::factor] for i in range(factor)) / factor**2              # avg_pool2d on a CPU
 
 
 def _centred(pixels):

@@ -1,16 +1,19 @@
-"""The editors' weights: what there is and under which licence, fetching it beforehand, and checking it.
+"""The editors' weights, and those of LPIPS: what there is and under which licence, fetching it beforehand, and checking it.
 
-`python -m sifm_min.weights list|download|verify`, a thin command over `models/checkpoints.py`. What is fetched lies in
-the standard Hugging Face cache (`HF_HOME`), where every command of this package finds it without a network.
+`python -m sifm_min.weights list|download|verify`, a thin command over `models/checkpoints.py` and, for LPIPS, `fetch.py`.
+What is fetched lies in the standard Hugging Face cache, that of LPIPS beside it (`HF_HOME`/sifm_min), where every command
+of this package finds it without a network.
 """
 
 import hashlib
 import os
 import re
 
-from . import cli
+from . import backbones, cli
 from .models import checkpoints
 from .models.checkpoints import EDITORS, MAIN, Unavailable
+
+LPIPS = {"lpips": tuple(backbones.NETWORKS), **{f"lpips-{name}": (name,) for name in backbones.NETWORKS}}
 
 EXAMPLES = """examples:
   %(prog)s list
@@ -18,6 +21,8 @@ EXAMPLES = """examples:
   %(prog)s download sd3 --no-t5
   %(prog)s download some-owner/some-editor --revision v1.0
   %(prog)s verify miniature instruct-pix2pix path/to/a/folder
+  %(prog)s download lpips-alex
+  %(prog)s download lpips-vgg --weights vgg16-397923af.pth
 
 list      makes no request. An editor is shipped with this package, or absent, partial or complete in the cache;
           `unpinned` means that no commit is known to be good: `main` is resolved at the first download, then kept;
@@ -25,6 +30,10 @@ list      makes no request. An editor is shipped with this package, or absent, p
 download  says licence and size, fetches what is missing (files that are complete stay), then verifies
 verify    hashes every file and compares with the published checksum, the one by which the cache knows the file, and
           the SHA256SUMS of its folder
+
+lpips-alex, lpips-vgg and lpips-squeeze are the backbones of the metric LPIPS, lpips is all three; `compare` uses alex.
+torchvision's file is fetched, its convolutions are kept (alex: 10 of 244 MB), in HF_HOME/sifm_min/lpips, and it is
+removed; on a machine without a network, --weights takes that file.
 
 HF_HOME moves the cache, HF_TOKEN opens gated repositories, HF_HUB_OFFLINE=1 forbids all requests.
 """
@@ -74,7 +83,7 @@ def verify(checkpoint, published=None):
         lines = re.findall(r"^(\w{64}) [ *](.+)$", checkpoint.text("SHA256SUMS"), re.M)
         listed = {name: digest for digest, name in lines}
     found = []
-    for file in dict.fromkeys([*([MAIN] if checkpoint.has(MAIN) else []), *checkpoint.files, *listed]):
+    for file in dict.fromkeys([*([MAIN] if checkpoint.path(MAIN).is_file() else []), *checkpoint.files, *listed]):
         path = checkpoint.folder / file
         if not checkpoint.has(file):
             found.append({"file": file, "sha256": None, "ok": False, "problem": "is listed in SHA256SUMS and missing"})
@@ -117,7 +126,9 @@ def _size(size):
 
 
 def _list(names, args):
-    records = [status(checkpoints.find(name)) for name in names or EDITORS]
+    records = []
+    for name in names or (*EDITORS, *(f"lpips-{network}" for network in backbones.NETWORKS)):
+        records += [_lpips_status(network) for network in LPIPS[name]] if name in LPIPS else [status(checkpoints.find(name))]
     rows = [("NAME", "STATE", "SIZE", "REVISION", "ACCESS", "FROM", "LICENCE")]
     for record in records:
         revision = (record["revision"] or "-")[:12] if record["pinned"] else "unpinned"
@@ -159,7 +170,47 @@ def _check(name, args):
     return cli.SOME_FAILED if bad else cli.OK
 
 
+def _lpips_status(network):
+    source = backbones.NETWORKS[network]
+    return {"name": f"lpips-{network}", "state": "complete" if source.kept.is_file() else "absent", "missing": None,
+            "bytes": source.size, "source": source.url, "pinned": True, "revision": source.sha256, "gated": False,
+            "licence": backbones.LICENCE}
+
+
+def _check_lpips(name, args):
+    """`_check` for the backbones of LPIPS: an exit code."""
+    from . import fetch, metrics
+    code = cli.OK
+    for network in LPIPS[name]:
+        source, label = backbones.NETWORKS[network], f"lpips-{network}"
+        if args.action == "download":
+            origin = args.weights or source.url
+            cli.say(f"{label}: {source.title}, about {_size(source.size)} from {origin}, of which {_size(source.kept_size)} are "
+                    f"kept, licence: {backbones.LICENCE}", quiet=args.quiet)
+        try:
+            if args.action == "download":
+                with cli.progress(total=source.size, what=label, unit="B", quiet=args.quiet) as bar:
+                    weights = fetch.backbone(network, file=args.weights, on_bytes=bar.update)
+            else:
+                weights = metrics.lpips_weights(network)
+        except checkpoints.Unfit as error:
+            if args.action == "download":
+                raise
+            cli.fail(cli.sentence(error))
+            weights, code = None, cli.SOME_FAILED
+        if args.json:
+            cli.out(cli.to_json({"name": label, "source": source.url, "revision": source.sha256, "file": source.kept,
+                                 "licence": backbones.LICENCE, "sha256": weights and weights.sha256, "ok": weights is not None}))
+        elif args.action == "verify":
+            cli.out(f"{'ok' if weights else 'BAD':7}  {weights.sha256 if weights else '-' * 64}  {label}: {source.kept.name}")
+        if weights:
+            cli.say(f"{label}: {source.kept}, not damaged", quiet=args.quiet)
+    return code
+
+
 def _body(args):
+    if args.weights and (args.action != "download" or [len(LPIPS.get(name, ())) for name in args.names] != [1]):
+        raise ValueError(f"--weights is for download of one of {', '.join(list(LPIPS)[1:])}")
     if args.revision and args.action == "list":
         raise ValueError("--revision is for download and verify; list shows the revision that is used by default")
     if args.no_t5 and args.action == "list":
@@ -167,22 +218,24 @@ def _body(args):
     if args.action == "list":
         return _list(args.names, args)
     if not args.names:
-        raise ValueError(f"{args.action} needs a name: {', '.join(EDITORS)}, a folder, or a hub id")
+        raise ValueError(f"{args.action} needs a name: {', '.join((*EDITORS, *LPIPS))}, a folder, or a hub id")
     if args.quiet:
         from huggingface_hub.utils import disable_progress_bars, logging
         disable_progress_bars()
         logging.set_verbosity_error()                        # its remarks on retries are remarks too
-    return max([_check(name, args) for name in args.names])
+    return max([_check_lpips(name, args) if name in LPIPS else _check(name, args) for name in args.names])
 
 
 def _parser():
-    parser = cli.Parser("weights", "List, fetch and verify the weights of the editors.", EXAMPLES)
+    parser = cli.Parser("weights", "List, fetch and verify the weights of the editors and of LPIPS.", EXAMPLES)
     parser.add_argument("action", choices=("list", "download", "verify"))
     parser.add_argument("names", nargs="*", metavar="NAME",
-                        help="a known editor, a folder, or a hub id (list: default all known ones)")
+                        help="a known editor, lpips, a folder, or a hub id (list: default all known ones)")
     parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub id instead of the pinned one")
     parser.add_argument("--no-t5", action="store_true",
                         help="leave out Stable Diffusion 3's T5 text encoder, 9.5 GB that it can do without")
+    parser.add_argument("--weights", type=cli.path, metavar="FILE",
+                        help="torchvision's file of an LPIPS network, fetched elsewhere: no request is made")
     parser.shared()
     return parser
 

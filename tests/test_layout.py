@@ -17,10 +17,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
-    6: "edit weights",                                       # commands: nothing imports them
+    6: "compare edit weights",                               # commands: nothing imports them
     5: "immunize",                                           # one picture
     4: "baselines sifm",                                     # objectives
-    3: "editors miniature",                                  # editors and verdicts
+    3: "editors fetch miniature",                            # editors and verdicts
     2: "cli gemini images isr metrics pgd world",            # tools of ours
     1: "backbones models.checkpoints wire",                  # loading; what a remote judge is told and tells
     0.5: "models.hub models.single_files models.sources",    # what loading stands on

@@ -1,0 +1,183 @@
+"""How far pictures are apart, as a command: the budget that a perturbation used, and the five distances."""
+
+import math
+
+from . import cli
+from .backbones import NETWORKS
+
+METRICS = ("linf", "psnr", "ssim", "vifp", "fsim", "lpips")
+
+EXAMPLES = """examples:
+  %(prog)s out/photo_immunized.png photo.png
+  %(prog)s edited_immunized/ edited_original/ --json
+  %(prog)s edited_immunized/ edited_original/ --metrics psnr,lpips --weights alexnet-owt-7be5be79.pth
+
+The first is the distorted picture, the second the reference (VIFp is not symmetric): in the paper's protocol the edit of
+the immunized picture and the edit of the original. Pictures of two folders are matched by name, without the ending such
+as .png and without `_immunized`; previews are left out.
+
+linf   largest difference of a channel, in steps of 1/255        vifp   of the luma; `nan`: the reference is flat
+psnr   in dB, of RGB; `inf`: equal                               fsim   FSIMc
+ssim   of RGB, Gaussian window 11x11, no downsampling            lpips  version 0.1, needs `weights download lpips-alex`
+
+At the pictures' own size, on their 8-bit colours; transparency is not compared. Lower is better for who immunizes, but
+higher for linf and lpips. What a picture is too small for, or LPIPS without its weights, is absent (-) with the reason;
+asked for by name, it is an error. Exit codes: 0 all done, 1 some pictures failed, 2 usage, 3 weights unavailable,
+130 interrupted."""
+
+
+def _parser():
+    parser = cli.Parser("compare", "Measure how far pictures are apart.", EXAMPLES)
+    add = parser.add_argument
+    add("distorted", type=cli.path, metavar="A", help="a picture or a folder: the distorted")
+    add("reference", type=cli.path, metavar="B", help="a picture or a folder: the reference")
+    add("--metrics", type=cli.commas(), metavar="LIST", help=f"which of {','.join(METRICS)} (default: all)")
+    add("--network", choices=tuple(NETWORKS), default="alex", help="of LPIPS (default: alex)")
+    add("--weights", type=cli.path, metavar="FILE",
+        help="of LPIPS' network: torchvision's .pth, or safetensors (default: what `weights download` has fetched)")
+    parser.shared("device")
+    parser.set_defaults(dtype=None)                          # `cli.place` asks; the metrics choose their own
+    return parser
+
+
+def pairs(distorted, reference):
+    """[(distorted, reference)] of two pictures, or of two folders matched by name; None where one has no partner."""
+    from . import images
+    if not distorted.is_dir() and not reference.is_dir():
+        return [(distorted, reference)]
+    if not (distorted.is_dir() and reference.is_dir()):
+        raise ValueError(f"{distorted} and {reference}: give two pictures, or two folders")
+    left, right = ({}, {})
+    for folder, found in ((distorted, left), (reference, right)):
+        for path in images.find([folder]):
+            if path.stem.endswith("_preview"):
+                continue
+            other = found.setdefault(path.stem.replace("_immunized", ""), path)
+            if other != path:
+                raise ValueError(f"{other} and {path} have one name; keep one of them, or compare them as files")
+    names = sorted(left.keys() | right.keys())
+    if not left.keys() & right.keys():
+        raise ValueError(f"no picture in {distorted} has the name of one in {reference}")
+    return [(left.get(name), right.get(name)) for name in names]
+
+
+def measure(distorted, reference, wanted, weights=None, *, device="cpu", strict=False):
+    """{metric: value} of two `images.Picture`, and under "absent" why a metric has no value (None).
+
+    weights: a `metrics.LPIPSWeights`, or a sentence that says why there is none. strict: what has no value is a
+    ValueError. Raises ValueError where the pictures differ in size.
+    """
+    from . import images, metrics
+    one, other = (f"{picture.image.width}x{picture.image.height}" for picture in (distorted, reference))
+    if one != other:
+        raise ValueError(f"the pictures differ in size, {one} and {other}; make them equal first")
+    pixels = [images.to_pixels(picture.image).to(device) for picture in (distorted, reference)]
+    record, absent = dict.fromkeys(wanted), {}
+    for name in wanted:
+        try:
+            if name == "linf":
+                record[name] = images.steps_used(distorted.image, reference.image)
+            elif name != "lpips":
+                record[name] = getattr(metrics, name)(*pixels).item()
+            elif isinstance(weights, str):
+                raise ValueError(weights)
+            else:
+                record[name] = metrics.lpips(*pixels, network=weights.network, weights=weights).item()
+        except ValueError as error:                          # two 8-bit pictures of one size: too small, no weights
+            if strict:
+                raise ValueError(f"{name}: {error}") from None
+            absent[name] = str(error)
+    return record | ({"absent": absent} if absent else {})
+
+
+def mean(records, wanted):
+    """What a table's last line says of its records: the mean of each metric's finite values, and how many are not."""
+    values = {name: [record[name] for record in records if record[name] is not None] for name in wanted}
+    finite = {name: [value for value in values[name] if math.isfinite(value)] for name in wanted}
+    return {
+        "pairs": len(records),
+        "mean": {name: sum(finite[name]) / len(finite[name]) if finite[name] else None for name in wanted},
+        "left_out": {name: len(records) - len(finite[name]) for name in wanted if len(finite[name]) < len(records)},
+    }
+
+
+def _cell(name, value):
+    if value is None:
+        return "-"
+    return f"{value:.{ {'linf': 0 if isinstance(value, int) else 2, 'psnr': 2}.get(name, 4)}f}"
+
+
+def _body(args):
+    from . import images, metrics
+    from .models.checkpoints import Unavailable
+
+    wanted = tuple(dict.fromkeys(args.metrics or METRICS))
+    if unknown := [name for name in wanted if name not in METRICS]:
+        raise ValueError(f"--metrics {unknown[0]}: choose from {','.join(METRICS)}")
+    if args.weights and "lpips" not in wanted:
+        raise ValueError("--weights is for lpips, which --metrics leaves out")
+    device = cli.place(args)["device"] or ("cuda" if _cuda() else "cpu")
+    matched = pairs(args.distorted, args.reference)
+    weights = None
+    if "lpips" in wanted:
+        try:
+            weights = metrics.lpips_weights(args.network, args.weights)
+        except Unavailable as error:
+            if args.metrics or args.weights:
+                raise
+            weights = cli.sentence(error)
+            cli.say(f"lpips is absent: {weights}", quiet=args.quiet)
+        else:
+            if not weights.pinned:
+                cli.say(f"{weights.file} is not known to hold the published weights (its tensors' SHA-256 is "
+                        f"{weights.sha256}); lpips is measured with what it holds", quiet=args.quiet)
+    names = [str(left or right) for left, right in matched]
+    width = max(map(len, [*names, f"mean of {len(names)}"]))
+    if not args.json:
+        cli.out("  ".join(["PICTURE".ljust(width), *(name.upper().rjust(8) for name in wanted)]))
+
+    def row(name, values):
+        return "  ".join([name.ljust(width), *(_cell(metric, values[metric]).rjust(8) for metric in wanted)])
+
+    records, partner = [], dict(zip(names, matched, strict=True))
+
+    def one(name):
+        left, right = partner[name]
+        if left is None or right is None:
+            raise ValueError(f"{name}: no picture of this name in {args.reference if left else args.distorted}")
+        pictures = images.read(left), images.read(right)
+        found = measure(*pictures, wanted, weights, device=device, strict=bool(args.metrics))
+        notes = [f"{path}: {note}" for path, picture in zip((left, right), pictures, strict=True)
+                 for note in [*picture.info["notes"], *(["transparency, not compared"] if picture.alpha else [])]]
+        reasons = [f"{name}: no {metric}: {reason}" for metric, reason in found.get("absent", {}).items()
+                   if reason != weights]                     # told once, above
+        for remark in notes + reasons:
+            cli.say(remark, quiet=args.quiet)
+        used = {"network": weights.network, "sha256": weights.sha256, "pinned": weights.pinned} if (
+            isinstance(weights, metrics.LPIPSWeights)) else None
+        record = {"distorted": left, "reference": right, "size": list(pictures[0].image.size), **found,
+                  **({"lpips_weights": used} if used else {}), **({"notes": notes} if notes else {})}
+        records.append(found)
+        cli.result(record, row(name, found), as_json=args.json)
+
+    code = cli.each_file(names, one, quiet=args.quiet, debug=args.debug, as_json=args.json)
+    if len(records) > 1:
+        summary = mean(records, wanted)
+        cli.result(summary, row(f"mean of {len(records)}", summary["mean"]), as_json=args.json)
+        if summary["left_out"]:
+            told = ", ".join(f"{count} of {name}" for name, count in summary["left_out"].items())
+            cli.say(f"not in the mean, as infinite, undefined or absent: {told}", quiet=args.quiet)
+    return code
+
+
+def _cuda():
+    import torch
+    return torch.cuda.is_available()
+
+
+def main(argv=None):
+    return cli.run(_body, _parser(), argv)
+
+
+if __name__ == "__main__":
+    cli.leave(main())
