@@ -296,7 +296,7 @@ class Checkpoint:
     def __init__(self, folder, source, revision, files):
         self.folder, self.source, self.revision, self.files = folder, source, revision, tuple(files)
         self.components = tuple(dict.fromkeys(file.split("/")[0] for file in self.files))
-        self._hashes = {}                           # weight file that `load` has read -> its SHA-256, once asked for
+        self._hashes = {}                           # weight file that was matched -> its SHA-256, once asked for
 
     @property
     def index(self):
@@ -318,15 +318,13 @@ class Checkpoint:
             raise ValueError(f"{relative!r} leads out of the checkpoint")
         return self.folder / path
 
-    def load(self, network_class, component, *, device="cpu", dtype=None):
-        """The network of `component` (a folder name), its config and weights read, in eval mode and frozen.
+    def check(self, network_class, component):
+        """The config of `component` (a folder name), after everything that `load` would refuse was looked for, and no
+        tensor read: for a network that is to be loaded later."""
+        return self._matched(network_class, component)[0].config
 
-        dtype None keeps what the file has (float8, in which nothing computes, becomes bfloat16, which holds each of its
-        values). Tensors go from the mapped file to `device` and `dtype` one at a time: the peak is the network plus one
-        tensor, within `RENEWAL`. What needs no conversion stays mapped on the CPU, which takes no memory of its own and
-        wants the file left alone. Raises `Unfit` with the first differences in name, shape or kind, before anything is
-        read, where file and config disagree.
-        """
+    def _matched(self, network_class, component):
+        """(network on the meta device, {file: {name in the network: (name in the file, its place)}})."""
         import torch  # not at the top: `weights list` need not wait for it
 
         text, where = self.text(f"{component}/config.json"), self._where(f"{component}/config.json")
@@ -339,10 +337,26 @@ class Checkpoint:
             raise Unfit(f"{where} does not describe a {network_class.__name__}: {error}") from error
         headers, places = self._stored(component)
         found = _match(network, headers, places, f"{self.source}/{component}")
-        shapes, state = {name: tensor.shape for name, tensor in network.state_dict().items()}, {}
         for file in headers:
+            self._hashes.setdefault(file, None)
+        return network, found
+
+    def load(self, network_class, component, *, device="cpu", dtype=None):
+        """The network of `component` (a folder name), its config and weights read, in eval mode and frozen.
+
+        dtype None keeps what the file has (float8, in which nothing computes, becomes bfloat16, which holds each of its
+        values). Tensors go from the mapped file to `device` and `dtype` one at a time: the peak is the network plus one
+        tensor, within `RENEWAL`. What needs no conversion stays mapped on the CPU, which takes no memory of its own and
+        wants the file left alone. Raises `Unfit` with the first differences in name, shape or kind, before anything is
+        read, where file and config disagree.
+        """
+        import torch
+
+        network, found = self._matched(network_class, component)
+        shapes, state = {name: tensor.shape for name, tensor in network.state_dict().items()}, {}
+        for file, tensors in found.items():
             mapped, read = None, 0
-            for name, (stored, place) in found[file].items():
+            for name, (stored, place) in tensors.items():
                 mapped = mapped or safe_open(file, framework="pt")
                 original = mapped.get_tensor(stored)
                 tensor = place.take(original).to(device)        # first to the device, which converts faster than the CPU
@@ -352,7 +366,6 @@ class Checkpoint:
                 read += original.nbytes
                 if (tensor.dtype, tensor.device) != (original.dtype, original.device) and read > RENEWAL:
                     mapped, read = None, 0          # copied: with the mapping go the file's pages that were read
-            self._hashes.setdefault(file, None)
         network.load_state_dict(state, strict=True, assign=True)
         return network.eval().requires_grad_(False)
 
@@ -406,6 +419,13 @@ class SingleFile(Checkpoint):
 
     def path(self, relative):
         return self._others.path(relative) if self._others else super().path(relative)
+
+    def check(self, network_class, component):
+        if component in self._parts:
+            return super().check(network_class, component)
+        if self._others is None:
+            raise Unavailable(f"{self.source} has no {component}")
+        return self._others.check(network_class, component)
 
     def load(self, network_class, component, *, device="cpu", dtype=None):
         if component in self._parts:
