@@ -76,7 +76,12 @@ class Key:
         raise ValueError(f"no key for {spec.host}: set {' or '.join(names)}, or {names[0]}_FILE to a file with mode 600")
 
     def redact(self, text):
-        """The text without the key, by exact value, also where it was escaped for a URL."""
+        """The text without the key, by exact value, also where it was escaped for a URL.
+
+        A word of less than eight letters, such as local servers are given, is no secret and stays.
+        """
+        if len(self._value) < 8:
+            return text
         for shape in {self._value, quote(self._value, safe=""), quote(self._value)}:
             text = text.replace(shape, "[key]")
         return text
@@ -447,8 +452,15 @@ class Client:
         return found[0]
 
     def _understood(self, found):
-        outcome = wire.understand(self.spec, *found) if isinstance(found, tuple) else found
-        outcome.message = self._clean(outcome.message)
+        """The Outcome of what came back. An echo of the key goes first, before anything is cut in the middle of it."""
+        if isinstance(found, Outcome):
+            return found
+        status, headers, raw = found
+        if self._key:
+            raw = self._key.redact(raw.decode("latin-1")).encode("latin-1")
+            headers = type(headers)({name: self._key.redact(value) for name, value in headers.items()})
+        outcome = wire.understand(self.spec, status, headers, raw)
+        outcome.message = self._clean(outcome.message)       # again: here it is out of JSON's escapes
         return outcome
 
     def _clean(self, value):
@@ -505,7 +517,7 @@ def _encoded(parts):
             continue
         pixels = part.convert("RGB")
         file = io.BytesIO()
-        Image.frombytes("RGB", pixels.size, pixels.tobytes()).save(file, "PNG")      # no EXIF, no place, no profile
+        Image.frombytes("RGB", pixels.size, pixels.tobytes()).save(file, "PNG", compress_level=1)     # no EXIF, no profile
         found.append(("image", base64.b64encode(file.getvalue()).decode("ascii")))
     return found
 
