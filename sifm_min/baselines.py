@@ -14,13 +14,15 @@ in each step, forward and backward (1F 1B); what a run took in all is in its rep
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 
 from . import images
+from .models import schedulers
 
 NOT_IN_THE_PAPER = ("the paper leaves this method out on Stable Diffusion 3, as incompatible with its transformer; "
                     "this rectified-flow form is ours")
@@ -250,6 +252,183 @@ def pattern(pixels):
     return images.to_pixels(whole.resize((width, height), Image.Resampling.NEAREST)).to(pixels)
 
 
+# --------------------------------------------------------------------------------------------------------- the whole edit
+
+def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repeats=1, resample=True):
+    """PhotoGD, the diffusion attack of PhotoGuard: the edit itself is to come out as a grey picture.
+
+        L = mean over `repeats` draws of eta of || 2 edit_K(x', c; eta) - 1 ||_2     (a grey picture is zero on [-1,1])
+
+    Salman et al. 2023 (arXiv 2302.06588), and the notebooks of MadryLab/photoguard, whose target picture is multiplied by
+    zero. edit_K: K = `unroll` denoising steps of the editor, with its guidance, without noise in between (an ancestral
+    sampler steps as plain Euler), and the decoder. On InstructPix2Pix they start from the noise eta and x' enters as
+    the image condition; on SD3 from the latent of x' noised with eta as far as the editor's strength says. resample: eta is
+    drawn anew at every step, as in the original; otherwise it is one bank of `repeats` draws. It targets the whole edit
+    at the prompt. Every evaluation of the denoiser is checkpointed, so that memory holds the activations of one, whatever
+    K and `repeats`. Cost, for each of `repeats`: decoder 1F 1B, and K guided steps (3 evaluations each, on SD3 2) of the
+    denoiser, each evaluation 2F 1B (checkpointing runs it again); but no picture goes into the first evaluation with
+    neither text nor picture, so that one is 1F; and once for all: encoder 1F 1B.
+    native: the L-infinity call of its notebook: 200 iterations of 0.003 from zero, the mean of 5 draws. The notebook
+    executes another, in the L2 norm with 10, and with an empty prompt.
+    """
+    if min(unroll, repeats) < 1:
+        raise ValueError(f"unroll {unroll}, repeats {repeats}: at least one denoising step and one draw are needed")
+    with torch.no_grad():
+        nothing = editor.context([""])
+        shape = editor.encode(editor.resize(x_orig)).shape
+
+    def draw():
+        return torch.randn((repeats, *shape[1:]), generator=generator)
+
+    bank = draw()
+
+    def objective(x_imu, step):
+        nonlocal bank
+        if resample and step > 0:
+            bank = draw()
+        E = editor.encode(editor.resize(x_imu))
+        E_imu = E.detach().requires_grad_(True)              # the draws' gradients meet here: their graphs do not add up
+        value, g = 0.0, torch.zeros_like(E_imu)
+        for eta in bank.to(E).split(1):
+            edited = short_edit(editor, E_imu, eta, contexts[step % len(contexts)], nothing, unroll)
+            loss = (2 * edited - 1).norm() / repeats
+            value, g = value + loss.detach(), g + torch.autograd.grad(loss, E_imu)[0]
+        return value + ((E - E.detach()) * g).sum()
+
+    def count(steps):
+        times, guided = steps * repeats, _guided(editor)
+        if editor.kind == "instruct":                        # the first evaluation without the picture has no backward
+            forward, backward = (6 * unroll - 1, 3 * unroll - 1) if guided else (2 * unroll, unroll)
+        else:
+            forward, backward = (4 * unroll, 2 * unroll) if guided else (2 * unroll, unroll)
+        return passes(encoder=(steps + 1, steps), denoiser=(times * forward, times * backward), decoder=(times, times))
+
+    objective.passes = count
+    return objective
+
+
+def short_edit(editor, E, eta, context, nothing, steps):
+    """What the editor makes of a picture given by its E (1,C,h,w), in a few deterministic steps: pixels, not clipped.
+
+    eta: the noise it starts with, like E. context, nothing: of the prompt and of the empty one. Differentiable, and all
+    that is kept for the way back are the arguments of each evaluation of the denoiser, which is then run again.
+    """
+    scheduler = editor.scheduler
+    if scheduler.draws_noise:
+        scheduler = schedulers.Scheduler(replace(scheduler.config, sampler=schedulers.EULER))
+    if editor.kind == "instruct":
+        plan = scheduler.plan(steps)
+        latent = eta * getattr(plan, "sigma_start", 1)       # a flow's plan starts at the noise itself
+    else:                                                    # of so many steps, the strength leaves `steps`
+        plan = scheduler.plan(int(steps / editor.defaults.strength), editor.defaults.strength)
+        latent = editor.noise_latent(E, eta, plan.timesteps[:1])
+    for i, t in enumerate(plan.timesteps):
+        noisy = plan.scale_input(latent, i)
+
+        def predict(condition, c, noisy=noisy, t=t):
+            return checkpoint(editor.predict, condition, noisy, t, c, use_reentrant=False, preserve_rng_state=False).to(E)
+
+        prediction = predict(E, context)
+        if _guided(editor) and editor.kind == "instruct":
+            image_only, neither = predict(E, nothing), predict(torch.zeros_like(E), nothing)
+            prediction = (neither + editor.defaults.guidance * (prediction - image_only)
+                          + editor.defaults.image_guidance * (image_only - neither))
+        elif _guided(editor):
+            neither = predict(E, nothing)
+            prediction = neither + editor.defaults.guidance * (prediction - neither)
+        latent = plan.step(prediction, i, latent)
+    return editor.decode(latent)
+
+
+def _guided(editor):
+    """Whether the editor's default edit is guided at all: it takes more than one evaluation in a step."""
+    return editor.defaults.guidance > 1 and (editor.kind != "instruct" or editor.defaults.image_guidance >= 1)
+
+
+# ------------------------------------------------------------------------------------------------------ attention to words
+
+def semantic_attack(editor, x_orig, contexts, *, generator, prompts, content=None, timesteps=10, batch=None):
+    """SA, the Semantic Attack: where the words are found in the picture, they are to be found no more.
+
+        Att_t(x) = sum over layers of upsampled(mean over heads, sum over the words' tokens of softmax(Q K^T / sqrt(d)))
+        M        = 1 where the mean over T of Att_t(x) exceeds its mean over the picture
+        L        = mean over t in T of || M Att_t(x') ||_1 / || M ||_1
+
+    Lo et al. 2024 (CVPR); no code was released, and of step, threshold, layers, T and noise nothing is given: these are
+    ours, so call its results those of an attack like SA. content: the text of what is to be protected, such as "man"
+    (the original's way); otherwise each prompt in turn. The softmax runs over all tokens, and the columns of the text's own
+    are summed: neither start, end nor padding. All layers that attend to text, bicubically upsampled to the latent's size;
+    heads averaged. T: a count spread over what the editor visits, or the timesteps; one noise for each, drawn once; batch:
+    how many at once. On SD3, which has no cross-attention, its joint attention's image queries and text keys, with all
+    keys in the softmax: the paper reports SA there and does not say how. It targets the denoiser's attention at the words.
+    Cost: encoder 1F 1B, denoiser |T|F |T|B. native: a zero start.
+    """
+    if content is not None:
+        prompts = [content]
+        with torch.no_grad():
+            contexts = [editor.context(prompts)]
+    T = editor.timesteps(timesteps) if isinstance(timesteps, int) else torch.as_tensor(timesteps)
+    if min(len(T), 1 if batch is None else batch) < 1:
+        raise ValueError("semantic-attack needs at least one timestep, and one timestep in a batch")
+    columns = [word_positions(editor, prompt) for prompt in prompts]
+    batches = T.split(batch or len(T))
+    maps = (editor.unet if hasattr(editor, "unet") else editor.transformer).probs_names
+    with torch.no_grad():
+        E_orig = editor.encode(editor.resize(x_orig))
+    bank = torch.randn((len(T), *E_orig.shape[1:]), generator=generator).to(E_orig).split(batch or len(T))
+    masks = {}                                               # of each prompt, from the picture as it is: made once
+
+    def attention(E, t, eta, n):
+        """Att_t, (t,h,w)."""
+        size = E.shape[-2:]
+        E = E.expand(len(t), -1, -1, -1)
+        found = editor.features(E, editor.noise_latent(E, eta, t), t, contexts[n], taps=maps)
+        layers = [probs.to(E).mean(1)[..., columns[n]].sum(-1) for probs in found.values()]      # (t, tokens) each
+        layers = [layer.unflatten(1, (1, *_grid(layer.shape[1], *size))) for layer in layers]
+        return sum(F.interpolate(layer, size=size, mode="bicubic", align_corners=False) for layer in layers)[:, 0]
+
+    def objective(x_imu, step):
+        n = step % len(prompts)
+        if n not in masks:
+            with torch.no_grad():
+                clean = torch.cat([attention(E_orig, t, eta, n) for t, eta in zip(batches, bank, strict=True)]).mean(0)
+            masks[n] = (clean > clean.mean()).to(clean)
+        E = editor.encode(editor.resize(x_imu))
+        E_imu = E.detach().requires_grad_(True)              # gradients of all of T meet here, as in sifm.py
+        value, g = 0.0, torch.zeros_like(E_imu)
+        for t, eta in zip(batches, bank, strict=True):
+            loss = (masks[n] * attention(E_imu, t, eta, n)).abs().sum() / masks[n].sum() / len(T)
+            value, g = value + loss.detach(), g + torch.autograd.grad(loss, E_imu)[0]
+        return value + ((E - E.detach()) * g).sum()
+
+    objective.passes = lambda steps: passes(encoder=(steps + 1, steps),
+                                            denoiser=(len(T) * (steps + min(steps, len(prompts))), len(T) * steps))
+    return _noted(objective, editor, "the paper does not say what this attack is on Stable Diffusion 3, which has no "
+                                     "cross-attention; its joint attention in that place is ours")
+
+
+def word_positions(editor, text):
+    """Where in the editor's text context the text itself stands: neither start, end nor padding. ValueError for no words.
+
+    Stable Diffusion 3's context is two CLIP side by side, which split a text alike, and then T5, which has no start.
+    """
+    encoders = None if hasattr(editor, "unet") else editor.context
+    clip = encoders.tokenizers[0] if encoders else editor.tokenizer
+    positions = [*range(1, 1 + min(len(clip.encode(text)), clip.length - 2))]
+    if not positions:
+        raise ValueError("semantic-attack looks for the words of the prompt in the picture, and this prompt has none")
+    if encoders and encoders.t5_tokenizer:
+        positions += range(clip.length, clip.length + min(encoders.t5_tokenizer.count(text), encoders.length) - 1)
+    return positions
+
+
+def _grid(tokens, height, width):
+    """(rows, columns) of the level of a network, halved with rounding up as often as it takes, that has so many tokens."""
+    while height * width > tokens:
+        height, width = -(-height // 2), -(-width // 2)
+    return height, width
+
+
 # ---------------------------------------------------------------------------------------------------------------- helpers
 
 def passes(*, encoder=(0, 0), denoiser=(0, 0), **others):
@@ -282,8 +461,8 @@ def _noise_prediction(editor, E, eta, t, context):
 
 
 def _noted(objective, editor, note):
-    """Where the editor is Stable Diffusion 3, the report carries the note."""
-    if editor.kind == "img2img":
+    """Where the editor is of rectified flow, Stable Diffusion 3 or what was made of it, the report carries the note."""
+    if isinstance(editor.scheduler, schedulers.FlowScheduler):
         objective.note = note
     return objective
 
@@ -302,8 +481,11 @@ class Native:
 NATIVE = {
     "photoguard-encoder": Native("MadryLab/photoguard, image-to-image notebook", "0.06 on [-1,1], which is 0.03",
                                  {"steps": 1000, "step_size": 0.01, "schedule": "linear", "init": "random"}),
+    "photoguard-diffusion": Native("MadryLab/photoguard, inpainting notebook, L-infinity call", "0.05",
+                                   {"steps": 200, "step_size": 0.003, "init": "zero", "repeats": 5}),
     "editshield": Native("Allen-piexl/Editshield, scripts", "none enforced; 30 steps of 0.001 reach 0.03",
                          {"steps": 30, "step_size": 0.001, "init": "zero", "variant": "released"}),
+    "semantic-attack": Native("Lo et al. 2024, as far as it says", "0.06, on [0,1] or [-1,1]", {"init": "zero"}),
     "sds": Native("xavihart/Diff-Protect, configuration file", "16/255", {"init": "zero"}),
     "mist": Native("psyker-team/mist", "16/255"),
     "ace": Native("caradryanl/ACE", "8/255 on [-1,1], which is 4/255", {"steps": 250, "step_size": 0.0025, "init": "zero"}),

@@ -5,6 +5,7 @@ fails, and returns the picture with a report that holds everything needed to rep
 holds on the 8-bit picture that is saved. `python -m sifm_min.immunize` does it for files and folders.
 """
 
+import argparse
 import contextlib
 import inspect
 import json
@@ -23,7 +24,9 @@ from . import cli
 class _Methods(Mapping):
     """Name -> objective, imported when it is asked for: listing the names loads no torch."""
 
-    HOMES = {"sifm": "sifm", **dict.fromkeys(("photoguard-encoder", "editshield", "sds", "mist", "ace", "noise"), "baselines")}
+    HOMES = {"sifm": "sifm"} | dict.fromkeys(
+        ("photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack", "sds", "mist", "ace", "noise"),
+        "baselines")
 
     def __getitem__(self, name):
         if name not in self.HOMES:
@@ -247,14 +250,19 @@ def _parser():
     add("--mask", type=cli.path, metavar="PICTURE", help="perturb only where this picture is bright")
     own = parser.add_argument_group("options of single methods, named behind each").add_argument
     own("--lam", "--lambda", type=cli.number, help="weight of the distance term (sifm; default: 0.1)")
-    own("--timesteps", type=cli.timesteps, help="a count, or timesteps as 900,500,100 (sifm; default: 10)")
+    own("--timesteps", type=cli.timesteps,
+        help="a count, or timesteps as 900,500,100 (sifm, semantic-attack; default: 10)")
     own("--taps", type=cli.commas(), help="activations to perturb, comma-separated; `list` prints what there is (sifm)")
     own("--reduction", choices=("relative", "mean", "literal"), help="of activations to a number (sifm; default: relative)")
     own("--aggregate", choices=("loss-mean", "feature-mean"), help="of the taps (sifm; default: loss-mean)")
     own("--noisy", choices=("paper", "deploy"),
         help="whose latent is noised: the immunized picture's (default), or the original's (sifm)")
-    own("--resample", action="store_true", default=None, help="draw new noise at every step (sifm)")
-    own("--batch", type=cli.count, help="timesteps at once (sifm; default: all)")
+    own("--resample", action=argparse.BooleanOptionalAction,
+        help="draw new noise at every step (sifm; default: no; photoguard-diffusion; default: yes)")
+    own("--batch", type=cli.count, help="timesteps at once (sifm, semantic-attack; default: all)")
+    own("--unroll", type=cli.count, help="denoising steps to look through (photoguard-diffusion; default: 4)")
+    own("--repeats", type=cli.count, help="edits per step, each from its own noise (photoguard-diffusion; default: 1)")
+    own("--content", type=cli.prompt, metavar="TEXT", help="what to protect, as `man` (semantic-attack; default: the prompts)")
     own("--variant", help="which form of the loss: zero, grey (photoguard-encoder); eot, plain, released (editshield); minus, "
                           "plus (sds); fused, textural, semantic (mist); ace+, ace (ace); the first is the default")
     add("--no-preview", action="store_true", help="skip the preview and its two edits")
@@ -262,7 +270,8 @@ def _parser():
     return parser
 
 
-OPTIONS = ("lam", "timesteps", "taps", "reduction", "aggregate", "noisy", "resample", "batch", "variant")
+OPTIONS = ("lam", "timesteps", "taps", "reduction", "aggregate", "noisy", "resample", "batch", "unroll", "repeats", "content",
+           "variant")
 
 
 def _given(args):

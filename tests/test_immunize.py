@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "make it night"
 FEW = ("--steps", "2", "--timesteps", "2")
 ENDS = ("_immunized.png", "_preview.png", ".json")
-METHODS = ("sifm", "photoguard-encoder", "editshield", "sds", "mist", "ace", "noise")
+METHODS = ("sifm", "photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack", "sds", "mist", "ace",
+           "noise")
 
 
 @pytest.fixture(scope="module")
