@@ -22,6 +22,7 @@ import os
 import queue
 import random
 import re
+import ssl
 import stat
 import threading
 import time
@@ -130,8 +131,9 @@ class Budget:
         with self._changed:
             while self.max_cost is not None and self._committed() + bound > self.max_cost:
                 if not any(self._reserved.values()):
+                    told = f", up to {self._held:.4f} in calls whose cost nobody told" if self._held else ""
                     raise Stop("budget", f"the next call could exceed the limit of {self.max_cost} USD "
-                                         f"({self.cost + self._held:.4f} spent); raise it to go on from here")
+                                         f"({self.cost:.4f} spent{told}); raise it to go on from here")
                 self._changed.wait()
             if self.max_calls is not None and self.calls >= self.max_calls:
                 raise Stop("budget", f"the limit of {self.max_calls} calls is reached; raise it to go on from here")
@@ -161,13 +163,12 @@ def _content(response, given_up):
     """The body, decoded, up to BODY_CAP; small steps, because a compressed kilobyte may unfold to a megabyte."""
     if response.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity", "gzip", "deflate"):
         raise requests.exceptions.ContentDecodingError("an encoding that was not asked for")
-    announced = response.headers.get("Content-Length", "")
-    body = bytearray()
-    if announced.isdecimal() and len(announced) > 12 or announced.isdecimal() and int(announced) > BODY_CAP:
+    announced, body = response.headers.get("Content-Length", ""), bytearray()
+    if announced.isdecimal() and (len(announced) > 12 or int(announced) > BODY_CAP):
         raise _TooLarge
     for chunk in response.iter_content(1024):
         body += chunk
-        if len(body) > BODY_CAP or given_up.is_set():
+        if len(body) > BODY_CAP or given_up.is_set():        # given up: nobody looks at what comes of it
             raise _TooLarge
     return bytes(body)
 
@@ -180,7 +181,9 @@ def _exchange(session, given_up, **call):
             return response.status_code, response.headers, _content(response, given_up)
     except _TooLarge:
         return Outcome("final", "too_large", f"the answer is larger than {BODY_CAP} bytes", billed=wire.FAILED_MAY_BE_BILLED)
-    except requests.exceptions.SSLError as error:
+    except requests.exceptions.SSLError as error:            # first: it is a ConnectionError, too
+        if isinstance(_root(error), ssl.SSLEOFError | ssl.SSLZeroReturnError):
+            return replace(lost, message="the connection broke off")
         return Outcome("stop", reason="tls", message=f"no trusted connection: {_cause(error)}")
     except requests.Timeout:
         return replace(lost, status="timeout", message="no answer in time", tries=wire.FEW)
@@ -194,10 +197,15 @@ def _exchange(session, given_up, **call):
         return Outcome("stop", reason="request", message=f"the request cannot be sent: {_cause(error)}")
 
 
-def _cause(error):
-    """The innermost error, in its own words: the outer ones quote objects and addresses."""
+def _root(error):
     while inner := error.__cause__ or error.__context__:
         error = inner
+    return error
+
+
+def _cause(error):
+    """The innermost error, in its own words: the outer ones quote objects and addresses."""
+    error = _root(error)
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -252,7 +260,10 @@ class Client:
         outcome = self._understood(found)
         if outcome.kind != "reply":
             raise Stop(outcome.reason or "unreachable", outcome.message)
-        count = wire.loads(found[2].decode("utf-8-sig")).get("totalTokens")
+        try:
+            count = wire.loads(found[2].decode("utf-8-sig"))["totalTokens"]
+        except (ValueError, KeyError, TypeError):
+            return None
         return count if type(count) is int and count >= 0 else None
 
     def ask(self, request):
@@ -360,6 +371,7 @@ class Client:
             self._warned = True
             until = told.get("retirementTime") or "a day not told"
             self._notify(self._clean(f"{model} is {told['modelStage'].lower()}, until {until}"))
+        reply["text"] = reply["text"][:wire.TEXT_CAP]
         return {name: value if name in ("status", "tokens") else self._clean(value) for name, value in reply.items()}
 
     def _answer(self, request, attempts, **found):
@@ -387,10 +399,11 @@ class Client:
     def _back_off(self, outcome, failures):
         backoff = self._jitter(0, min(BACKOFF_CAP, BACKOFF * 2 ** (failures - 1)))
         seconds = max(backoff, outcome.wait) + (self._jitter(0, BACKOFF) if outcome.wait else 0.0)
+        why = "for its quota" if outcome.limited else f"because {outcome.message}"
+        self._notify(f"{self.spec.model}: waiting {seconds:.0f} s {why}")
         if not outcome.limited:
             self._sleep(seconds)
             return
-        self._notify(f"{self.spec.model}: waiting {seconds:.0f} s for its quota")
         with self._lock:
             self._paused_until = max(self._paused_until, self._clock() + seconds)
 
@@ -480,6 +493,8 @@ def ask_many(work, *, concurrency=4):
     after the caller came back from an answer: who writes each down first loses none but the calls in flight. A client
     that stops ends alone; its further requests are neither asked nor yielded. Look at `client.stopped` afterwards.
     """
+    if concurrency < 1:
+        raise ValueError(f"concurrency {concurrency}: at least one call must be in flight")
     upcoming, running = [enumerate(requests) for _, requests in work], {}
     with ThreadPoolExecutor(max(1, concurrency * len(work))) as pool:
         def start(which):

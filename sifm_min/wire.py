@@ -97,6 +97,8 @@ class Spec:
     @classmethod
     def from_json(cls, given):
         """The dict of a panel file, checked; raises ValueError."""
+        if not isinstance(given, dict):
+            raise ValueError("a judge of a panel is an object with a provider and a model")
         if extra := sorted(given.keys() - {f.name for f in fields(cls)}):
             raise ValueError(f"a judge sets {', '.join(extra)}, which is no setting here; "
                              f"there are {', '.join(f.name for f in fields(cls))}")
@@ -501,7 +503,7 @@ def _refusal(spec, status, headers, name, message, details):
     if NO_IMAGES.search(message) and ONE_IMAGE.search(message):
         return replace(stop, reason="model", message=f"{told}; {spec.model} must be able to see two pictures at once")
     if status == 429 or (status == 503 and name == "RESOURCE_EXHAUSTED"):
-        return _quota(spec, headers, stop, details)
+        return _quota(spec, headers, stop, details, name)
     if status in (408, 425, 499) or status >= 500:
         return Outcome("again", "timeout" if status in (408, 504) else "http_error", told, status,
                         wait=_asked(headers, details), tries=FEW if status == 500 else TRIES, billed=FAILED_MAY_BE_BILLED)
@@ -520,9 +522,11 @@ def _refusal(spec, status, headers, name, message, details):
     return replace(stop, reason="request", message=f"{told}; the panel's settings do not suit this model")
 
 
-def _quota(spec, headers, stop, details):
+def _quota(spec, headers, stop, details, told):
     """A 429: wait, or stop where no wait of this hour helps."""
     violations = [v for d in details for v in (d.get("violations") or []) if isinstance(v, dict)]
+    if "insufficient_quota" in told:
+        return replace(stop, reason="quota", message=f"{stop.message}; add credit and start again")
     if any(str(v.get("quotaValue", "")) == "0" for v in violations):
         return replace(stop, reason="quota", message=f"the quota for {spec.model} is 0: it is withdrawn, or not offered to "
                        "this project; take another panel or link billing")

@@ -307,7 +307,7 @@ def test_13_a_quota_per_minute_is_waited_for(bench, provider):
     answer, calls = bench.ask([*steps, verdict(True, False)], provider)
     assert answer.ok and calls == 2
     assert bench.time.slept == [3.0], "two seconds and a jitter of up to one"
-    assert bench.notices == [f"{MODELS[provider]}: waiting 3 s for its quota"]
+    assert bench.notices == [f"{MODELS[provider]}: waiting 3 s for its quota"], "a wait is told"
     assert [a["status"] for a in answer.attempts] == ["http_error", "ok"] and answer.unknown == 0
 
 
@@ -361,6 +361,11 @@ def test_14_a_date_is_read_against_the_clock_of_the_server():
 def test_15_a_quota_that_no_wait_helps(bench, step, reason, words, calls):
     stop, made = bench.stop([step])
     assert (stop.reason, made) == (reason, calls) and words in str(stop)
+
+
+def test_15_credit_that_is_used_up(bench):
+    stop, calls = bench.stop([error(429, "insufficient_quota")], "openai")
+    assert (stop.reason, calls) == ("quota", 1) and "add credit" in str(stop)
 
 
 def test_15_the_day_ends_in_the_middle(bench):
