@@ -412,7 +412,7 @@ class SingleFile(Checkpoint):
         self._texts = {name: json.dumps(text) for name, text in texts.items()}
 
     def has(self, relative):
-        return relative in self._texts or bool(self._others and self._others.has(relative))
+        return relative in (*self._texts, *self.files) or bool(self._others and self._others.has(relative))
 
     def text(self, relative):
         return self._texts[relative] if relative in self._texts else super().text(relative)
@@ -420,19 +420,12 @@ class SingleFile(Checkpoint):
     def path(self, relative):
         return self._others.path(relative) if self._others else super().path(relative)
 
-    def check(self, network_class, component):
+    def _matched(self, network_class, component):
         if component in self._parts:
-            return super().check(network_class, component)
+            return super()._matched(network_class, component)
         if self._others is None:
-            raise Unavailable(f"{self.source} has no {component}")
-        return self._others.check(network_class, component)
-
-    def load(self, network_class, component, *, device="cpu", dtype=None):
-        if component in self._parts:
-            return super().load(network_class, component, device=device, dtype=dtype)
-        if self._others is None:
-            raise Unavailable(f"{self.source} has no {component}")
-        return self._others.load(network_class, component, device=device, dtype=dtype)
+            raise Unavailable(f"{self.source} has no {component}, and it was opened without")
+        return self._others._matched(network_class, component)
 
     def _where(self, relative):
         return f"{self.source}: its {relative.split('/')[0]}"

@@ -23,6 +23,8 @@ from sifm_min.models import checkpoints
 from sifm_min.models.checkpoints import EDITORS, Unavailable, Unfit, open_checkpoint
 
 ALL = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+WITHOUT_T5 = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+SD3 = (*WITHOUT_T5[:4], "text_encoder_3", *WITHOUT_T5[4:6], "tokenizer_3", "scheduler")
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN, HALF = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
 
@@ -239,6 +241,37 @@ def test_a_tensor_in_the_wrong_shard_or_in_two_is_told(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("harm, words", [
+    (lambda folder: (folder / "m-2.safetensors").unlink(), ["lists the shard m-2.safetensors, which is not there"]),
+    (lambda folder: cut(-7)(folder / "m-2.safetensors"), ["m-2.safetensors is cut short or damaged", "fetch it again"]),
+    (lambda folder: save_file(load_file(folder / "m-1.safetensors") | {"norm.bias": torch.ones(5)},
+                              folder / "m-1.safetensors"), ["norm.bias is [5], expected [4]", "1 wrong"]),
+    (lambda folder: save_file({}, folder / "m-1.safetensors"), ["5 missing, 0 unexpected, 0 wrong"]),
+], ids=["missing", "truncated", "misshapen", "empty"])
+def test_a_bad_shard_is_told(folder, harm, words):
+    (folder / "unet" / PLAIN).unlink()
+    shard(folder, tensors(), ["m-1.safetensors", "m-2.safetensors"], "model.safetensors.index.fp16.json")
+    harm(folder / "unet")
+    with pytest.raises(Unavailable) as caught:
+        load(folder)
+    assert all(word in says(caught) for word in words), says(caught)
+
+
+def test_the_index_of_the_published_t5_is_read(shared, folder):
+    """Its half-precision variant puts fp16 before the number of the shard, and after the word index."""
+    (folder / "unet" / PLAIN).unlink()
+    table = json.loads((shared / "data/checkpoints/sd3_t5_xxl.shards_fp16.json").read_text())
+    shards = [f"model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    write(folder / "unet/model.safetensors.index.fp16.json", json.dumps({"weight_map": table.get("weight_map", table)}))
+    write(folder / "unet/model.safetensors.index.json", '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    with pytest.raises(Unavailable, match=f"index.fp16.json lists the shard {shards[0]}, which is not there"):
+        load(folder)
+    for name in shards:
+        write(folder / "unet" / name, b"")
+    assert open_checkpoint(folder, ["unet"]).files[1:] == (
+        "unet/model.safetensors.index.fp16.json", *(f"unet/{name}" for name in shards))
+
+
 def cut(length):
     return lambda path: path.write_bytes(path.read_bytes()[:length])
 
@@ -330,11 +363,53 @@ def test_what_a_folder_lacks_is_told_on_opening(tmp_path, present, component, wo
     assert word in says(caught) and str(tmp_path) in says(caught)
 
 
-@pytest.mark.parametrize("files", [["vocab.json", "merges.txt"], ["tokenizer.json"]])
-def test_both_kinds_of_tokenizer_files_will_do(tmp_path, files):
+@pytest.mark.parametrize("component, files", [
+    ("tokenizer", ["vocab.json", "merges.txt"]), ("tokenizer_2", ["tokenizer.json"]),
+    ("tokenizer_3", ["tokenizer.json"]), ("tokenizer_3", ["spiece.model"])])
+def test_all_kinds_of_tokenizer_files_will_do(tmp_path, component, files):
     for name in files:
-        write(tmp_path / "tokenizer" / name, "{}")
-    assert open_checkpoint(tmp_path, ["tokenizer"]).has(f"tokenizer/{files[0]}")
+        write(tmp_path / component / name, "{}")
+    assert open_checkpoint(tmp_path, [component]).files == tuple(f"{component}/{name}" for name in files)
+    write(tmp_path / component / "tokenizer_config.json", "{}")
+    assert open_checkpoint(tmp_path, [component]).files[0] == f"{component}/tokenizer_config.json"
+
+
+NONE, THERE = [None, None], ["transformers", "T5EncoderModel"]
+
+
+@pytest.mark.parametrize("index, t5, expected", [
+    ({}, True, ALL),
+    ({"_class_name": "StableDiffusionInstructPix2PixPipeline", "text_encoder_3": THERE, "tokenizer_3": THERE}, True, ALL),
+    ({"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": THERE, "tokenizer_3": THERE}, True, SD3),
+    ({"_class_name": "StableDiffusion3Img2ImgPipeline", "text_encoder_3": THERE, "tokenizer_3": THERE}, True, SD3),
+    ({"_class_name": "StableDiffusion3InstructPix2PixPipeline", "text_encoder_3": THERE, "tokenizer_3": THERE}, True, SD3),
+    ({"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": THERE, "tokenizer_3": THERE}, False, WITHOUT_T5),
+    ({"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": NONE, "tokenizer_3": NONE}, True, WITHOUT_T5),
+    ({"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": NONE, "tokenizer_3": THERE}, True, WITHOUT_T5),
+    ({"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": None, "tokenizer_3": None}, True, WITHOUT_T5),
+    ({"_class_name": "StableDiffusion3Pipeline"}, True, WITHOUT_T5),
+])
+def test_the_components_are_those_that_the_index_names(index, t5, expected):
+    assert checkpoints.pipeline_components(index, "here", t5=t5) == expected
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", ["StableDiffusion3Pipeline"], None, 3])
+def test_another_pipeline_is_told(tmp_path, name):
+    write(tmp_path / "model_index.json", json.dumps({"_class_name": name}))
+    with pytest.raises(Unfit, match="which is not implemented; implemented are StableDiffusionInstructPix2PixPipeline, ") as e:
+        open_checkpoint(tmp_path)
+    assert f"{tmp_path} is a {name}" in says(e)
+
+
+def test_the_index_is_read_and_told_where_it_is_bad(tmp_path):
+    assert open_checkpoint(tmp_path, []).index == {} and open_checkpoint(tmp_path, []).components == ()
+    write(tmp_path / "model_index.json", '{"a": [1]}')
+    assert open_checkpoint(tmp_path, []).index == {"a": [1]}
+    for bad in ("{", "[3]"):
+        write(tmp_path / "model_index.json", bad)
+        for read in (lambda: open_checkpoint(tmp_path, []).index, lambda: open_checkpoint(tmp_path)):
+            with pytest.raises(Unfit, match=r"model_index\.json"):
+                read()
 
 
 def test_texts_hashes_and_paths_out_of_the_checkpoint(folder):
@@ -450,10 +525,15 @@ print((peak - before) / sum(p.numel() * 4 for p in network.parameters()))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts resident memory as Linux does")
-def test_peak_memory_is_the_network_plus_one_tensor(tmp_path):
+@pytest.mark.parametrize("shards", [1, 3])
+def test_peak_memory_is_the_network_plus_one_tensor(tmp_path, shards):
     """Half precision on disk, float32 in memory: to keep the file's pages would take half as much again."""
     write(tmp_path / "unet/config.json", "{}")
-    save_file({f"w{i}": torch.zeros(1024, 1024, dtype=torch.float16) for i in range(48)}, tmp_path / "unet" / PLAIN)
+    state = {f"w{i}": torch.zeros(1024, 1024, dtype=torch.float16) for i in range(48)}
+    if shards == 1:
+        save_file(state, tmp_path / "unet" / PLAIN)
+    else:
+        shard(tmp_path, state, [f"m-{i}.safetensors" for i in range(shards)])
     ran = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], cwd=ROOT, check=True, capture_output=True,
                          text=True)
     assert 0.9 < float(ran.stdout) < 1.15, ran.stdout           # the network 1; a tensor 0.02, a renewal 0.08
@@ -675,6 +755,87 @@ def test_pickles_on_the_hub_are_refused_and_not_fetched(hub):
 
 
 GATE = {"error": "GatedRepo", "message": "Access to model owner/editor is restricted."}
+
+
+def stable_diffusion_3(t5=THERE):
+    """The files of a repository like SD3's: T5 in shards of two precisions, tokenizers of two kinds, and more."""
+    index = {"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": t5, "tokenizer_3": t5}
+    files = {"model_index.json": json.dumps(index).encode(), "scheduler/scheduler_config.json": b'{"shift": 3.0}'}
+    names = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    for i, name in enumerate(names if t5 == THERE else names[:-1]):
+        files[f"{name}/config.json"] = b'{"width": 4}' + b" " * i
+        state = tensors(seed=i, dtype=torch.float16)
+        if name != "text_encoder_3":
+            files[f"{name}/{'model' if 'text' in name else PLAIN[:-12]}.safetensors"] = save(state)
+            continue
+        for variant, start in ((".fp16", "model.fp16"), ("", "model")):
+            table = {tensor: f"{start}-0000{1 + j % 2}-of-00002.safetensors" for j, tensor in enumerate(state)}
+            files[f"{name}/model.safetensors.index{variant}.json"] = json.dumps({"weight_map": table}).encode()
+            files |= {f"{name}/{shard}": save({n: state[n] + bool(variant) for n, s in table.items() if s == shard})
+                      for shard in set(table.values())}
+    for name in ("tokenizer", "tokenizer_2"):
+        files |= {f"{name}/vocab.json": name.encode(), f"{name}/merges.txt": b"#" + name.encode()}
+    if t5 == THERE:
+        files |= {"tokenizer_3/tokenizer.json": b"{}", "tokenizer_3/spiece.model": bytes(900),
+                  "tokenizer_3/tokenizer_config.json": b'{"c": 3}'}
+    return files
+
+
+T5_FILES = {"text_encoder_3/config.json", "text_encoder_3/model.safetensors.index.fp16.json",
+            "text_encoder_3/model.fp16-00001-of-00002.safetensors", "text_encoder_3/model.fp16-00002-of-00002.safetensors",
+            "tokenizer_3/tokenizer.json", "tokenizer_3/tokenizer_config.json"}
+OTHERS = {"model_index.json", "scheduler/scheduler_config.json", "transformer/config.json", f"transformer/{PLAIN}",
+          "vae/config.json", f"vae/{PLAIN}", "text_encoder/config.json", "text_encoder/model.safetensors",
+          "text_encoder_2/config.json", "text_encoder_2/model.safetensors", "tokenizer/vocab.json",
+          "tokenizer/merges.txt", "tokenizer_2/vocab.json", "tokenizer_2/merges.txt"}
+
+
+def test_stable_diffusion_3_is_fetched_whole_or_without_t5(hub):
+    hub.add("owner/sd3", stable_diffusion_3())
+    checkpoint = open_checkpoint("owner/sd3", t5=False)
+    assert set(hub.asked("GET")) == OTHERS and checkpoint.components == WITHOUT_T5
+    hub.log.clear()
+    assert open_checkpoint("owner/sd3", t5=False).components == WITHOUT_T5 and hub.log == []
+    with pytest.raises(Unavailable, match="owner/sd3 has no text_encoder_3/config.json"):
+        open_checkpoint("owner/sd3", offline=True)
+    checkpoint = open_checkpoint("owner/sd3")
+    assert set(hub.asked("GET")) == T5_FILES and checkpoint.components == SD3
+    assert checkpoint.index["_class_name"] == "StableDiffusion3Pipeline"
+    state = {n: t + 1 for n, t in tensors(seed=4, dtype=torch.float16).items()}
+    assert_same(checkpoint.load(Tiny, "text_encoder_3").state_dict(), state)
+    assert checkpoint.path("tokenizer_3") == checkpoint.folder / "tokenizer_3"
+    with pytest.raises(Unavailable, match="weights download owner/none --no-t5` once"):
+        open_checkpoint("owner/none", t5=False, offline=True)
+
+
+def test_without_t5_in_the_pipeline_nobody_looks_for_it(hub):
+    hub.add("owner/small", stable_diffusion_3(NONE))
+    assert open_checkpoint("owner/small").components == WITHOUT_T5 and set(hub.asked("GET")) == OTHERS
+
+
+def test_a_pipeline_that_is_not_implemented_costs_its_index_alone(hub):
+    hub.add("owner/xl", pipeline(**{"model_index.json": b'{"_class_name": "StableDiffusionXLPipeline"}'}))
+    for offline in (False, True):
+        with pytest.raises(Unavailable, match="owner/xl is a StableDiffusionXLPipeline, which is not implemented"):
+            open_checkpoint("owner/xl", offline=offline)
+    assert set(hub.asked("GET")) == {"model_index.json"}
+
+
+@pytest.mark.parametrize("code", [401, 403])
+@pytest.mark.parametrize("token", [None, "hf_wrong"])
+def test_the_gate_before_stable_diffusion_3_is_told(hub, monkeypatch, code, token):
+    source = EDITORS["sd3"]
+    hub.add(source.hub_id, stable_diffusion_3(), commit=source.revision)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with hub.fault("/resolve/", status(code, **GATE)), pytest.raises(Unavailable) as caught:
+        open_checkpoint("sd3")
+    whose = "the token in use has no access" if token else "no token is set"
+    where = f"{hub.url}/{source.hub_id}"
+    assert f"{source.hub_id} is gated and {whose}: accept its licence at {where}, set HF_TOKEN" in says(caught)
+    assert open_checkpoint("sd3", t5=False).revision == source.revision
+
+
 
 
 @pytest.mark.parametrize("part, fault, words", [

@@ -9,7 +9,17 @@ from hub import status
 from huggingface_hub import constants
 from huggingface_hub.utils import enable_progress_bars, logging
 from safetensors.torch import save_file
-from test_checkpoints import ALL, HALF, REPO, hub, pipeline, tensors  # noqa: F401 (hub is a fixture)
+from test_checkpoints import (  # noqa: F401 (hub is a fixture)
+    ALL,
+    HALF,
+    OTHERS,
+    REPO,
+    T5_FILES,
+    hub,
+    pipeline,
+    stable_diffusion_3,
+    tensors,
+)
 
 from sifm_min import weights
 from sifm_min.models import checkpoints
@@ -52,7 +62,7 @@ def rows(text):
 def test_list_shows_every_editor_and_asks_nobody(hub, shipped, weights_main):  # noqa: F811
     code, out, err = weights_main("list")
     assert code == 0 and err == "" and hub.log == []
-    assert list(rows(out)) == list(EDITORS)
+    assert list(rows(out))[:len(EDITORS)] == list(EDITORS)       # and then the backbones of LPIPS
     assert all(word in rows(out)["miniature"] for word in ("shipped", "kB", "open", str(shipped), "Apache-2.0"))
     for word in ("absent", "~2.1 GB", "31519b5cb02a", "open", "timbrooks/instruct-pix2pix", "MIT", "OpenRAIL-M"):
         assert word in rows(out)["instruct-pix2pix"]
@@ -101,6 +111,36 @@ def test_download_says_licence_and_size_fetches_and_verifies(hub, weights_main, 
     record = json.loads(out)
     assert record["revision"] == commit and record["licence"].startswith("CC BY-NC")
     assert len(record["files"]) == 12 and all(file["ok"] for file in record["files"])
+
+
+def test_stable_diffusion_3_with_and_without_t5(hub, weights_main, monkeypatch):  # noqa: F811
+    source = EDITORS["sd3"]
+    hub.add(source.hub_id, stable_diffusion_3(), commit=source.revision)
+
+    def listed():
+        return rows(weights_main("list")[1])["sd3"]
+
+    for word in ("absent", "~15.5 GB", source.revision[:12], "gated", source.hub_id, "Stability AI Community License"):
+        assert word in listed()
+    code, _, err = weights_main("download", "sd3", "--no-t5")
+    assert code == 0 and "sd3: about 6.0 GB from" in err and f"{len(OTHERS)} files" in err and "none damaged" in err
+    assert set(hub.asked("GET")) == OTHERS
+    assert "without-t5" in listed() and "~6.0 GB" in listed()
+    assert weights_main("verify", "sd3", "--no-t5")[0] == 0
+    code, _, err = weights_main("verify", "sd3")
+    assert code == 3 and "has no text_encoder_3/config.json" in err
+    code, _, err = weights_main("download", "sd3")
+    assert code == 0 and "sd3: about 15.5 GB from" in err and f"{len(OTHERS | T5_FILES)} files" in err
+    assert "complete" in listed() and "~15.5 GB" in listed()
+    assert set(hub.asked("GET")) == OTHERS | T5_FILES
+
+
+def test_a_gated_editor_without_a_token_is_one_sentence(hub, weights_main):  # noqa: F811
+    hub.add(EDITORS["sd3"].hub_id, stable_diffusion_3(), commit=EDITORS["sd3"].revision)
+    with hub.fault("/resolve/", status(401, error="GatedRepo", message="Access is restricted.")):
+        code, out, err = weights_main("download", "sd3", "--quiet")
+    assert code == 3 and out == "" and err.count("\n") == 1
+    assert f"is gated and no token is set: accept its licence at {hub.url}/{EDITORS['sd3'].hub_id}, set HF_TOKEN" in err
 
 
 def test_quiet_is_quiet_about_retries_too(hub, weights_main):  # noqa: F811
@@ -175,6 +215,7 @@ def test_verify_of_a_shipped_editor(shipped, weights_main):
     (["verify", "pix2pix"], 2, "'pix2pix' is neither a known editor"),
     (["list", "pix2pix"], 2, "'pix2pix' is neither a known editor"),
     (["list", "--revision", "main"], 2, "--revision is for download and verify"),
+    (["list", "--no-t5"], 2, "--no-t5 is for download and verify"),
     (["verify", REPO], 3, f"run `python -m sifm_min.weights download {REPO}` once while online"),
     (["download", "owner/nothing"], 3, "has no repository owner/nothing"),
     (["download", REPO, "--revision", "v9"], 3, "has no revision v9"),
