@@ -310,7 +310,7 @@ def _gemini_reply(answer):
                      thoughts="thoughtsTokenCount", total="totalTokenCount")
     return _reply("".join(texts), _string(candidate.get("finishReason")), block, bool(candidate), tokens,
                   model_version=_string(answer.get("modelVersion")), response_id=_string(answer.get("responseId")),
-                  model_status=_dict(answer.get("modelStatus")) or None)
+                  model_status={k: short(v) for k, v in _dict(answer.get("modelStatus")).items() if _string(v)} or None)
 
 
 def _openai_reply(answer):
@@ -350,7 +350,9 @@ def _reply(text, finish, block, candidate, tokens, **rest):
         status = "abnormal_finish"
     else:
         status = None if text.strip() else "empty"
-    return {"status": status, "text": text, "finish_reason": finish, "block_reason": block, "tokens": tokens, **rest}
+    told = {"finish_reason": finish, "block_reason": block, **rest}
+    told = {name: short(value, 200) if isinstance(value, str) else value for name, value in told.items()}
+    return {"status": status, "text": text, "tokens": tokens, **told}
 
 
 def _without_thoughts(text):
@@ -511,7 +513,8 @@ def _refusal(spec, status, headers, name, message, details):
         return Outcome("final", "blocked_prompt", told, status)
     if status == 413 or (status in (400, 422) and ONE_IMAGE.search(message)):
         return Outcome("final", "bad_input", told, status)
-    if status in (401, 402, 403) or "API_KEY" in json.dumps(details) or re.search(r"(?i)\bAPI key\b|credential", message):
+    reasons = " ".join(_string(d.get("reason")) or "" for d in details)
+    if status in (401, 402, 403) or "API_KEY" in reasons or re.search(r"(?i)\bAPI key\b|credential", message):
         advice = "add credit and start again" if status == 402 else "check the key: it is wrong, blocked or of another kind"
         return replace(stop, reason="credential", message=f"{told}; {advice}")
     if name == "FAILED_PRECONDITION":
@@ -524,13 +527,14 @@ def _refusal(spec, status, headers, name, message, details):
 
 def _quota(spec, headers, stop, details, told):
     """A 429: wait, or stop where no wait of this hour helps."""
-    violations = [v for d in details for v in (d.get("violations") or []) if isinstance(v, dict)]
+    lists = [d.get("violations") for d in details]
+    violations = [v for found in lists if isinstance(found, list) for v in found if isinstance(v, dict)]
     if "insufficient_quota" in told:
         return replace(stop, reason="quota", message=f"{stop.message}; add credit and start again")
-    if any(str(v.get("quotaValue", "")) == "0" for v in violations):
+    if any(v.get("quotaValue") in ("0", 0) for v in violations):
         return replace(stop, reason="quota", message=f"the quota for {spec.model} is 0: it is withdrawn, or not offered to "
                        "this project; take another panel or link billing")
-    if any("PerDay" in str(v.get("quotaId", "")) for v in violations):
+    if any("PerDay" in (_string(v.get("quotaId")) or "") for v in violations):
         return replace(stop, reason="quota_day", message=f"today's quota for {spec.model} is spent; it starts anew at midnight "
                        "Pacific time (8:00 UTC in winter, 7:00 in summer): run the same command again then")
     return replace(stop, kind="again", limited=True, wait=_asked(headers, details))
@@ -538,7 +542,7 @@ def _quota(spec, headers, stop, details, told):
 
 def _asked(headers, details):
     """The longest sane wait in seconds that the header or the details ask for, else 0."""
-    found = [(re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)s", str(d.get("retryDelay", ""))) or [0, 0])[1] for d in details]
+    found = [(re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)s", _string(d.get("retryDelay")) or "") or [0, 0])[1] for d in details]
     after = headers.get("Retry-After", "").strip()
     if re.fullmatch(r"\d{1,9}", after):
         found.append(after)
@@ -553,12 +557,11 @@ def _problem(content, text):
     error = _dict(content).get("error", content)
     error = error if isinstance(error, dict) else {"message": error}
     name = next((error[k] for k in ("status", "code", "type") if isinstance(error.get(k), str)), "")
-    message = next((error[k] for k in ("message", "detail") if error.get(k)), text)
-    message = message if isinstance(message, str) else json.dumps(message)
+    message = next((error[k] for k in ("message", "detail") if _string(error.get(k))), text)
     if message.lstrip().startswith("<"):
         message = "a web page"
     details = error.get("details")
-    return name, short(message), [d for d in details if isinstance(d, dict)] if isinstance(details, list) else []
+    return short(name, 60), short(message), [d for d in details if isinstance(d, dict)] if isinstance(details, list) else []
 
 
 # -------------------------------------------------------------------------------------------------------- small helpers

@@ -470,16 +470,28 @@ def test_19_what_is_refused_before_it_is_sent(bench, monkeypatch):
     assert (answer.status, calls) == ("bad_input", 0)
 
 
+NESTED = json.loads("[" * 400 + "]" * 400)
+
+
 @both
 @pytest.mark.parametrize("body", [
     [{"error": {"code": 503, "message": "m"}}], "<html><title>502</title></html>", "", "plain", {"x": 1}, {"detail": "d"},
     {"detail": [{"msg": "d"}]}, {"object": "error", "message": "m"}, {"error": "text"}, [], "null",
-    {"error": {"details": {"a": 1}, "message": ["x"], "code": None}}, b"\xff\xfe"])
+    {"error": {"details": {"a": 1}, "message": ["x"], "code": None}}, b"\xff\xfe", NESTED, {"error": {"message": NESTED}},
+    {"error": {"details": [{"violations": NESTED, "retryDelay": NESTED, "reason": NESTED}, 5, {"violations": 5}]}}])
 def test_20_error_bodies_of_any_shape(bench, provider, body):
     answer, calls = bench.ask([sends(body, 503), verdict(True, True)], provider)
     assert answer.ok and calls == 2
+    assert bench.ask([sends(body, 429), verdict(True, True)], provider)[0].ok
     stop, calls = bench.stop([sends(body, 403)], provider)
-    assert (stop.reason, calls) == ("credential", 1) and "403" in str(stop)
+    assert (stop.reason, calls) == ("credential", 1) and "403" in str(stop) and len(str(stop)) < 500
+
+
+def test_20_an_answer_that_is_odd_all_over(bench):
+    odd = {"modelStatus": {"modelStage": NESTED, "message": "x" * 9999}, "responseId": NESTED, "promptFeedback": NESTED}
+    answer, _ = bench.ask([says(GOOD, extra=odd)])
+    assert answer.ok and answer.response_id is None and len(answer.model_status["message"]) < 400
+    assert len(bench.ask([says(GOOD, finish="x" * 99999)])[0].message) < 300
 
 
 def test_20_an_error_within_a_200(bench):
