@@ -24,7 +24,7 @@ FLOORS = {
     2: "cli gemini images isr metrics pgd world",            # tools of ours
     1: "backbones models.checkpoints wire",                  # loading; what a remote judge is told and tells
     0.5: "models.hub models.single_files models.sources",    # what loading stands on
-    0: "models.clip models.mmdit models.schedulers models.tokenizers models.unet models.vae",             # networks
+    0: "models.clip models.mmdit models.schedulers models.t5 models.tokenizers models.unet models.vae",   # networks
     -1: "__init__",                                          # the package itself: __version__, and lazy names
     -2: "models.__init__",                                   # a docstring
 }
