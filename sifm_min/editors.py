@@ -1,116 +1,95 @@
 """Editors: networks, scheduler and text encoder that turn a picture and an instruction into an edited picture.
 
-`load_editor` reads a shipped editor, a folder in the published (diffusers) layout, or a hub repository. Pictures are PIL
-images; `pixels` are (B,3,H,W) in [0,1]; the [-1,1] that the VAE wants exists only in this file. A *condition* is what
-InstructPix2Pix sees of the picture: the VAE posterior's mean, unscaled (Brooks et al. 2023, section 3.2). The methods
-reach the editor through `encode`, `noise_latent`, `features` and `predict`, all differentiable.
+`load_editor` reads a shipped editor, a folder in the published (diffusers) layout, a single file of Stable Diffusion 3,
+or a hub repository. Pictures are PIL images; `pixels` are (B,3,H,W) in [0,1]; the [-1,1] that the VAE wants exists only in
+this file. A *condition* is what an editor is given of the picture: the VAE posterior's mean, unscaled. InstructPix2Pix and
+UltraEdit see it beside a latent of pure noise; Stable Diffusion 3 denoises a noisy latent of the picture itself. The methods
+reach every editor through the same calls: `encode`, `noise_latent`, `features` and `predict`, all differentiable, and a
+`context` made of prompts, which only the editor looks into.
 """
 
-import json
-from dataclasses import dataclass
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from . import images
-from .models import checkpoints, schedulers
+from .models import checkpoints, mmdit, schedulers, unet
 from .models.clip import CLIPText
-from .models.tokenizers import CLIPTokenizer
-from .models.unet import UNet, default_taps
+from .models.mmdit import MMDiT
+from .models.t5 import T5Encoder
+from .models.tokenizers import CLIPTokenizer, T5Tokenizer
+from .models.unet import UNet
 from .models.vae import AutoencoderKL
 
-COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 LOWEST_TIMESTEP = 50                                         # below it the noisy latent is the picture itself
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What an edit uses unless told otherwise: denoising steps, the two guidances, and the working size (long side)."""
+    """What an edit uses unless told otherwise: denoising steps, the two guidances, the working size (long side), and for
+    Stable Diffusion 3 the strength of img2img and how many tokens T5 reads."""
 
     steps: int = 100
     guidance: float = 7.5
     image_guidance: float = 1.5
     size: int = 512
+    strength: float = 0.6
+    text_length: int = 256
 
 
-# InstructPix2Pix: the published pipeline's defaults. HQ-Edit: its README and demo (text 7.0, image 1.5, 512, 30 steps).
-DEFAULTS = {"instruct-pix2pix": Defaults(), "hq-edit": Defaults(steps=30, guidance=7.0)}
+# InstructPix2Pix, SD3: the published pipelines' defaults. HQ-Edit: its README and demo (text 7.0, image 1.5, 512, 30 steps).
+# UltraEdit: its authors' example (7.5, 1.5, 50 steps, 512); its own pipeline gives T5 as many tokens as CLIP.
+SD3, ULTRAEDIT = Defaults(steps=50, guidance=7.0), Defaults(steps=50, text_length=77)
+DEFAULTS = {"instruct-pix2pix": Defaults(), "hq-edit": Defaults(steps=30, guidance=7.0), "sd3": SD3, "ultraedit": ULTRAEDIT}
 
 
-def load_editor(source="miniature", *, device=None, dtype=None, revision=None, offline=None):
-    """The editor called `source`: a known name (`checkpoints.EDITORS`), a folder in the published layout, or a hub id.
+def load_editor(source="miniature", *, device=None, dtype=None, revision=None, offline=None, t5=True, components=None):
+    """The editor called `source`: a known name (`checkpoints.EDITORS`), a folder in the published layout, a single file of
+    Stable Diffusion 3, or a hub id.
 
-    `device` defaults to cuda where there is one, `dtype` (of U-Net and text encoder; the VAE stays in float32, since
-    half-precision VAEs overflow) to bfloat16 on cuda and float32 elsewhere. Raises `checkpoints.Unavailable` where the
-    weights cannot be had and ValueError where they do not fit; both in one sentence.
+    `device` defaults to cuda where there is one, `dtype` (of denoiser and text encoders; the VAE stays in float32, since
+    half-precision VAEs overflow) to bfloat16 on cuda and float32 elsewhere. t5 False does without Stable Diffusion 3's
+    largest text encoder, as its pipeline allows, and does not fetch it. components: for a single file, where the parts
+    come from that it lacks (a folder, "sd3", or a hub id; default: its own folder). Raises `checkpoints.Unavailable` where
+    the weights cannot be had and ValueError where they do not fit; both in one sentence.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    checkpoint = checkpoints.open_checkpoint(source, COMPONENTS, revision=revision, offline=offline)
-    name = str(source)
-    try:
-        index = dict(json.loads(checkpoint.text("model_index.json"))) if checkpoint.has("model_index.json") else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: model_index.json is not a JSON object ({error}); fetch it again") from None
-    if (pipeline := index.get("_class_name", InstructPix2Pix.PIPELINE)) != InstructPix2Pix.PIPELINE:
-        raise ValueError(f"{name} is a {pipeline}; only {InstructPix2Pix.PIPELINE} is implemented")
-    # The published repositories' stored sampler is not the one that anybody, their authors included, edits with.
-    text = checkpoint.text("scheduler/scheduler_config.json")
-    return InstructPix2Pix(
-        name=name,
-        unet=checkpoint.load(UNet, "unet", device=device, dtype=dtype),
-        vae=checkpoint.load(AutoencoderKL, "vae", device=device, dtype=torch.float32),
-        text_encoder=checkpoint.load(CLIPText, "text_encoder", device=device, dtype=dtype),
-        tokenizer=CLIPTokenizer.from_folder(checkpoint.folder / "tokenizer"),
-        scheduler=schedulers.load(text, ancestral=name in DEFAULTS),
-        defaults=Defaults(**index["_sifm_min"]["defaults"]) if "_sifm_min" in index else DEFAULTS.get(name, Defaults()),
-        notice=index.get("_sifm_min", {}).get("notice", ""),
-        checkpoint=checkpoint,
-    )
+    checkpoint = checkpoints.open_checkpoint(source, t5=t5, revision=revision, offline=offline, rest=components)
+    name, index = str(source), checkpoint.index
+    kind = next((kind for kind in EDITORS if index.get("_class_name") in kind.PIPELINES), InstructPix2Pix)
+    if kind is StableDiffusion3 and checkpoint.check(MMDiT, "transformer").in_channels > 16:
+        kind = UltraEdit                                     # saved by a pipeline of the plain class's name
+    own = index.get("_sifm_min", {})
+    defaults = replace(DEFAULTS.get(name, kind.DEFAULTS), **own.get("defaults", {}))
+    return kind.load(checkpoint, name=name, device=device, dtype=dtype, defaults=defaults, notice=own.get("notice", ""))
 
 
-class InstructPix2Pix:
-    """InstructPix2Pix, and HQ-Edit, which is the same networks trained on other data.
+class Editor:
+    """What all editors have in common.
 
     `tap_names` lists what `features` can return, `default_taps` what SIFM perturbs; `working_size` is the long side that
-    pictures are edited at; `notice` is a sentence that belongs beside every result of a shipped miniature.
+    pictures are edited at; `notice` is a sentence that belongs beside every result of a shipped miniature. `kind` is
+    "instruct" where the picture is a condition beside a latent of pure noise, "img2img" where it is the noisy latent.
     """
 
-    PIPELINE = "StableDiffusionInstructPix2PixPipeline"
-    kind = "instruct"                                        # the picture is a condition beside a latent of pure noise
+    kind = "instruct"
+    OPTIONS = frozenset({"image_guidance"})                  # what `edit` takes besides steps and guidance
 
-    def __init__(self, *, name, unet, vae, text_encoder, tokenizer, scheduler, defaults=None, notice="",
-                 checkpoint=None):
-        self.name, self.unet, self.vae, self.text_encoder = name, unet, vae, text_encoder
-        self.tokenizer, self.scheduler, self.checkpoint = tokenizer, scheduler, checkpoint
-        self.defaults, self.notice = defaults or Defaults(), notice
-        if unet.config.in_channels != 2 * vae.config.latent_channels:
-            raise ValueError(f"{name}: the U-Net takes {unet.config.in_channels} channels; an instruction editor takes "
-                             f"{2 * vae.config.latent_channels}, the noisy latent and the picture's")
-        if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
-            raise ValueError(f"{name}: the U-Net attends to {unet.config.cross_attention_dim} channels of text, "
-                             f"the text encoder has {text_encoder.config.hidden_size}")
-
-    @property
-    def device(self):
-        return next(self.unet.parameters()).device
-
-    @property
-    def dtype(self):
-        return next(self.unet.parameters()).dtype
+    def __init__(self, *, name, vae, scheduler, device, dtype, defaults, notice="", checkpoint=None):
+        self.name, self.vae, self.scheduler, self.checkpoint = name, vae, scheduler, checkpoint
+        self.device, self.dtype, self.defaults, self.notice = torch.device(device), dtype, defaults, notice
 
     @property
     def working_size(self):
         return self.defaults.size
-
-    @property
-    def tap_names(self):
-        return self.unet.tap_names
-
-    @property
-    def default_taps(self):
-        return default_taps(self.unet.config)
 
     def provenance(self):
         """What a report states of the editor: where its weights come from, their hashes, and how it samples."""
@@ -129,8 +108,13 @@ class InstructPix2Pix:
         """(height, width) at which a picture of this size is edited: see `images.working_size`."""
         size = size or self.defaults.size
         upscale = self.defaults.size < 512                   # a miniature sees nothing in less than its own size
-        width, height = images.working_size(width, height, limit=size, multiple=self.vae.factor, upscale=upscale)
+        width, height = images.working_size(width, height, limit=size, multiple=self.multiple, upscale=upscale)
         return height, width
+
+    @property
+    def multiple(self):
+        """What both sides of a working size are multiples of."""
+        return self.vae.factor
 
     def resize(self, pixels, size=None):
         """Pixels of any size -> the working size, by the filter that `edit` uses (antialiased Lanczos), differentiably."""
@@ -144,34 +128,135 @@ class InstructPix2Pix:
 
     def decode(self, latent):
         """A latent as the sampler leaves it (B,C,h,w) -> pixels in [0,1], not clipped."""
-        return self.vae.decode(latent.to(self.vae_dtype) / self.vae.config.scaling_factor) / 2 + 0.5
+        return self.vae.decode(latent.to(self.vae_dtype) / self.vae.config.scaling_factor + self.shift) / 2 + 0.5
+
+    @property
+    def shift(self):
+        """What is subtracted from a latent before it is scaled."""
+        return self.vae.config.shift_factor
+
+    def scaled(self, condition):
+        """The latent z of a picture given by its condition, in the scale that the denoiser denoises at."""
+        return (condition - self.shift) * self.vae.config.scaling_factor
 
     @property
     def vae_dtype(self):
         return next(self.vae.parameters()).dtype
 
-    def context(self, prompts):
-        """Prompts -> text context (B, tokens, C): the last state of CLIP after its final norm."""
-        ids = torch.tensor(self.tokenizer(list(prompts)), device=self.device)
-        return self.text_encoder(ids).last
-
     def timesteps(self, count):
         """`count` timesteps, (count,), evenly spaced over what a default edit visits, noisiest first."""
         if count < 1:
             raise ValueError(f"{count} timesteps: at least one is needed")
-        visited = self.scheduler.plan(self.defaults.steps).timesteps
+        visited = self.plan().timesteps
         highest, lowest = float(visited.max()), max(float(visited.min()), LOWEST_TIMESTEP)
         if count == 1:
             return torch.tensor([round((highest + lowest) / 2)])
         return torch.linspace(highest, lowest, count).round().long()
 
-    def scaled(self, condition):
-        """The latent z of a picture given by its condition, in the scale that the denoiser denoises at."""
-        return condition * self.vae.config.scaling_factor
+    def plan(self, steps=None):
+        """The timesteps and transitions of an edit: see `models/schedulers.py`."""
+        return self.scheduler.plan(self.defaults.steps if steps is None else steps)
 
     def noise_latent(self, condition, noise, timesteps):
         """The noisy latent z_t of a picture given by its condition; noise (B,C,h,w) standard normal, timesteps (B,)."""
         return self.scheduler.add_noise(self.scaled(condition), noise.to(condition), timesteps.to(condition.device))
+
+    # -- what the attacker uses ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def edit(self, image, prompt, *, negative_prompt="", seed=0, steps=None, guidance=None, image_guidance=None,
+             strength=None, size=None, on_step=None):
+        """Edit pictures as the published pipeline does; PIL in, PIL out, of the input's size (lists in, list out).
+
+        `steps` are denoising steps and `guidance` weighs the text (defaults: `self.defaults`); `image_guidance` weighs the
+        picture where it is a condition; `strength`, of img2img, is the share of the steps that is taken, and so how much
+        may change. Where guidance <= 1 or image_guidance < 1 there is no guidance, as in the pipelines. Every picture of a
+        batch draws from its own generator seeded with `seed`, so a batch gives what single calls give.
+        """
+        options = {"image_guidance": image_guidance, "strength": strength}
+        options = {key: value for key, value in options.items() if value is not None}
+        if wrong := sorted(options.keys() - self.OPTIONS):
+            raise ValueError(f"{self.name} has no {wrong[0]}; it takes steps, guidance and {', '.join(self.OPTIONS)}")
+        pictures, prompts = _lists(image, prompt)
+        results = [None] * len(pictures)
+        groups = {}
+        for i, picture in enumerate(pictures):
+            groups.setdefault(self.frame(*picture.size, size), []).append(i)
+        for (height, width), members in groups.items():
+            pixels = torch.cat([_pixels(pictures[i].convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+                                for i in members])
+            edited = self.sample(pixels, [prompts[i] for i in members], negative_prompt=negative_prompt,
+                                 seeds=[seed] * len(members), steps=steps, guidance=guidance, on_step=on_step, **options)
+            if not edited.isfinite().all():                  # as 8 bits it would look like an edit that was defeated
+                raise ValueError("the edit is not a finite picture; a wider dtype, such as float32, or a smaller guidance "
+                                 "may help")
+            for i, output in zip(members, edited, strict=True):
+                array = output.clamp(0, 1).permute(1, 2, 0).float().cpu().numpy()
+                picture = Image.fromarray((array * 255).round().astype(np.uint8))
+                results[i] = picture if picture.size == pictures[i].size else picture.resize(pictures[i].size,
+                                                                                             Image.Resampling.LANCZOS)
+        return results[0] if isinstance(image, Image.Image) and isinstance(prompt, str) else results
+
+    def draws(self, seeds, shape):
+        """A function that draws standard normal noise (B, *shape), every picture's from its own generator."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def draw(dtype=self.dtype):
+            return torch.cat([torch.randn((1, *shape), generator=generator, dtype=dtype)
+                              for generator in generators]).to(self.device)
+
+        return draw
+
+
+class InstructPix2Pix(Editor):
+    """InstructPix2Pix, and HQ-Edit, which is the same networks trained on other data (Brooks et al. 2023, section 3.2)."""
+
+    PIPELINES = ("StableDiffusionInstructPix2PixPipeline",)
+    DEFAULTS = Defaults()
+
+    def __init__(self, *, unet, vae, text_encoder, tokenizer, scheduler, name, defaults=None, notice="", checkpoint=None):
+        weight = next(unet.parameters())
+        super().__init__(name=name, vae=vae, scheduler=scheduler, device=weight.device, dtype=weight.dtype,
+                         defaults=defaults or self.DEFAULTS, notice=notice, checkpoint=checkpoint)
+        self.unet, self.text_encoder, self.tokenizer = unet, text_encoder, tokenizer
+        if unet.config.in_channels != 2 * vae.config.latent_channels:
+            raise ValueError(f"{name}: the U-Net takes {unet.config.in_channels} channels; an instruction editor takes "
+                             f"{2 * vae.config.latent_channels}, the noisy latent and the picture's")
+        if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
+            raise ValueError(f"{name}: the U-Net attends to {unet.config.cross_attention_dim} channels of text, "
+                             f"the text encoder has {text_encoder.config.hidden_size}")
+
+    @classmethod
+    def load(cls, checkpoint, *, name, device, dtype, **more):
+        # The published repositories' stored sampler is not the one that anybody, their authors included, edits with.
+        scheduler = schedulers.load(checkpoint.text("scheduler/scheduler_config.json"), ancestral=name in DEFAULTS)
+        if not isinstance(scheduler, schedulers.Scheduler):
+            raise ValueError(f"{name}: scheduler_config.json is of rectified flow, which an InstructPix2Pix does not sample by")
+        return cls(unet=checkpoint.load(UNet, "unet", device=device, dtype=dtype),
+                   vae=checkpoint.load(AutoencoderKL, "vae", device=device, dtype=torch.float32),
+                   text_encoder=checkpoint.load(CLIPText, "text_encoder", device=device, dtype=dtype),
+                   tokenizer=CLIPTokenizer.from_folder(checkpoint.path("tokenizer")),
+                   scheduler=scheduler, name=name, checkpoint=checkpoint, **more)
+
+    @property
+    def tap_names(self):
+        return self.unet.tap_names
+
+    @property
+    def default_taps(self):
+        return unet.default_taps(self.unet.config)
+
+    @property
+    def shift(self):
+        return 0.0                                           # its pipeline knows none
+
+    def context(self, prompts):
+        """Prompts -> text context (B, tokens, C): the last state of CLIP after its final norm."""
+        prompts = list(prompts)
+        for prompt in prompts:
+            _warn_if_cut(prompt, len(self.tokenizer.encode(prompt)) + 2, self.tokenizer.length, "CLIP")
+        ids = torch.tensor(self.tokenizer(prompts), device=self.device)
+        return self.text_encoder(ids).last
 
     def features(self, condition, noisy_latent, timesteps, context, *, taps):
         """Activations of the U-Net, name -> tensor, live; the forward pass ends at the last tap."""
@@ -180,6 +265,10 @@ class InstructPix2Pix:
     def predict(self, condition, noisy_latent, timesteps, context):
         """The U-Net's prediction (B,C,h,w), in the scheduler's parameterisation."""
         return self.unet(*self._inputs(condition, noisy_latent, timesteps), context)
+
+    def _inputs(self, condition, noisy_latent, timesteps):
+        # Only the network itself runs in its dtype: noise, noising and the sum of gradients stay in float32.
+        return torch.cat([noisy_latent, condition], 1).to(self.dtype), timesteps.to(condition.device)
 
     def noise_prediction(self, prediction, noisy_latent, timesteps):
         """The noise (B,C,h,w) that a prediction takes to be in noisy_latent, whatever the network was trained to predict."""
@@ -190,42 +279,6 @@ class InstructPix2Pix:
         if self.scheduler.config.prediction_type == "v_prediction":                      # v = sqrt(a) noise - sqrt(1-a) z
             return lost * noisy_latent + kept * prediction
         return (noisy_latent - kept * prediction) / lost                                 # "sample": z itself
-
-    def _inputs(self, condition, noisy_latent, timesteps):
-        # Only the network itself runs in its dtype: noise, noising and the sum of gradients stay in float32.
-        return torch.cat([noisy_latent, condition], 1).to(self.dtype), timesteps.to(condition.device)
-
-    # -- what the attacker uses ----------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def edit(self, image, prompt, *, negative_prompt="", seed=0, steps=None, guidance=None, image_guidance=None,
-             size=None, on_step=None):
-        """Edit pictures as the published pipeline does; PIL in, PIL out, of the input's size (lists in, list out).
-
-        `steps` are denoising steps; `guidance` and `image_guidance` weigh text and picture (defaults: `self.defaults`),
-        and where guidance <= 1 or image_guidance < 1 there is no guidance, as in the pipeline. Every picture of a batch
-        draws from its own generator seeded with `seed`, so a batch gives what single calls give.
-        """
-        pictures, prompts = _lists(image, prompt)
-        results = [None] * len(pictures)
-        groups = {}
-        for i, picture in enumerate(pictures):
-            groups.setdefault(self.frame(*picture.size, size), []).append(i)
-        for (height, width), members in groups.items():
-            pixels = torch.cat([_pixels(pictures[i].convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
-                                for i in members])
-            edited = self.sample(pixels, [prompts[i] for i in members], negative_prompt=negative_prompt,
-                                 seeds=[seed] * len(members),
-                                 steps=steps, guidance=guidance, image_guidance=image_guidance, on_step=on_step)
-            if not edited.isfinite().all():                  # as 8 bits it would look like an edit that was defeated
-                raise ValueError("the edit is not a finite picture; a wider dtype, such as float32, or a smaller guidance "
-                                 "may help")
-            for i, output in zip(members, edited, strict=True):
-                array = output.clamp(0, 1).permute(1, 2, 0).float().cpu().numpy()
-                picture = Image.fromarray((array * 255).round().astype(np.uint8))
-                results[i] = picture if picture.size == pictures[i].size else picture.resize(pictures[i].size,
-                                                                                             Image.Resampling.LANCZOS)
-        return results[0] if isinstance(image, Image.Image) and isinstance(prompt, str) else results
 
     def sample(self, pixels, prompts, *, negative_prompt="", seeds, steps=None, guidance=None, image_guidance=None,
                on_step=None):
@@ -238,25 +291,266 @@ class InstructPix2Pix:
             nothing = self.context([negative_prompt]).expand_as(context)
             context = torch.cat([context, nothing, nothing])
             condition = torch.cat([condition, condition, torch.zeros_like(condition)])
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = (1, *condition.shape[1:])
-
-        def draw():
-            return torch.cat([torch.randn(shape, generator=generator, dtype=self.dtype)
-                              for generator in generators]).to(self.device)
-
-        plan = self.scheduler.plan(self.defaults.steps if steps is None else steps)
+        draw = self.draws(seeds, condition.shape[1:])
+        plan = self.plan(steps)
         latent = draw() * plan.sigma_start
         for i, timestep in enumerate(plan.timesteps):
             noisy = plan.scale_input(latent, i)
             prediction = self.predict(condition, torch.cat([noisy] * 3) if guided else noisy, timestep, context)
             if guided:
-                full, image_only, neither = prediction.chunk(3)
-                prediction = neither + guidance * (full - image_only) + image_guidance * (image_only - neither)
+                prediction = three_ways(prediction, guidance, image_guidance)
             latent = plan.step(prediction, i, latent, draw() if plan.draws_noise else None)
             if on_step:
                 on_step(i, len(plan.timesteps))
         return self.decode(latent)
+
+
+def three_ways(prediction, guidance, image_guidance):
+    """Classifier-free guidance over text and picture (Brooks et al. 2023, equation 3): predictions (3B, ...) of the network
+    with both, with the picture alone, and with neither -> (B, ...)."""
+    full, image_only, neither = prediction.chunk(3)
+    return neither + guidance * (full - image_only) + image_guidance * (image_only - neither)
+
+
+# -- Stable Diffusion 3 --------------------------------------------------------------------------------------------------
+
+class Text(NamedTuple):
+    """What SD3 is told: states (B, L, C), CLIP's tokens and then T5's, and pooled (B, P), one vector for all of it."""
+
+    states: torch.Tensor
+    pooled: torch.Tensor
+
+
+class TextEncoders:
+    """SD3's text encoders as one: prompts -> `Text` (Esser et al. 2024, figure 2).
+
+    The networks are read when new prompts come, one after the other, and let go again: together they are three times
+    as large as the transformer. What was said of the last `KEPT` prompts is kept.
+    """
+
+    KEPT = 32
+
+    def __init__(self, checkpoint, *, width, length, device, dtype):
+        self.checkpoint, self.width, self.length, self.device, self.dtype = checkpoint, width, length, device, dtype
+        self.clips = ("text_encoder", "text_encoder_2")
+        configs = [checkpoint.check(CLIPText, component) for component in self.clips]
+        self.tokenizers = [CLIPTokenizer.from_folder(checkpoint.path(name)) for name in ("tokenizer", "tokenizer_2")]
+        self.t5_tokenizer = None
+        if "text_encoder_3" in checkpoint.components:
+            t5 = checkpoint.check(T5Encoder, "text_encoder_3")
+            self.t5_tokenizer = T5Tokenizer.from_folder(checkpoint.path("tokenizer_3"))
+            if t5.d_model != width:
+                raise ValueError(f"{checkpoint.source}: the transformer takes {width} channels of text, T5 has {t5.d_model}")
+        self.pooled_width = sum(config.projection_dim or config.hidden_size for config in configs)
+        if (clip := sum(config.hidden_size for config in configs)) > width:
+            raise ValueError(f"{checkpoint.source}: the transformer takes {width} channels of text, the two CLIP have {clip}")
+        self._known = OrderedDict()
+
+    def __call__(self, prompts):
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        if new:
+            fresh = self._encode(new)
+            self._known.update((prompt, Text(*(part[i:i + 1] for part in fresh))) for i, prompt in enumerate(new))
+        found = [self._known[prompt] for prompt in prompts]
+        for prompt in prompts:
+            self._known.move_to_end(prompt)
+        while len(self._known) > self.KEPT:
+            self._known.popitem(last=False)
+        return together(found)
+
+    def _encode(self, prompts):
+        clips = []
+        for component, tokenizer in zip(self.clips, self.tokenizers, strict=True):
+            for prompt in prompts:
+                _warn_if_cut(prompt, len(tokenizer.encode(prompt)) + 2, tokenizer.length, "CLIP")
+            clips.append(self._run(CLIPText, component, tokenizer(prompts)))
+        states = torch.cat([found.penultimate for found in clips], -1)          # without the final norm
+        states = F.pad(states, (0, self.width - states.shape[-1]))
+        if self.t5_tokenizer is None:                        # zeros in its place, as many as it would have had tokens
+            more = states.new_zeros(len(prompts), self.length, self.width)
+        else:
+            for prompt in prompts:
+                _warn_if_cut(prompt, self.t5_tokenizer.count(prompt), self.length, "T5")
+            more = self._run(T5Encoder, "text_encoder_3", self.t5_tokenizer(prompts, self.length))
+        return Text(torch.cat([states, more.to(states.dtype)], 1), torch.cat([found.pooled for found in clips], -1))
+
+    @torch.no_grad()
+    def _run(self, network_class, component, ids):
+        network = self.checkpoint.load(network_class, component, device=self.device, dtype=self.dtype)
+        return network(torch.tensor(ids, device=self.device))
+
+
+def together(texts):
+    """Several `Text`, as one batch."""
+    return Text(*(torch.cat(parts) for parts in zip(*texts, strict=True)))
+
+
+class StableDiffusion3(Editor):
+    """Stable Diffusion 3 by img2img: noise is added to the picture's latent, up to a strength, and removed again as the
+    prompt, a description of the result, asks (Esser et al. 2024; Meng et al. 2022 for img2img)."""
+
+    kind = "img2img"
+    OPTIONS = frozenset({"strength"})
+    PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
+    DEFAULTS = SD3
+
+    def __init__(self, *, checkpoint, name, device, dtype, defaults=None, notice=""):
+        super().__init__(name=name, vae=checkpoint.load(AutoencoderKL, "vae", device=device, dtype=torch.float32),
+                         scheduler=schedulers.load(checkpoint.text("scheduler/scheduler_config.json")),
+                         device=device, dtype=dtype, defaults=defaults or self.DEFAULTS, notice=notice, checkpoint=checkpoint)
+        self.config = config = checkpoint.check(MMDiT, "transformer")
+        self.context = TextEncoders(checkpoint, width=config.joint_attention_dim, length=self.defaults.text_length,
+                                    device=self.device, dtype=dtype)
+        if not isinstance(self.scheduler, schedulers.FlowScheduler):
+            raise ValueError(f"{name}: scheduler_config.json names {self.scheduler.config.sampler}; "
+                             f"Stable Diffusion 3 is sampled by {schedulers.FLOW}")
+        latent = self.vae.config.latent_channels
+        if config.in_channels not in self.takes(latent) or config.out_channels != latent:
+            wanted = " or ".join(str(n) for n in self.takes(latent))
+            raise ValueError(f"{name}: the transformer takes {config.in_channels} channels and gives {config.out_channels}; "
+                             f"with this VAE it has to take {wanted} and give {latent}")
+        if config.pooled_projection_dim != self.context.pooled_width:
+            raise ValueError(f"{name}: the transformer takes {config.pooled_projection_dim} channels of pooled text, "
+                             f"the two CLIP have {self.context.pooled_width}")
+
+    @classmethod
+    def load(cls, checkpoint, **more):
+        return cls(checkpoint=checkpoint, **more)
+
+    @staticmethod
+    def takes(latent_channels):
+        """How many channels the transformer may take."""
+        return (latent_channels,)
+
+    @cached_property
+    def transformer(self):
+        """Read when it is first used: after the prompts were encoded, so that text encoders and it are never both in memory."""
+        return self.checkpoint.load(MMDiT, "transformer", device=self.device, dtype=self.dtype)
+
+    @property
+    def tap_names(self):
+        return mmdit.tap_names(self.config)
+
+    @property
+    def default_taps(self):
+        return mmdit.default_taps(self.config)
+
+    @property
+    def multiple(self):
+        return self.vae.factor * self.config.patch_size
+
+    def plan(self, steps=None, strength=None):
+        """The timesteps and transitions of an edit: those of `steps` that `strength` takes."""
+        return self.scheduler.plan(self.defaults.steps if steps is None else steps,
+                                   self.defaults.strength if strength is None else strength)
+
+    def features(self, condition, noisy_latent, timesteps, context, *, taps):
+        """Activations of the transformer, name -> tensor, live; the forward pass ends at the last tap."""
+        return self.transformer.features(*self._inputs(condition, noisy_latent, timesteps), *context, taps=taps)
+
+    def predict(self, condition, noisy_latent, timesteps, context):
+        """The transformer's prediction (B,C,h,w): the velocity, noise minus latent."""
+        return self.transformer(*self._inputs(condition, noisy_latent, timesteps), *context)
+
+    def _inputs(self, condition, noisy_latent, timesteps):
+        return noisy_latent.to(self.dtype), timesteps.to(noisy_latent.device)            # all it sees is the noisy latent
+
+    def noise_prediction(self, prediction, noisy_latent, timesteps):
+        """The noise (B,C,h,w) that a velocity takes to be in noisy_latent: z_sigma + (1 - sigma) v."""
+        sigma = self.scheduler.sigma_at(timesteps).reshape(-1, 1, 1, 1).to(noisy_latent)
+        return noisy_latent + (1 - sigma) * prediction
+
+    def sample(self, pixels, prompts, *, negative_prompt="", seeds, steps=None, guidance=None, strength=None, on_step=None):
+        """Pixels (B,3,H,W) in [0,1] at a working size -> edited pixels, not clipped. Differentiable if the caller wants it."""
+        guidance = self.defaults.guidance if guidance is None else guidance
+        plan = self.plan(steps, strength)
+        context = self.context([*[negative_prompt] * len(prompts), *prompts] if guidance > 1 else prompts)
+        mean, logvar = self.vae.encode(2 * pixels.to(self.device, self.vae_dtype) - 1)
+        draw = self.draws(seeds, mean.shape[1:])
+        # The pipeline does not take the posterior's mean, as the methods do, but draws from it.
+        latent = self.scaled(mean + (0.5 * logvar).exp() * draw(mean.dtype))
+        latent = self.scheduler.add_noise(latent, draw(), plan.timesteps[:1]).to(self.dtype)
+        for i, timestep in enumerate(plan.timesteps):
+            velocity = self.predict(None, torch.cat([latent] * 2) if guidance > 1 else latent, timestep, context)
+            if guidance > 1:                                 # two passes: without the text, with it
+                without, full = velocity.chunk(2)
+                velocity = without + guidance * (full - without)
+            latent = plan.step(velocity, i, latent)
+            if on_step:
+                on_step(i, len(plan.timesteps))
+        return self.decode(latent)
+
+
+class UltraEdit(StableDiffusion3):
+    """UltraEdit (Zhao et al. 2024): Stable Diffusion 3 trained on instructions, the picture a condition in further channels.
+
+    As its authors' code has it, and not the pipeline in diffusers' collection: neither the condition nor the latent is
+    shifted, and only the latent is scaled. A checkpoint with a mask is given one that lets everything change.
+    """
+
+    kind = "instruct"
+    OPTIONS = frozenset({"image_guidance"})
+    PIPELINES = ("StableDiffusion3InstructPix2PixPipeline",)
+    DEFAULTS = ULTRAEDIT
+    shift = 0.0
+
+    @staticmethod
+    def takes(latent_channels):
+        return 2 * latent_channels, 3 * latent_channels      # noisy latent, picture; and mask
+
+    def plan(self, steps=None):
+        """The timesteps and transitions of an edit: all of them, from pure noise."""
+        return self.scheduler.plan(self.defaults.steps if steps is None else steps)
+
+    def _inputs(self, condition, noisy_latent, timesteps):
+        parts = [noisy_latent, condition]
+        if self.config.in_channels == 3 * self.vae.config.latent_channels:
+            present = condition.flatten(1).any(1)[:, None, None, None]                   # no picture, no mask either
+            parts.append(self._everything(condition.shape[-2:]) * present)
+        return torch.cat(parts, 1).to(self.dtype), timesteps.to(condition.device)
+
+    def _everything(self, shape):
+        """The condition of a white mask, encoded once for each size: everything may change."""
+        if shape not in self._masks:
+            with torch.no_grad():
+                self._masks[shape] = self.encode(torch.ones(1, 3, *(side * self.vae.factor for side in shape)))
+        return self._masks[shape]
+
+    @cached_property
+    def _masks(self):
+        return {}
+
+    def sample(self, pixels, prompts, *, negative_prompt="", seeds, steps=None, guidance=None, image_guidance=None,
+               on_step=None):
+        """Pixels (B,3,H,W) in [0,1] at a working size -> edited pixels, not clipped. Differentiable if the caller wants it."""
+        guidance = self.defaults.guidance if guidance is None else guidance
+        image_guidance = self.defaults.image_guidance if image_guidance is None else image_guidance
+        guided = guidance > 1 and image_guidance >= 1
+        count = len(prompts)
+        context = self.context([*prompts, *[negative_prompt] * (2 * count)] if guided else prompts)
+        condition = self.encode(pixels)
+        latent = self.draws(seeds, condition.shape[1:])()
+        if guided:                                           # three passes: text and picture, picture alone, neither
+            condition = torch.cat([condition, condition, torch.zeros_like(condition)])
+        plan = self.plan(steps)
+        for i, timestep in enumerate(plan.timesteps):
+            velocity = self.predict(condition, torch.cat([latent] * 3) if guided else latent, timestep, context)
+            if guided:
+                velocity = three_ways(velocity, guidance, image_guidance)
+            latent = plan.step(velocity, i, latent)
+            if on_step:
+                on_step(i, len(plan.timesteps))
+        return self.decode(latent)
+
+
+EDITORS = (InstructPix2Pix, StableDiffusion3, UltraEdit)
+
+
+def _warn_if_cut(prompt, tokens, limit, who):
+    if tokens > limit:
+        start = prompt if len(prompt) <= 40 else prompt[:40] + "..."
+        warnings.warn(f"the prompt {start!r} is {tokens} tokens long, and {who} reads {limit}: the rest is cut off, as in the "
+                      "published pipeline", stacklevel=2)
 
 
 def _pixels(image):

@@ -224,7 +224,7 @@ def main(argv=None):
     parser.add_argument("--crop-share", type=float, default=0.75)
     parser.add_argument("--tune-steps", type=int, default=450)
     parser.add_argument("--tau", type=float, default=0.2)
-    parser.add_argument("--text-steps", type=int, default=1500)
+    parser.add_argument("--text-steps", type=int, default=500)
     parser.add_argument("--mmdit-steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
