@@ -20,9 +20,10 @@ FLOORS = {
     6: "compare edit weights",                               # commands: nothing imports them
     5: "immunize",                                           # one picture
     4: "baselines sifm",                                     # objectives
-    3: "editors fetch miniature",                            # editors and verdicts
-    2: "cli gemini images isr metrics pgd world",            # tools of ours
-    1: "backbones models.checkpoints wire",                  # loading; what a remote judge is told and tells
+    3: "editors fetch judge miniature",                      # editors and verdicts
+    2.5: "ratings verdicts",                                 # what judges stand on
+    2: "canaries cli gemini images isr metrics panels pgd world",         # tools of ours
+    1: "backbones ledger models.checkpoints wire",                  # loading; what a remote judge is told and tells
     0.5: "models.hub models.single_files models.sources",    # what loading stands on
     0: "models.clip models.mmdit models.schedulers models.t5 models.tokenizers models.unet models.vae",   # networks
     -1: "__init__",                                          # the package itself: __version__, and lazy names

@@ -1,0 +1,119 @@
+"""A file that only grows: one JSON object a line, on the disk before the next step, so that a kill loses nothing written.
+
+    with Ledger("DIR/ledger.jsonl") as ledger:               # one writer at a time; ValueError for a second
+        ledger.rows                                          # what earlier runs wrote
+        ledger.append({"key": ..., "status": "ok"})          # back when it is on the disk
+
+A line that was cut off by a kill or a full disk is removed at the next opening, `repaired` says how many bytes. Damage
+elsewhere is not repaired in silence: the file is evidence.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+
+class Ledger:
+    """Open for writing, as a context. The lock is the system's and ends with the process, however that ends."""
+
+    def __init__(self, path):
+        self.path, self.rows, self.repaired = Path(path), [], 0
+        self._file = self._lock = None
+
+    def __enter__(self):
+        self._lock = _locked(self.path.with_name(f".{self.path.name}.lock"), self.path)
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+            _sync_folder(self.path.parent)
+            self.rows, whole = _read(self.path)
+            self.repaired = max(0, os.fstat(self._file).st_size - whole)
+            if self.repaired:
+                os.ftruncate(self._file, whole)
+            elif os.fstat(self._file).st_size < whole:       # only the end of the last line was cut off
+                os.write(self._file, b"\n")
+            os.fsync(self._file)
+        except (OSError, ValueError):
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        for file in (self._file, self._lock):
+            if file is not None:
+                os.close(file)
+        self._file = self._lock = None
+
+    def append(self, row):
+        """Write a JSON-ready dict and wait for the disk; raises OSError."""
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        try:
+            while line:
+                line = line[os.write(self._file, line):]
+            os.fsync(self._file)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self.rows.append(row)
+
+
+def read(path):
+    """The rows of a ledger that somebody else may be writing: all whole lines. Raises ValueError, OSError."""
+    return _read(Path(path))[0]
+
+
+def _read(path):
+    """(rows, how many bytes they are with their line ends): what follows is a line that was cut off."""
+    rows, whole, lines = [], 0, path.read_bytes().split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line.decode())
+            if not isinstance(row, dict):
+                raise ValueError
+        except ValueError:                                   # also UnicodeDecodeError
+            if number == len(lines):                         # a system that crashed may also leave zeros and a line end
+                break
+            raise ValueError(f"{path}, line {number}: is damaged; it is evidence and cache, so restore the file from a copy, "
+                             "or remove that line if its verdict may be asked for again") from None
+        rows.append(row)
+        whole += len(line) + 1
+    return rows, whole
+
+
+def _locked(path, shown):
+    """An open file that no other process holds, with our number in it."""
+    file, holder = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), ""
+    try:
+        _lock(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            holder = os.read(file, 20).decode("ascii", "replace").strip()
+        os.close(file)
+        raise ValueError(f"{shown}: another run{f' (process {holder})' if holder else ''} writes into this folder; "
+                         "wait for it, or choose another folder") from None
+    os.ftruncate(file, 0)
+    os.write(file, f"{os.getpid()}\n".encode())
+    return file
+
+
+def _lock(file):
+    try:
+        import fcntl
+    except ImportError:                                      # Windows
+        import msvcrt
+        os.lseek(file, 2**30, os.SEEK_SET)                   # beyond the number, which others shall read
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        os.lseek(file, 0, os.SEEK_SET)
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _sync_folder(path):
+    """A new file's name is on the disk only when its folder is; Windows cannot be asked for that."""
+    with contextlib.suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,0 +1,261 @@
+"""What is judged, by whom and in which words, as files: manifests, panels, and versioned prompts.
+
+  manifest  JSON lines, one edited picture each: sample_id, original, edited (files, relative to the manifest), prompt, arm;
+            image_id and prompt_id as in isr.py (default: the original's name and the prompt). More keys are kept as
+            `details`; category, editor, method and prompt_type are used to draw a study from all kinds
+  panel     a JSON file: {"id", "date", "judges": [...]}; panels/ has named ones. It is data with a date because models
+            are replaced under it; rates of different panels are not comparable
+  prompt    what every judge is told, prompts/*.txt with its schema; the text of an id never changes, a new text is a
+            new id. People are told the same rules
+
+Errors are ValueErrors of one sentence that names the file.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .wire import Request, Spec, loads
+
+HERE = Path(__file__).parent
+SEED = 20250601                                              # sent where a model takes one: best effort
+FINDINGS = ("semantic_mismatch", "perceptual_degradation")
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+@dataclass(frozen=True)
+class Prompt:
+    """The words of a judge. rules: what people read too; answer: what only a model is told; parts: lines of the question."""
+
+    id: str
+    rules: str
+    answer: str
+    parts: tuple
+    schema_id: str
+    schema: dict
+
+    @classmethod
+    def load(cls, name, beside=None):
+        """The shipped prompt of an id, such as isr-judge/1, or that of a .txt file, relative to the folder `beside`."""
+        own = name.endswith(".txt")
+        path = Path(beside or ".", name) if own else HERE / "prompts" / f"{_file(name)}.txt"
+        text = _text(path, f"prompt {name!r}: there is none of this id; there are {', '.join(_ids('prompts', '.txt'))}")
+        head, *sections = re.split(r"^\[(\w+)\]\n", text, flags=re.M)
+        about = dict(re.findall(r"^(\w+): (.+)$", head, re.M))
+        sections = dict(zip(sections[::2], sections[1::2], strict=True))
+        if about.keys() != {"id", "date", "schema"} or sections.keys() != {"rules", "answer", "user"}:
+            raise ValueError(f"{path}: a prompt has id, date and schema, and the sections [rules], [answer] and [user]")
+        parts = tuple(sections["user"].splitlines())
+        places = [line for line in parts if line in ("<original>", "<edited>")]
+        if sorted(places) != ["<edited>", "<original>"] or sections["user"].count("<instruction>") != 1:
+            raise ValueError(f"{path}: [user] has the lines <original> and <edited>, and <instruction>, once each")
+        schema_path = Path(path.parent, about["schema"]) if about["schema"].endswith(".json") else \
+            HERE / "prompts" / f"{_file(about['schema'])}.json"
+        schema = _json(schema_path)
+        kinds = {key: value.get("type") for key, value in schema.get("schema", {}).get("properties", {}).items()}
+        if not isinstance(schema.get("id"), str) or any(kinds.get(name) != "boolean" for name in FINDINGS):
+            raise ValueError(f"{schema_path}: a schema has an id, and the boolean properties {' and '.join(FINDINGS)}")
+        return cls(about["id"], _unwrapped(sections["rules"]), _unwrapped(sections["answer"]), parts, schema["id"],
+                   schema["schema"])
+
+    @property
+    def system(self):
+        return f"{self.rules}\n\n{self.answer}"
+
+    @property
+    def sha256(self):
+        return digest([self.rules, self.answer, *self.parts])
+
+    @property
+    def schema_sha256(self):
+        return digest(self.schema)
+
+    def request(self, original, edited, instruction, seed=None):
+        """The Request on two PIL pictures; the instruction travels as a JSON string, so that it cannot pose as a rule."""
+        instruction = json.dumps(instruction, ensure_ascii=False)
+        parts, text = [], []
+        for line in (*self.parts, None):
+            if line not in ("<original>", "<edited>", None):
+                text.append(line.replace("<instruction>", instruction))
+                continue
+            parts += ["\n".join(text)] if text else []
+            parts += [] if line is None else [original if line == "<original>" else edited]
+            text = []
+        return Request(self.system, parts, self.schema, seed)
+
+
+def findings(data):
+    """(mismatch, degradation, evidence) of an answer's object; evidence is cut, for it is written down a thousand times."""
+    evidence = {name: value[:500] for name, value in data.items() if isinstance(value, str)}
+    return *(data[name] for name in FINDINGS), evidence
+
+
+def _unwrapped(text):
+    """Paragraphs as one line each, whatever the file's width."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
+
+
+# -------------------------------------------------------------------------------------------------------------- panels
+
+@dataclass(frozen=True)
+class Panel:
+    """Judges by name (a judge's `name`, or its model) as Specs, and how they are asked. votes: calls per verdict."""
+
+    id: str
+    date: str
+    judges: dict
+    prompt: Prompt
+    about: str = ""
+    votes: int = 1
+    seed: int = SEED
+
+    @classmethod
+    def load(cls, name):
+        """A named panel (NAMES), or the one in a .json file."""
+        name = str(name)
+        path = Path(name) if name.endswith(".json") else HERE / "panels" / f"{name}.json"
+        given = _json(path, f"panel {name!r}: there is none of this name; there are {', '.join(names())}, "
+                            "or give a .json file")
+        if extra := sorted(given.keys() - {"id", "date", "about", "prompt", "votes", "seed", "judges"}):
+            raise ValueError(f"{path}: a panel has no {extra[0]}; it has id, date, judges, and about, prompt, votes, seed")
+        if missing := [key for key in ("id", "date") if not isinstance(given.get(key), str) or not given[key].strip()]:
+            raise ValueError(f"{path}: a panel needs a text as its {missing[0]}")
+        listed = given.get("judges")
+        if not isinstance(listed, list) or not listed or not all(isinstance(judge, dict) for judge in listed):
+            raise ValueError(f"{path}: a panel needs a list of judges, each an object with provider and model")
+        votes, seed = given.get("votes", 1), given.get("seed", SEED)
+        if type(votes) is not int or votes < 1 or votes % 2 == 0 or type(seed) is not int or seed < 0:
+            raise ValueError(f"{path}: votes is an odd number, for a majority, and seed a whole number of at least 0")
+        judges = {}
+        for judge in listed:
+            variable = judge.get("key_env")
+            if variable is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", str(variable)):
+                raise ValueError(f"{path}: key_env is the name of an environment variable, in capitals, never the key itself")
+            try:
+                spec = Spec.from_json({key: value for key, value in judge.items() if key != "name"})
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            called = judge.get("name", spec.model)
+            if not isinstance(called, str) or not called.strip() or called in judges:
+                raise ValueError(f"{path}: two judges are called {called!r}; give them a name each")
+            judges[called] = spec
+        prompt = Prompt.load(str(given.get("prompt", "isr-judge/1")), path.parent)
+        return cls(given["id"], given["date"], judges, prompt, str(given.get("about", "")), votes, seed)
+
+    def record(self):
+        """JSON-ready: what stands beside every rate that this panel gave."""
+        return {"id": self.id, "date": self.date, "about": self.about, "votes": self.votes, "seed": self.seed,
+                "prompt": self.prompt.id, "prompt_sha256": self.prompt.sha256, "schema": self.prompt.schema_id,
+                "schema_sha256": self.prompt.schema_sha256,
+                "judges": {name: spec.record() for name, spec in self.judges.items()}}
+
+
+def names():
+    """The named panels, those that need no service first."""
+    return sorted((path.stem for path in (HERE / "panels").glob("*.json")), key=lambda n: (not n.startswith("local"), n))
+
+
+# ----------------------------------------------------------------------------------------------------------- manifests
+
+@dataclass(frozen=True)
+class Sample:
+    """One edited picture of a manifest; `original` and `edited` are files, `place` says where the manifest has it."""
+
+    sample_id: str
+    image_id: str
+    prompt_id: str
+    arm: str
+    prompt: str
+    original: Path
+    edited: Path
+    details: dict = field(default_factory=dict)
+    place: str = ""
+
+    def record(self):
+        own = ("sample_id", "image_id", "prompt_id", "arm", "prompt")
+        return {**{name: getattr(self, name) for name in own}, "original": str(self.original), "edited": str(self.edited),
+                **self.details}
+
+
+def read_manifest(path):
+    """[Sample] of a manifest, in its order. Whatever is wrong with it is told before anything is bought."""
+    path = Path(path)
+    samples, seen = [], {}
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            row = loads(line)
+            line.encode()
+            json.dumps(row, ensure_ascii=False).encode()     # an escaped half of a character could not be written down
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place}: is no JSON object ({error}); a manifest has one on each line") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: is no JSON object; a manifest has one on each line")
+        row = {"image_id": row.get("original"), "prompt_id": row.get("prompt"), **row}
+        for name in ("sample_id", "original", "edited", "prompt", "arm", "image_id", "prompt_id"):
+            if not isinstance(row.get(name), str) or not row[name].strip():
+                raise ValueError(f"{place}: {name} is missing, or no text")
+        files = [path.parent / row.pop(name) for name in ("original", "edited")]
+        own = [row.pop(name) for name in ("sample_id", "image_id", "prompt_id", "arm", "prompt")]
+        sample = Sample(*own, *files, row, place)
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"{place}: {file}: no such file")
+        for kind, key in (("sample_id", sample.sample_id), ("image and prompt", (sample.image_id, sample.prompt_id))):
+            other = seen.setdefault((kind, sample.arm, key), place)
+            if other != place:
+                raise ValueError(f"{place}: the arm {sample.arm!r} has the same {kind} in line {other.rpartition(' ')[2]}; "
+                                 f"{'number the samples' if kind == 'sample_id' else 'name what else varies as prompt_id'}")
+        samples.append(sample)
+    if not samples:
+        raise ValueError(f"{path}: has no samples; each line is a JSON object with sample_id, original, edited, prompt, arm")
+    return samples
+
+
+# ------------------------------------------------------------------------------------------------------- small helpers
+
+def digest(value):
+    """SHA-256 of a JSON-ready value in one canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def picture_sha256(image):
+    """Of an RGB picture's size and pixels: the same picture in another file is the same picture."""
+    return digest([*image.size, hashlib.sha256(image.tobytes()).hexdigest()])
+
+
+def _text(path, absent=None):
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(absent or f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not UTF-8 text") from None
+
+
+def _json(path, absent=None):
+    text = _text(path, absent)
+    try:
+        value = loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: is no JSON object")
+    return value
+
+
+def _file(name):
+    """isr-judge/1 -> isr-judge-1; nothing that leads out of the folder."""
+    return name.replace("/", "-") if re.fullmatch(r"[\w.-]+/\d+", name) else "-"
+
+
+def _ids(folder, ending):
+    return [re.sub(r"-(\d+)$", r"/\1", path.stem) for path in sorted((HERE / folder).glob(f"*{ending}"))]

@@ -1,0 +1,234 @@
+"""People as judges: a blind rating sheet to hand out, and the ratings that come back as isr.Records.
+
+    export(samples, "study", ["ann", "ben", "cai"], prompt)      # study/sheet is handed out, study/keep is not
+    found = load("study/keep", ["ann.csv", "ben.csv"])           # found.records go into isr.by_arm and isr.consistency
+
+sheet/ has a page and a table per rater (either may be filled in) and pictures/ under random names. No arm, method or
+original name is in it, each rater has an order of their own, and everything drawn comes from a seed in keep/. The page
+works from the folder, without a network. Raters read the rules that models read, and rate what models rate; beside it
+they are asked whether the edit failed all in all, because the paper does not say which of the two its study counted.
+
+keep/study_items.csv says what each item is, with the weight (samples of its kind per item drawn) by which rates of the
+study can be brought back to the manifest's proportions. Attention items are originals shown as their own edits: the
+change is missing, and nothing is damaged.
+"""
+
+import csv
+import io
+import json
+import math
+import random
+import re
+import secrets
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from . import isr, panels
+from .panels import FINDINGS, Sample
+
+RATINGS = ("item_id", "rater_id", "semantic_mismatch", "perceptual_degradation", "immunization_success", "seconds",
+           "rated_at_utc", "instructions_version", "comment")
+SHOWN = ("edit_prompt", "original_file", "edited_file")      # in a rater's table beside RATINGS
+ITEMS = ("item_id", "arm", "method", "editor", "prompt_type", "category", "sample_id", "image_id", "prompt_id", "edit_prompt",
+         "original_file", "edited_file", "original_sha256", "edited_sha256", "stratum", "weight", "is_attention")
+KINDS = ("arm", "method", "editor", "prompt_type", "category")
+ATTENTION = (True, False)                                    # what is found in an original that poses as its edit
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+
+def export(samples, folder, raters, prompt, *, items=150, attention=10, seed=None, overwrite=False):
+    """Draw a study from a manifest's Samples and write it. Returns keep/study.json as a dict; raises ValueError, OSError."""
+    from . import images
+    if wrong := [name for name in raters if not re.fullmatch(r"[\w-][\w.-]{0,39}", name)]:
+        raise ValueError(f"rater {wrong[0]!r}: a pseudonym has letters, digits, - and _, at most 40")
+    if len({name.casefold() for name in raters}) < len(raters):
+        raise ValueError("two raters have one name; give each a pseudonym of their own")
+    folder = Path(folder)
+    if (folder / "keep" / "study.json").exists() and not overwrite:
+        raise FileExistsError(f"{folder} has a study; --overwrite replaces it")
+    seed = secrets.randbelow(2**63) if seed is None else seed
+    rng, taken = random.Random(seed), set()
+
+    def new_name():
+        name = f"{rng.getrandbits(40):010x}"
+        return new_name() if name in taken else taken.add(name) or name
+
+    study = {"study": f"{rng.getrandbits(64):016x}", "date": datetime.now(timezone.utc).date().isoformat(), "seed": seed,
+             "raters": list(raters), "prompt": prompt.id, "prompt_sha256": prompt.sha256}
+    drawn = [(sample, sample.edited, stratum, weight, False) for sample, stratum, weight in draw(samples, items, rng)]
+    posing = rng.sample(samples, min(attention, len(samples)))
+    drawn += [(sample, sample.original, "attention", 1.0, True) for sample in posing]
+    rng.shuffle(drawn)                                       # the order in which files are made tells nothing either
+    rows = []
+    for part in ("sheet/pictures", "keep"):
+        images.make_folder(folder / part)
+    for sample, edited, stratum, weight, is_attention in drawn:
+        row = {"item_id": new_name(), **{name: sample.details.get(name, "") for name in KINDS}, "arm": sample.arm,
+               "sample_id": sample.sample_id, "image_id": sample.image_id, "prompt_id": sample.prompt_id,
+               "edit_prompt": sample.prompt, "stratum": stratum, "weight": f"{weight:.6g}", "is_attention": int(is_attention)}
+        if is_attention:
+            row |= {"arm": "attention", "method": ""}
+        for which, path in (("original", sample.original), ("edited", edited)):
+            image = images.read(path).image
+            row |= {f"{which}_file": f"pictures/{new_name()}.png", f"{which}_sha256": panels.picture_sha256(image)}
+            images.write(folder / "sheet" / row[f"{which}_file"], image, overwrite=overwrite)
+        rows.append(row)
+    template = (panels.HERE / "pages" / "rating.html").read_text(encoding="utf-8")
+    for rater in raters:
+        order = rng.sample(rows, len(rows))
+        blank = [{**row, "rater_id": rater, "instructions_version": prompt.id} for row in order]
+        shown = {"study": study["study"], "rater": rater, "prompt": prompt.id, "rules": prompt.rules, "columns": RATINGS,
+                 "items": [{name: row[name] for name in ("item_id", *SHOWN)} for row in order]}
+        page = template.replace("{{STUDY}}", json.dumps(shown).replace("<", "\\u003c"))
+        table = _table((*RATINGS[:2], *SHOWN, *RATINGS[2:]), blank)
+        images.write(folder / "sheet" / f"{rater}.html", page, overwrite=overwrite)
+        images.write(folder / "sheet" / f"{rater}.csv", table, overwrite=overwrite)
+    study |= {"items": len(rows) - len(posing), "attention": len(posing), "samples": len(samples)}
+    images.write(folder / "keep" / "study_items.csv", _table(ITEMS, rows), overwrite=overwrite)
+    images.write(folder / "keep" / "study.json", json.dumps(study, indent=1), overwrite=overwrite)
+    return study
+
+
+def draw(samples, items, rng):
+    """[(sample, stratum, weight)]: `items` samples, of each kind (KINDS) at least one, else in proportion.
+
+    What is left after one of each goes by largest remainder; within a kind everyone has the same chance.
+    """
+    kinds = {}
+    for sample in samples:
+        values = [sample.arm if name == "arm" else str(sample.details.get(name, "")) for name in KINDS]
+        kinds.setdefault("|".join(values), []).append(sample)
+    items = min(items, len(samples))
+    if items < len(kinds):
+        raise ValueError(f"{items} items are fewer than the {len(kinds)} kinds of samples (arm, method, editor, "
+                         "prompt type, category); raise --items")
+    exact = {kind: items * len(group) / len(samples) for kind, group in kinds.items()}
+    many = {kind: max(1, math.floor(share)) for kind, share in exact.items()}
+    for kind in sorted(kinds, key=lambda k: (many[k] - exact[k], k)) * items:
+        if sum(many.values()) >= items:
+            break
+        many[kind] += many[kind] < len(kinds[kind])
+    for kind in sorted(kinds, key=lambda k: (exact[k] - many[k], k)) * items:        # more kinds below one than remainders
+        if sum(many.values()) <= items:
+            break
+        many[kind] -= many[kind] > 1
+    return [(sample, kind, len(group) / many[kind])
+            for kind, group in kinds.items() for sample in rng.sample(group, many[kind])]
+
+
+# -------------------------------------------------------------------------------------------------------------- import
+
+@dataclass(frozen=True)
+class Ratings:
+    """A study's ratings. raters: rater -> counts of what was rated; csv: all rows in one table, in the study's order."""
+
+    records: list
+    samples: list
+    raters: dict
+    csv: str
+    study: dict
+
+
+def load(keep, files):
+    """The Ratings of a study from what its raters sent back; raises ValueError."""
+    keep = Path(keep)
+    try:
+        study = json.loads((keep / "study.json").read_text(encoding="utf-8"))
+        known = {row["item_id"]: row for row in _rows(keep / "study_items.csv", ITEMS, ITEMS)}
+        prompt, planned = study["prompt"], study["raters"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(f"{keep}: is not the folder keep/ of a study") from None
+    found = {}
+    for path in files:
+        for number, row in enumerate(_rows(path, RATINGS[:4], (*RATINGS, *SHOWN)), 2):
+            place, item, rater = f"{path}, row {number}", row["item_id"], row["rater_id"]
+            if item not in known:
+                raise ValueError(f"{place}: item {item!r} is not of this study")
+            if rater not in planned:
+                raise ValueError(f"{place}: rater {rater!r} is not of this study; there are {', '.join(planned)}")
+            if (rater, item) in found:
+                raise ValueError(f"{place}: rater {rater!r} has rated item {item!r} before, in {found[rater, item]['place']}")
+            if row.get("instructions_version") not in (None, "", prompt):
+                raise ValueError(f"{place}: was rated by the rules {row['instructions_version']!r}, the study's are {prompt!r}")
+            for name in RATINGS[2:5]:
+                value = (row.get(name) or "").strip()
+                if value not in ("", "0", "1"):
+                    raise ValueError(f"{place}: {name} is {value!r}; write 1 for yes, 0 for no, or nothing")
+                row[name] = None if value == "" else value == "1"
+            if row.get("seconds") and not re.fullmatch(r"\d+([.,]\d+)?", row["seconds"].strip()):
+                raise ValueError(f"{place}: seconds is {row['seconds']!r}, no number")
+            found[rater, item] = {**row, "place": place}
+    if not found:
+        raise ValueError("no row was rated")
+    items = [row for row in known.values() if row["is_attention"] == "0"]
+    samples = [Sample(row["sample_id"], row["image_id"], row["prompt_id"], row["arm"], row["edit_prompt"],
+                      Path(row["original_file"]), Path(row["edited_file"]),
+                      {name: row[name] for name in KINDS[1:] if row[name]}) for row in items]
+    records, raters, nothing = [], {}, dict.fromkeys(RATINGS)
+    for rater in dict.fromkeys(rater for rater, _ in found):
+        for row in items:
+            findings = [found.get((rater, row["item_id"]), nothing)[name] for name in FINDINGS]
+            names = [row[name] for name in ("sample_id", "image_id", "prompt_id", "arm")]
+            records.append(isr.Record(*names, rater, *findings, "not_rated" if findings == [None, None] else "ok"))
+        raters[rater] = _counts(rater, known, found)
+    rows = [{**found[rater, item], **{name: _mark(found[rater, item][name]) for name in RATINGS[2:5]}}
+            for rater in raters for item in known if (rater, item) in found]
+    return Ratings(records, samples, raters, _table(RATINGS, rows), study)
+
+
+def _counts(rater, known, found):
+    """What can be said of a rater: how much is rated, attention, and where overall answer and findings part."""
+    mine = {item: row for (who, item), row in found.items() if who == rater}
+    said = {item: tuple(row[name] for name in FINDINGS) for item, row in mine.items()}
+    attention = [item for item, row in known.items() if row["is_attention"] == "1"]
+    rated = [item for item in known if item not in attention and None not in said.get(item, (None,))]
+    differs = sum(mine[item]["immunization_success"] is not None
+                  and mine[item]["immunization_success"] != any(said[item]) for item in rated)
+    return {"items": len(known) - len(attention), "rated": len(rated), "attention": len(attention),
+            "attention_right": sum(said.get(item) == ATTENTION for item in attention), "overall_differs": differs}
+
+
+def _mark(finding):
+    return "" if finding is None else str(int(finding))
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+def _table(columns, rows):
+    """CSV (RFC 4180, LF). What a spreadsheet would take for a formula gets an apostrophe, which `_rows` takes off again."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        texts = ["" if row.get(name) is None else str(row[name]) for name in columns]
+        writer.writerow([f"'{text}" if text[:1] in tuple("=+-@\t\r'") else text for text in texts])
+    return file.getvalue()
+
+
+def _rows(path, needed, allowed):
+    """The rows of a CSV as dicts of texts; raises ValueError."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror[:1].lower()}{error.strerror[1:]}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: is no CSV in UTF-8 ({error})") from None
+    head = [name.strip() for name in lines[0]] if lines else []
+    if extra := [name for name in head if name not in allowed]:
+        advice = "; separate the columns by commas" if ";" in extra[0] or "\t" in extra[0] else ""
+        raise ValueError(f"{path}: has the column {extra[0]!r}, which is none of {', '.join(allowed)}{advice}")
+    if missing := [name for name in needed if name not in head]:
+        raise ValueError(f"{path}: has no column {missing[0]}")
+    if len(set(head)) < len(head):
+        raise ValueError(f"{path}: has a column twice")
+    rows = []
+    for number, line in enumerate(lines[1:], 2):
+        if not any(line):
+            continue
+        if len(line) != len(head):
+            raise ValueError(f"{path}, row {number}: has {len(line)} fields, and there are {len(head)} columns")
+        rows.append({name: value[1:] if value[:1] == "'" else value for name, value in zip(head, line, strict=True)})
+    return rows
