@@ -33,6 +33,9 @@ def backbone(network, *, file=None, on_bytes=lambda count: None):
     try:
         if file is None and source.kept.is_file():
             return metrics.lpips_weights(network)
+        if file is None and constants.HF_HUB_OFFLINE:
+            raise Unavailable(f"{source.file} is not here, and HF_HUB_OFFLINE is set: run this once without it, or give the "
+                              "file with --weights")
         source.kept.parent.mkdir(parents=True, exist_ok=True)
         if file is not None:
             _keep(source, file)
@@ -53,9 +56,6 @@ def backbone(network, *, file=None, on_bytes=lambda count: None):
 
 def _fetch(source, part, on_bytes):
     """The whole file of `source` as `part`, its hash checked."""
-    if constants.HF_HUB_OFFLINE:
-        raise Unavailable(f"{source.file} is not here, and HF_HUB_OFFLINE is set: run this once without it, or give the file "
-                          "with --weights")
     have = part.stat().st_size if part.is_file() else 0
     if shutil.disk_usage(part.parent).free < source.size - have + source.kept_size:
         raise Unavailable(_full(part.parent, f", {source.title} needs {source.size / 1e6:.0f} MB for a while"))

@@ -388,10 +388,15 @@ def _read(backbone, path, changed):
         if digest not in (None, actual):
             raise Unfit(f"{path} is damaged: its tensors are not those that were written; remove it and run `python -m "
                         f"sifm_min.weights download lpips-{backbone.name}` again")
-        with safe_open(backbones.LINEAR, framework="pt") as opened:
-            layers = [name for name in opened.keys() if name.startswith(f"{backbone.name}.")]  # noqa: SIM118 (no dict)
-            tensors |= {name.partition(".")[2]: opened.get_tensor(name) for name in layers}
+        tensors |= linear_layers(backbone.name)
     return LPIPSWeights(backbone.name, tensors, actual, source == backbone.sha256, path)
+
+
+def linear_layers(network):
+    """The layers that ship with the package: {"lin0": (C,), ...}, float32."""
+    with safe_open(backbones.LINEAR, framework="pt") as opened:
+        names = [name for name in opened.keys() if name.startswith(f"{network}.")]  # noqa: SIM118 (it is no dict)
+        return {name.partition(".")[2]: opened.get_tensor(name) for name in names}
 
 
 def _safetensors(backbone, path):
@@ -493,6 +498,7 @@ def _share(part, whole, dist, ref):
 
 def _checked(dist, ref, smallest=1):
     """Both batches in float32 or better, clipped to [0,1]; ValueError for what is not two batches of pictures."""
+    rounded = False
     for name, pixels in (("dist", dist), ("ref", ref)):
         if not torch.is_tensor(pixels) or not pixels.is_floating_point():
             kind = getattr(pixels, "dtype", type(pixels).__name__)
@@ -502,9 +508,11 @@ def _checked(dist, ref, smallest=1):
         low, high = pixels.detach().aminmax()
         if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # written so that NaN fails too
             raise ValueError(f"{name}: expected values in [0,1], got {low.item():.4g} to {high.item():.4g}")
+        rounded = rounded or bool(low < 0) or bool(high > 1)
     if dist.shape != ref.shape:
         raise ValueError(f"the pictures differ in shape: dist {tuple(dist.shape)}, ref {tuple(ref.shape)}")
     if min(dist.shape[2:]) < smallest:
         raise ValueError(f"this metric needs at least {smallest} pixels a side, got {dist.shape[3]}x{dist.shape[2]}")
     dtype = torch.promote_types(torch.promote_types(dist.dtype, ref.dtype), torch.float32)
-    return dist.to(dtype).clamp(0, 1), ref.to(dtype).clamp(0, 1)
+    dist, ref = dist.to(dtype), ref.to(dtype)
+    return (dist.clamp(0, 1), ref.clamp(0, 1)) if rounded else (dist, ref)

@@ -184,9 +184,9 @@ def _check_lpips(name, args):
     for network in LPIPS[name]:
         source, label = backbones.NETWORKS[network], f"lpips-{network}"
         if args.action == "download":
-            origin = args.weights or source.url
-            cli.say(f"{label}: {source.title}, about {_size(source.size)} from {origin}, of which {_size(source.kept_size)} are "
-                    f"kept, licence: {backbones.LICENCE}", quiet=args.quiet)
+            origin = args.weights or f"about {_size(source.size)} from {source.url}"
+            cli.say(f"{label}: {source.title}, {origin}, of which {_size(source.kept_size)} are kept, "
+                    f"licence: {backbones.LICENCE}", quiet=args.quiet)
         try:
             if args.action == "download":
                 with cli.progress(total=source.size, what=label, unit="B", quiet=args.quiet) as bar:
@@ -200,7 +200,8 @@ def _check_lpips(name, args):
             weights, code = None, cli.SOME_FAILED
         if args.json:
             cli.out(cli.to_json({"name": label, "source": source.url, "revision": source.sha256, "file": source.kept,
-                                 "licence": backbones.LICENCE, "sha256": weights and weights.sha256, "ok": weights is not None}))
+                                 "licence": backbones.LICENCE, "sha256": weights and weights.sha256,
+                                 "ok": weights is not None}))
         elif args.action == "verify":
             cli.out(f"{'ok' if weights else 'BAD':7}  {weights.sha256 if weights else '-' * 64}  {label}: {source.kept.name}")
         if weights:
