@@ -207,6 +207,8 @@ def open_checkpoint(source, components=None, *, t5=True, revision=None, offline=
     hub_id, revision = found.hub_id, revision or found.revision or "main"
     folder, missing = cached(hub_id, revision, components, t5=t5)
     if missing and (hub.is_offline() if offline is None else offline):
+        if isinstance(missing, Unfit):
+            raise missing                           # no download would help
         raise Unavailable(f"{missing}, and offline nothing is fetched: run `python -m sifm_min.weights {command}` once "
                           "while online, without HF_HUB_OFFLINE")
     if missing:
@@ -229,14 +231,15 @@ def cached(hub_id, revision, components=None, *, t5=True):
             return None, Unavailable(f"{hub_id} is not in the cache {hub.cache()}")
         _in_folder(folder, components, hub_id, t5)
     except Unavailable as missing:
-        if folder is None:
-            return None, missing
+        if folder is None or isinstance(missing, Unfit):
+            return folder, missing
         return folder, Unavailable(f"{hub_id} is not complete in the cache {hub.cache()} ({missing})")
     return folder, None
 
 
 def _open_single_file(file, components, t5, rest, offline):
-    """The `SingleFile`, with what it lacks from `rest`."""
+    """The `SingleFile`, with what it lacks from `rest`: networks and tokenizers as a pipeline has them, and of a folder
+    also text encoders as files of their own."""
     parts = _parts(file)
     beside = find(file.absolute().parent if rest is None else rest)
     if beside.file:

@@ -157,6 +157,13 @@ def test_every_tensor_and_every_operation_is_as_published(published, shared):
     assert operations == {"copy": 635, "swap_halves": 4, "third_0": 96, "third_1": 96, "third_2": 96}, operations
 
 
+def test_every_tensor_of_stable_diffusion_3_5_has_one_place(shared):
+    wanted = json.loads((shared / "data/checkpoints/sd35_medium_mmdit.keys.json").read_text())
+    table = single_files.places("transformer", {f"joint_blocks.{i}.": None for i in range(24)})
+    counts = Counter(place.name for places in table.values() for place in places)
+    assert counts.keys() >= wanted.keys() and set(counts.values()) == {1}
+
+
 @pytest.mark.parametrize("part, kind, manifest, keys", [
     ("transformer", MMDiT, "sd3_mmdit", "sd3_single"),
     ("vae", AutoencoderKL, "sd3_vae", "sd3_single"),
