@@ -23,6 +23,7 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -57,6 +58,18 @@ class Parser(argparse.ArgumentParser):
         """Add the shared flags called `names` (keys of SHARED), and those that every command has."""
         for name in (*names, "json", "quiet", "debug"):
             self.add_argument(f"--{name}", **SHARED[name])
+
+    def editor(self):
+        """Add the flags that choose an editor: see `load_editor`."""
+        add = self.add_argument
+        add("--editor", default="miniature",
+            help="miniature, miniature-plain, miniature-sd3, instruct-pix2pix, hq-edit, sd3, ultraedit, a folder in the "
+                 "published layout, a single file of Stable Diffusion 3, or a hub id")
+        add("--revision", help="of a hub repository (a commit, tag or branch)")
+        add("--components", metavar="FOLDER-OR-NAME", help="where a single file's text encoders and tokenizers come from")
+        add("--no-t5", dest="t5", action="store_false",
+            help="do without Stable Diffusion 3's largest text encoder (9.5 GB less)")
+        add("--strength", type=fraction, help="of img2img, 0 to 1: how much may change (default: the editor's)")
 
 
 def eps(text):
@@ -268,7 +281,7 @@ def run(body, parser, argv=None):
 def guard(body, *, debug=False):
     """body() -> exit code or None. What may go wrong (not our own bugs) ends in one sentence and its code."""
     try:
-        with _terminable():
+        with _terminable(), _plain_warnings():
             return body() or OK
     except KeyboardInterrupt:
         return fail("interrupted; what is finished is whole", INTERRUPTED)
@@ -318,6 +331,14 @@ def each_file(paths, work, *, unit="picture", quiet=False, debug=False, as_json=
 def _unavailable():
     from .models.checkpoints import Unavailable
     return Unavailable
+
+
+@contextlib.contextmanager
+def _plain_warnings():
+    """A warning is a remark in one sentence too, without the line of code that gave it."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *where, **how: say(f"note: {sentence(message)}")
+        yield
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The attacker's side as a command: edit pictures with an instruction, exactly as the published pipeline does."""
 
 from . import cli
-from .immunize import find
+from .immunize import find, load
 
 EXAMPLES = """examples:
   %(prog)s photo.png --prompt "make her a witch" -o out
@@ -20,13 +20,11 @@ def _parser():
     add("pictures", nargs="+", type=cli.path, metavar="PICTURE-OR-FOLDER")
     add("--prompt", required=True, type=cli.prompt, help="the instruction")
     add("-o", "--output", required=True, type=cli.path, metavar="DIR", help="where results go (created if absent)")
-    add("--editor", default="miniature",
-        help="miniature, miniature-plain, instruct-pix2pix, hq-edit, a folder in the published layout, or a hub id")
-    add("--revision", help="of a hub repository (a commit, tag or branch)")
+    parser.editor()
     add("--negative-prompt", default="", help="what the edit should avoid")
     add("--steps", type=cli.count, help="denoising steps (default: the editor's)")
     add("--guidance", type=cli.number, help="weight of the instruction (default: the editor's)")
-    add("--image-guidance", type=cli.number, help="weight of the picture (default: the editor's)")
+    add("--image-guidance", type=cli.number, help="weight of the picture, of instruction editors (default: the editor's)")
     add("--size", type=cli.count, help="long side at which the picture is edited (default: the editor's)")
     parser.shared("device", "dtype", "seed", "overwrite")
     return parser
@@ -34,10 +32,9 @@ def _parser():
 
 def _body(args):
     from . import images
-    from .editors import load_editor
 
     pictures = find(args.pictures, args.output, (ENDING,))
-    editor = load_editor(args.editor, revision=args.revision, **cli.place(args))
+    editor = load(args)
     images.make_folder(args.output)
     if editor.notice:
         cli.say(editor.notice, quiet=args.quiet)
@@ -47,7 +44,7 @@ def _body(args):
         if target.exists() and not args.overwrite:
             raise ValueError(f"{target} exists; add --overwrite or choose another folder")
         picture = images.read(path)
-        with cli.progress(total=args.steps or editor.defaults.steps, what=path.name, quiet=args.quiet) as bar:
+        with cli.progress(total=len(editor.plan(args.steps).timesteps), what=path.name, quiet=args.quiet) as bar:
             edited = editor.edit(picture.image.convert("RGB"), args.prompt, negative_prompt=args.negative_prompt,
                                  seed=args.seed, steps=args.steps,
                                  guidance=args.guidance, image_guidance=args.image_guidance, size=args.size,

@@ -10,7 +10,7 @@ reach every editor through the same calls: `encode`, `noise_latent`, `features` 
 
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -98,7 +98,7 @@ class Editor:
             "name": self.name, "source": getattr(checkpoint, "source", None),
             "revision": getattr(checkpoint, "revision", None),
             "weights": checkpoint.hashes() if checkpoint else {}, "scheduler": self.scheduler.config.sampler,
-            "scheduler_note": self.scheduler.note,
+            "scheduler_note": self.scheduler.note, "defaults": asdict(self.defaults),
             "dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type, "notice": self.notice,
         }
 

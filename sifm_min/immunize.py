@@ -14,7 +14,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -235,9 +235,7 @@ def _parser():
     add("pictures", nargs="*", type=cli.path, metavar="PICTURE-OR-FOLDER")
     add("--prompt", action="append", type=cli.prompt, help="the edit to defeat; several take turns")
     add("-o", "--output", type=cli.path, metavar="DIR", help="where results go (created if absent)")
-    add("--editor", default="miniature",
-        help="miniature, miniature-plain, instruct-pix2pix, hq-edit, a folder in the published layout, or a hub id")
-    add("--revision", help="of a hub repository (a commit, tag or branch)")
+    parser.editor()
     add("--method", default="sifm", choices=tuple(METHODS))
     add("--eps", type=cli.eps, default=0.03, help="budget, as 0.03 or 8/255 (default: 0.03)")
     add("--preset", choices=PRESETS, default="protocol",
@@ -290,7 +288,7 @@ def _body(args):
     pictures = [] if listing else _share(find(args.pictures, args.output, OUTPUTS))
     if args.mask:                                            # what is wrong with the mask itself is no picture's fault
         images.read_mask(args.mask, *images.read(args.mask).image.size)
-    editor = _load(args)
+    editor = load(args)
     if listing:
         for name in editor.tap_names:
             default = name in editor.default_taps
@@ -306,13 +304,20 @@ def _body(args):
                          as_json=args.json)
 
 
-def _load(args):
+def load(args):
+    """The editor that a command's flags (`cli.Parser.editor`) ask for."""
     from .editors import load_editor
     place = cli.place(args)
     if place["device"] is None and "LOCAL_RANK" in os.environ:
         import torch
         place["device"] = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
-    return load_editor(args.editor, revision=args.revision, **place)
+    editor = load_editor(args.editor, revision=args.revision, components=args.components, t5=args.t5, **place)
+    if args.strength is not None:
+        if "strength" not in editor.OPTIONS:
+            raise ValueError(f"--strength is for img2img, which {args.editor} does not do")
+        editor.plan(strength=args.strength)                  # too little of too few steps is refused before any work
+        editor.defaults = replace(editor.defaults, strength=args.strength)
+    return editor
 
 
 def find(names, output, endings):
@@ -423,7 +428,7 @@ def _read_report(path):
 def _preview(picture, immunized, editor, args):
     from . import images
     prompt = args.prompt[0]
-    with cli.progress(total=2 * editor.defaults.steps, what="preview", quiet=args.quiet) as bar:
+    with cli.progress(total=2 * len(editor.plan().timesteps), what="preview", quiet=args.quiet) as bar:
         edits = [editor.edit(image.convert("RGB"), prompt, seed=args.seed, on_step=lambda i, n: bar.update())
                  for image in (picture.image, immunized)]
     captions = ("original", f"edited: {prompt}", "immunized", f"edited: {prompt}", "perturbation x10")

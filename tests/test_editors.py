@@ -486,14 +486,13 @@ def test_known_names_sample_with_euler_ancestral_whatever_is_stored(name, folder
     assert stored.provenance()["scheduler"] == "DDIMScheduler" and stored.provenance()["scheduler_note"] == ""
     asked = []
 
-    def local(source, components, **options):
-        asked.append((source, tuple(components), options))
+    def local(source, **options):
+        asked.append((source, options))
         return checkpoints.Checkpoint(stored.checkpoint.folder, "a/hub", "c0ffee", stored.checkpoint.files)
 
     monkeypatch.setattr(checkpoints, "open_checkpoint", local)
     editor = load_editor(name, device="cpu", revision="main", offline=True)
-    assert asked == [(name, ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
-                      {"revision": "main", "offline": True})]
+    assert asked == [(name, {"revision": "main", "offline": True, "t5": True, "rest": None})]
     told = editor.provenance()
     assert told["scheduler"] == "EulerAncestralDiscreteScheduler" and "DDIMScheduler" in told["scheduler_note"]
     assert (told["name"], told["source"], told["revision"]) == (name, "a/hub", "c0ffee")
