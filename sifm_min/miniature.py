@@ -14,11 +14,17 @@ attribute classifier: a small network trained on renderings, never on edits. Sem
   instruction changes is not read as asked for. Perceptual degradation: its damage head, trained on synthetic damage,
   says damaged, or fewer than 70 % of the attributes that the instruction leaves alone are still read as they were.
 
+Img2img repaints the whole picture from a caption, so its edits may stand a little elsewhere and look as they like where the
+caption says nothing (the skin). `caption_judges` are the same two with the same thresholds, which allow for just that: the
+oracle draws source and target in the pose that is nearest to the edit, and compares with that target outside M; the
+classifier asks only for attributes that the caption names.
+
 `tools/measure_miniature.py judges` prints how the thresholds sit: what share of autoencoded targets, of untouched sources
 and of wrong-prompt edits each judge calls obeyed. They were set on clean pictures and never moved for a method.
 """
 
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -100,6 +106,7 @@ def _sample(image, instruction, unseen=()):
 
 # -- judges --------------------------------------------------------------------------------------------------------------
 
+UNNAMED = {"portrait": {"skin"}, "landscape": set(), "artwork": set()}            # what `world.caption` leaves open
 PROGRESS, RESIDUAL = 0.5, 0.6
 TARGET_PSNR, OUTSIDE_PSNR, OUTSIDE_PIXELS, TARGET_SSIM = 18.0, 19.0, 200, 0.60
 DAMAGED, KEPT = 0.5, 0.7
@@ -107,19 +114,60 @@ DAMAGED, KEPT = 0.5, 0.7
 
 def pixel_oracle(sample, edited):
     """The judge that compares with the exact target; see the module's docstring."""
-    output, source, target = (_pixels(picture) for picture in (edited, sample.image, sample.target))
-    inside = torch.from_numpy(sample.mask)
+    return _compared(edited, sample.image, sample.target, sample.mask, unchanged=sample.image)
+
+
+def posed_oracle(sample, edited):
+    """The same judge for img2img: the exact target is drawn where the edit stands; see the module's docstring."""
+    asked = sample.instruction
+    jitter, open_values = pose(asked.target, edited)
+    source, target = (world.render(replace(scene, jitter=jitter).changed(open_values)) for scene in (asked.scene, asked.target))
+    mask = world.changed_share(source, target)[1]
+    return _compared(edited, source, target, mask if mask.any() else sample.mask, unchanged=target)
+
+
+def _compared(edited, source, target, mask, unchanged):
+    """The oracles' verdict; `unchanged` is what the edit should look like outside the mask."""
+    output, source, target, unchanged = (_pixels(picture) for picture in (edited, source, target, unchanged))
+    inside = torch.from_numpy(mask)
     asked, done = (target - source)[0, :, inside], (output - source)[0, :, inside]
     progress = (done * asked).sum() / asked.square().sum()
     residual = (done - asked).norm() / asked.norm()
-    outside = (output - source)[0, :, ~inside]
+    outside = (output - unchanged)[0, :, ~inside]
     spoiled = (~inside).sum() >= OUTSIDE_PIXELS and _psnr(outside) < OUTSIDE_PSNR
-    degraded = bool(spoiled) or _psnr(output - target) < TARGET_PSNR or metrics.ssim(output,
-                                                                                     target).item() < TARGET_SSIM
+    degraded = bool(spoiled) or _psnr(output - target) < TARGET_PSNR or metrics.ssim(output, target).item() < TARGET_SSIM
     return Verdict.of(progress < PROGRESS or residual > RESIDUAL, degraded)
 
 
-def attribute_classifier(sample, edited):
+def pose(scene, edited):
+    """(jitter, {attribute: value}) of the rendering of `scene` that is nearest to `edited`, over the jitter and over what a
+    caption leaves open. A seeded search, the same for everybody: forty draws, then steps along each number, halved twice."""
+    rng, wanted = random.Random(0), _pixels(edited)[0].permute(1, 2, 0).numpy()
+    name = next(iter(UNNAMED[scene.category] & visible_attributes(scene)), None)
+    choices = [{name: value} for value in world.ATTRIBUTES[scene.category][name]] if name else [{}]
+
+    def cost(jitter, values):
+        drawn = np.asarray(world.render(replace(scene, jitter=jitter).changed(values)), np.float32) / 255
+        return float(np.square(drawn - wanted).mean())
+
+    values = min(choices, key=lambda values: cost(scene.jitter, values))
+    best, least = scene.jitter, cost(scene.jitter, values)
+
+    def attempt(jitter):
+        nonlocal best, least
+        if (found := cost(jitter, values)) < least:
+            best, least = jitter, found
+
+    for _ in range(40):
+        attempt(tuple(rng.uniform(-1, 1) for _ in best))
+    for step in (0.35, 0.175, 0.0875):
+        for axis in range(len(best)):
+            for move in (-step, step):
+                attempt(tuple(max(-1, min(1, j + move * (i == axis))) for i, j in enumerate(best)))
+    return best, min(choices, key=lambda values: cost(best, values))
+
+
+def attribute_classifier(sample, edited, unnamed=None):
     """The judge that reads attributes; see the module's docstring. Raises FileNotFoundError without its shipped weights."""
     network = load_classifier()
     with torch.no_grad():
@@ -127,7 +175,7 @@ def attribute_classifier(sample, edited):
     wanted = sample.instruction.target
     read = {name: options[scores[f"{wanted.category}.{name}"].argmax(1).item()] for name,
             options in world.ATTRIBUTES[wanted.category].items()}
-    visible = visible_attributes(wanted)
+    visible = visible_attributes(wanted) - (unnamed or {}).get(wanted.category, set())
     changed = [name for name in sample.instruction.changed if name in visible]
     kept = [name for name in visible if name not in sample.instruction.changed]
     still = sum(read[name] == wanted.values[name] for name in kept) / len(kept) if kept else 1.0      # a style hides them all
@@ -135,10 +183,26 @@ def attribute_classifier(sample, edited):
     return Verdict.of(any(read[name] != wanted.values[name] for name in changed), degraded)
 
 
+def caption_classifier(sample, edited):
+    """The same judge for img2img: of what should stay, only what the caption names."""
+    return attribute_classifier(sample, edited, UNNAMED)
+
+
 judges = {"pixel oracle": pixel_oracle, "attribute classifier": attribute_classifier}
+caption_judges = {"pixel oracle": posed_oracle, "attribute classifier": caption_classifier}
 
 
-def judge(sample, edited):
+def judges_of(editor):
+    """The two judges for an editor's kind of edit: by an instruction, or img2img by a caption of the result."""
+    return caption_judges if editor.kind == "img2img" else judges
+
+
+def prompt_of(sample, editor):
+    """What an editor is told: the instruction, or for img2img the caption of the picture asked for."""
+    return sample.target_caption if editor.kind == "img2img" else sample.prompt
+
+
+def judge(sample, edited, judges=judges):
     """The strict consensus of both judges on `edited`, a picture of any size (it is judged at 64x64)."""
     return Verdict.consensus(one(sample, edited) for one in judges.values())
 

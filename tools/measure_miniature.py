@@ -10,9 +10,11 @@ Shares are given with their 95 % Wilson interval. "of clean successes": among th
 
 import argparse
 import json
+import random
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,22 +47,23 @@ def measure(editor, sample, args):
     """Verdicts (both judges and their consensus) of every edit of one sample, and the pictures' distances."""
     options = {} if args.noisy == "default" else {"noisy": args.noisy}
     started = time.perf_counter()
-    sifm = sifm_min.immunize(sample.image, editor, sample.prompt, method="sifm", steps=args.steps, **options)
+    prompt = miniature.prompt_of(sample, editor)
+    sifm = sifm_min.immunize(sample.image, editor, prompt, method="sifm", steps=args.steps, **options)
     seconds = time.perf_counter() - started
-    arms = {"clean": sample.image, "noise": sifm_min.immunize(sample.image, editor, sample.prompt,
-                                                              method="noise").image, "sifm": sifm.image}
+    noise = sifm_min.immunize(sample.image, editor, prompt, method="noise")
+    arms = {"clean": sample.image, "noise": noise.image, "sifm": sifm.image}
     asked = (sample, *sample.unseen)
-    record = {"kind": sample.kind, "category": sample.category, "prompt": sample.prompt, "seconds": seconds,
+    record = {"kind": sample.kind, "category": sample.category, "prompt": prompt, "seconds": seconds,
               "linf": sifm.report["linf_steps"]}
     for arm, picture in arms.items():
         cases = asked if arm != "noise" else asked[:1]
-        outputs = editor.edit([picture] * len(cases), [case.prompt for case in cases])
-        record[arm] = [verdicts(case, output) for case, output in zip(cases, outputs, strict=True)]
+        outputs = editor.edit([picture] * len(cases), [miniature.prompt_of(case, editor) for case in cases])
+        record[arm] = [verdicts(case, output, editor) for case, output in zip(cases, outputs, strict=True)]
     return record
 
 
-def verdicts(sample, edited):
-    found = {name: judge(sample, edited) for name, judge in miniature.judges.items()}
+def verdicts(sample, edited, editor):
+    found = {name: judge(sample, edited) for name, judge in miniature.judges_of(editor).items()}
     consensus = isr.Verdict.consensus(found.values())
     return {"obeyed": consensus.obeyed, "success": consensus.success,
             **{name: [v.semantic_mismatch, v.perceptual_degradation] for name, v in found.items()}}
@@ -102,18 +105,24 @@ def judges(args):
 
     def autoencoded(image):
         with torch.no_grad():
-            latent = editor.encode(images.to_pixels(image)) * editor.vae.config.scaling_factor
-            return images.to_image(editor.decode(latent).clamp(0, 1))
+            return images.to_image(editor.decode(editor.scaled(editor.encode(images.to_pixels(image)))).clamp(0, 1))
+
+    rng = random.Random(0)
+
+    def elsewhere(scene):
+        """The scene as img2img may well draw it: in another pose, with another skin."""
+        values = {"skin": rng.choice(world.ATTRIBUTES["portrait"]["skin"])} if scene.category == "portrait" else {}
+        return world.render(replace(scene, jitter=tuple(rng.uniform(-1, 1) for _ in scene.jitter)).changed(values))
 
     arms = {"exact target": lambda s: s.target, "autoencoded target": lambda s: autoencoded(s.target),
+            "autoencoded target in another pose": lambda s: autoencoded(elsewhere(s.instruction.target)),
             "untouched source": lambda s: s.image,
             "autoencoded source": lambda s: autoencoded(s.image),
             "target of another instruction": lambda s: s.unseen[0].target,
-            "target blended with another picture": lambda s: Image.blend(s.target,
-                                                                         world.render(samples[0].instruction.scene),
+            "target blended with another picture": lambda s: Image.blend(s.target, world.render(samples[0].instruction.scene),
                                                                          0.5)}
     for arm, picture in arms.items():
-        found = [verdicts(sample, picture(sample)) for sample in samples]
+        found = [verdicts(sample, picture(sample), editor) for sample in samples]
         parts = ", ".join(f"{name} {sum(not any(v[name]) for v in found)}" for name in miniature.judges)
         print(f"  {arm:36} obeyed: consensus {share(sum(v['obeyed'] for v in found), len(found))}; {parts}")
 
