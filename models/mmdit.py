@@ -118,7 +118,8 @@ class PatchEmbedding(nn.Module):
         top, left = (self.side - height) // 2, (self.side - width) // 2
         table = self.pos_embed.unflatten(1, (self.side, self.side))
         table = table[:, top:top + height, left:left + width].flatten(1, 2)
-        return x.flatten(2).transpose(1, 2) + table.to(x.dtype)
+        # Contiguous once, here: every residual sum after it would keep the convolution's strides.
+        return x.flatten(2).transpose(1, 2).contiguous() + table.to(x.dtype)
 
 
 class TwoLayers(nn.Module):

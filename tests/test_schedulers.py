@@ -1,12 +1,15 @@
 """The schedulers against diffusers': timesteps, noise levels, and whole trajectories step by step."""
 
+import inspect
 import json
+from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sifm_min.models import schedulers
-from sifm_min.models.schedulers import ANCESTRAL, DDIM, EULER, load
+from sifm_min.models.schedulers import ANCESTRAL, DDIM, EULER, FLOW, load
 
 diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")        # theirs, thousands of them
@@ -310,7 +313,8 @@ def test_published_sdxl_file_is_read():
     (ANCESTRAL, {"prediction_type": "flow_prediction"}, "flow_prediction"),
     (DDIM, {"timestep_spacing": "log"}, "timestep_spacing"),
     (DDIM, {"trained_betas": [0.1, 0.2]}, "2 trained_betas"),
-    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "FlowMatchEulerDiscreteScheduler and does not set beta_start"),
+    ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, "FlowMatchHeunDiscreteScheduler and does not set beta_start"),
+    (EULER, SD | {"shift": 3.0}, "sets shift, which EulerDiscreteScheduler"),
     ("UniPCMultistepScheduler", SD | {"use_flow_sigmas": True}, "use_flow_sigmas"),
     ("CogVideoXDDIMScheduler", SD | {"snr_shift_scale": 3.0}, "snr_shift_scale"),
     (None, {}, "no class"),
@@ -343,3 +347,246 @@ def test_ddim_refuses_to_start_after_the_end_of_training():
 def test_ancestral_needs_its_noise():
     with pytest.raises(ValueError, match="pass standard normal noise"):
         load(None).plan(3).step(torch.zeros(1, 4, 2, 2), 0, torch.zeros(1, 4, 2, 2), None)
+
+
+# -- rectified flow ----------------------------------------------------------------------------------------------------
+
+FLOWS = {
+    "Stable Diffusion 3": {"shift": 3.0},
+    "defaults": {},
+    "whole number": {"shift": 6},
+    "barely shifted": {"shift": 1.15},
+    "shifted the other way": {"shift": 0.5},
+    "short training": {"shift": 2.7, "num_train_timesteps": 120},
+}
+
+
+def flow_pair(name: str) -> tuple:
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(**FLOWS[name])
+    ours = load(theirs.to_json_string())
+    assert (ours.note, ours.config.sampler, ours.draws_noise) == ("", FLOW, False)
+    return ours, theirs
+
+
+def restart(theirs, steps: int, strength: float) -> torch.Tensor:
+    """Their scheduler as StableDiffusion3Img2ImgPipeline leaves it before the first step; the timesteps to visit."""
+    pytest.importorskip("transformers", reason="diffusers has no pipelines without transformers")
+    theirs.set_timesteps(steps)
+    pipeline = SimpleNamespace(scheduler=theirs)
+    timesteps, count = diffusers.StableDiffusion3Img2ImgPipeline.get_timesteps(pipeline, steps, strength, "cpu")
+    assert len(timesteps) == count
+    return timesteps
+
+
+def assert_same_flow(ours, theirs, steps, strength):
+    """One img2img edit of both from the same latent and noise, as in assert_same_trajectory."""
+    plan = ours.plan(steps, strength)
+    timesteps = restart(theirs, steps, strength)
+    assert torch.equal(plan.timesteps, timesteps) and plan.timesteps.dtype == timesteps.dtype
+    assert torch.equal(plan.sigmas, theirs.sigmas[-len(timesteps) - 1:]) and plan.sigmas[-1] == 0
+    picture, noise = torch.randn(2, 2, 4, 3, 5, generator=torch.Generator().manual_seed(steps))
+    mine = ours.add_noise(picture, noise, plan.timesteps[0])
+    latent = theirs.scale_noise(picture, timesteps[:1].repeat(2), noise)
+    assert_close(mine, latent)
+    for i, timestep in enumerate(timesteps):
+        assert plan.scale_input(latent, i) is latent
+        velocity = toy(latent, timestep)
+        ours_next = plan.step(velocity, i, latent)
+        mine = plan.step(toy(mine, plan.timesteps[i]), i, mine)
+        latent = theirs.step(velocity, timestep, latent).prev_sample
+        assert torch.equal(ours_next, latent)
+    assert_close(mine, latent, 1e-5)
+    return plan
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_same_flow_as_diffusers(name):
+    ours, theirs = flow_pair(name)
+    for steps, strength in [(1, 1.0), (2, 0.5), (3, 1.0), (10, 0.3), (28, 0.6), (50, 0.8), (50, 1.0)]:
+        assert_same_flow(ours, theirs, steps, strength)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_same_noise_levels_for_every_number_of_steps(name):
+    ours, theirs = flow_pair(name)
+    for steps in [*range(1, 101), 117, 233, 500, 999, 1000]:
+        if steps <= theirs.config.num_train_timesteps:
+            plan = ours.plan(steps)
+            theirs.set_timesteps(steps)
+            assert torch.equal(plan.timesteps, theirs.timesteps) and torch.equal(plan.sigmas, theirs.sigmas)
+
+
+def test_a_flow_starts_at_the_noise_alone_where_theirs_rounds_past_it():
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=0.4)           # 0.4 / (1 + (0.4 - 1)) in float32 is above 1
+    theirs.set_timesteps(20)
+    plan = load(theirs.to_json_string()).plan(20)
+    assert theirs.timesteps[0] > 1000 and plan.timesteps[0] == 1000
+    assert_close(plan.timesteps, theirs.timesteps)
+    assert_close(plan.sigmas, theirs.sigmas)
+
+
+def test_a_strength_visits_what_their_pipeline_visits():
+    """Also where steps times strength is no whole number, or is one only in exact arithmetic."""
+    ours, theirs = flow_pair("Stable Diffusion 3")
+    for steps in (1, 2, 3, 7, 10, 20, 25, 28, 30, 50, 100):
+        for strength in (1e-6, 0.001, 1 / 3, 0.999, *(i / 20 for i in range(1, 21)), *(0.1 * i for i in range(1, 10))):
+            assert torch.equal(ours.plan(steps, strength).timesteps, restart(theirs, steps, strength))
+
+
+@pytest.mark.parametrize(("steps", "strength", "count", "first"), [
+    (28, 0.6, 17, 0.814325), (28, 0.8, 23, 0.929818), (50, 0.3, 15, 0.548046), (50, 0.6, 30, 0.813852),
+    (50, 0.8, 40, 0.921533)])
+def test_published_strengths(steps, strength, count, first):
+    """Stable Diffusion 3's, computed elsewhere: how many steps are run, and the noise that they start from."""
+    plan = flow_pair("Stable Diffusion 3")[0].plan(steps, strength)
+    assert (len(plan.timesteps), len(plan.sigmas)) == (count, count + 1)
+    assert plan.sigmas[0].item() == pytest.approx(first, abs=1e-6)
+    assert plan.timesteps[0].item() == pytest.approx(1000 * first, abs=1e-3)
+
+
+def test_published_timesteps():
+    timesteps = flow_pair("Stable Diffusion 3")[0].plan(28).timesteps.tolist()
+    assert timesteps[:4] == pytest.approx([1000, 987.3806, 974.1077, 960.1293], abs=1e-4)
+    assert timesteps[-4:] == pytest.approx([278.0488, 199.827, 110.9057, 8.9286], abs=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"shift": 3.1}, {"num_train_timesteps": 999}], ids=str)
+def test_the_comparison_of_flows_sees_a_key_read_wrongly(change):
+    theirs = flow_pair("Stable Diffusion 3")[1]
+    stored = json.loads(theirs.to_json_string())
+    assert_same_flow(load(json.dumps(stored)), theirs, 10, 0.6)
+    with pytest.raises(AssertionError):
+        assert_same_flow(load(json.dumps(stored | change)), theirs, 10, 0.6)
+
+
+@pytest.mark.parametrize("fault", [
+    ("FlowPlan", "step", lambda self, velocity, i, latent: latent - (self.sigmas[i + 1] - self.sigmas[i]) * velocity),
+    ("FlowScheduler", "add_noise", lambda self, latent, noise, timestep: latent + timestep / 1000 * noise),
+], ids=["against the flow", "as Euler adds noise"])
+def test_the_comparison_of_flows_sees_a_fault(fault, monkeypatch):
+    ours, theirs = flow_pair("Stable Diffusion 3")
+    monkeypatch.setattr(getattr(schedulers, fault[0]), *fault[1:])
+    with pytest.raises(AssertionError):
+        assert_same_flow(ours, theirs, 5, 0.6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_flows_as_theirs(dtype):
+    ours, theirs = flow_pair("Stable Diffusion 3")
+    plan = ours.plan(4)
+    theirs.set_timesteps(4)
+    latent, velocity = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for i, timestep in enumerate(theirs.timesteps):
+        expected = theirs.step(velocity, timestep, latent).prev_sample
+        assert expected.dtype == dtype and torch.equal(plan.step(velocity, i, latent), expected)
+        restarted = flow_pair("Stable Diffusion 3")[1].scale_noise(latent, torch.tensor([1000.0]), velocity)
+        assert torch.equal(ours.add_noise(latent, velocity, 1000), restarted)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_flow_s_noise_is_theirs(name):
+    """At the noise levels of training, before any plan is made, and at those that a plan visits."""
+    ours, theirs = flow_pair(name)
+    latent, noise = torch.randn(2, 5, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    for steps in (None, 5, 28):
+        if steps:
+            theirs.set_timesteps(steps)
+        timesteps = theirs.timesteps[[0, 1, 2, -2, -1]]
+        expected = theirs.scale_noise(latent, timesteps, noise)
+        assert_close(ours.add_noise(latent, noise, timesteps), expected)
+        assert_close(ours.add_noise(latent, noise, timesteps.double()), expected)
+        assert_close(ours.add_noise(latent[3:4], noise[3:4], float(timesteps[3])), expected[3:4])
+        torch.testing.assert_close(ours.sigma_at(timesteps), theirs.sigmas[:-1][[0, 1, 2, -2, -1]] if steps else
+                                   theirs.sigmas[[0, 1, 2, -2, -1]])
+
+
+def test_flow_goes_from_the_latent_to_the_noise():
+    ours = load(json.dumps({"_class_name": FLOW}))
+    latent, noise = torch.randn(2, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ours.add_noise(latent, noise, 0), latent)
+    assert torch.equal(ours.add_noise(latent, noise, 1000), noise)
+    assert_close(ours.add_noise(latent, noise, torch.tensor([250, 750])),
+                 torch.stack([0.75 * latent[0] + 0.25 * noise[0], 0.25 * latent[1] + 0.75 * noise[1]]))
+    plan = ours.plan(7, 0.6)
+    mine = ours.add_noise(latent, noise, plan.timesteps[0])
+    for i in range(len(plan.timesteps)):            # a network that knows the answer arrives at the picture
+        mine = plan.step(noise - latent, i, mine)
+    assert_close(mine, latent)
+
+
+def test_gradients_flow_through_a_flow():
+    scheduler = flow_pair("Stable Diffusion 3")[0]
+    plan = scheduler.plan(3, 0.7)
+    latent, velocity = torch.randn(2, 1, 2, 2, 2, dtype=torch.float64).unbind()
+    inputs = latent.requires_grad_(), velocity.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z, v: plan.step(v, 1, plan.scale_input(z, 1)), inputs)
+    assert torch.autograd.gradcheck(lambda z, v: scheduler.add_noise(z, v, 123.4), inputs)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_flow_s_file_is_read(name, tmp_path):
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(**FLOWS[name])
+    theirs.save_pretrained(tmp_path)
+    text = (tmp_path / "scheduler_config.json").read_text()
+    for ancestral in (False, True):                 # what InstructPix2Pix asks for does not concern a flow
+        ours = load(text, ancestral=ancestral)
+        assert (ours.note, ours.config.shift) == ("", theirs.config.shift)
+        assert ours.config.num_train_timesteps == theirs.config.num_train_timesteps
+
+
+@pytest.mark.parametrize("stored", [
+    {"_diffusers_version": "0.29.0.dev0", "num_train_timesteps": 1000, "shift": 3.0},       # as Stable Diffusion 3 has it
+    {"_diffusers_version": "0.31.0.dev0", "base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096,
+     "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": False},
+    {"shift": 3.0},
+], ids=["2024-06", "2024-10", "bare"])
+def test_published_flow_files_are_read(stored):
+    ours = load(json.dumps({"_class_name": FLOW} | stored))
+    assert (ours.config.num_train_timesteps, ours.config.shift) == (1000, 3.0)
+
+
+def test_every_option_of_a_flow_is_decided_on_and_its_default_accepted():
+    options = inspect.signature(diffusers.FlowMatchEulerDiscreteScheduler.__init__).parameters
+    options = {name: option.default for name, option in options.items() if name != "self"}
+    ours = {field.name: field.default for field in fields(schedulers.FlowConfig) if field.name != "sampler"}
+    assert options.keys() <= ours.keys() | schedulers.IGNORED
+    config = load(json.dumps({"_class_name": FLOW} | options)).config
+    assert ours == {key: getattr(config, key) for key in ours} == {key: options[key] for key in ours}
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    *(({key: True}, f"sets {key} to True; for {FLOW} only False is implemented") for key in (
+        "use_dynamic_shifting", "invert_sigmas", "stochastic_sampling", "use_karras_sigmas", "use_exponential_sigmas",
+        "use_beta_sigmas")),
+    ({"shift_terminal": 0.1}, "sets shift_terminal to 0.1; .* only None is implemented"),
+    ({"beta_start": 0.1}, f"sets beta_start, which {FLOW} here does not implement"),
+    *(({"shift": wrong}, "sets shift to .*, not to a positive number") for wrong in (
+        0, -3.0, None, "3", True, float("nan"), float("inf"))),
+    *(({"num_train_timesteps": wrong}, "sets num_train_timesteps to .*, not to a positive integer") for wrong in (
+        0, -1, 1000.0, None, "1000", True)),
+], ids=str)
+def test_a_flow_that_is_not_implemented_is_refused(change, named):
+    with pytest.raises(ValueError, match=f"^scheduler_config.json {named}") as caught:
+        load(json.dumps({"_class_name": FLOW, "shift": 3.0} | change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    ((0,), "^0 denoising steps: between 1 and 1000 are possible$"),
+    ((1001,), "^1001 denoising steps: between 1 and 1000"),
+    ((10, 0), "^strength 0: above 0"),
+    ((10, -0.5), "^strength -0.5: above 0"),
+    ((10, 1.01), "^strength 1.01: above 0, .* and at most 1"),
+    ((10, float("nan")), "^strength nan: above 0"),
+    ((10, 1e-20), "^strength 1e-20 of 10 denoising steps is less than one step; raise either$"),
+])
+def test_impossible_flows_are_refused(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load(json.dumps({"_class_name": FLOW})).plan(*arguments)
+
+
+@pytest.mark.parametrize("timestep", [-1, 1000.5, [3, 2000]])
+def test_noise_levels_outside_a_flow_are_refused(timestep):
+    with pytest.raises(ValueError, match="0 to 1000"):
+        load(json.dumps({"_class_name": FLOW})).add_noise(torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 3, 3),
+                                                          torch.tensor(timestep))
