@@ -40,8 +40,8 @@ def bench_metrics(args):
         "fsim": lambda dist, ref: piq.fsim(dist, ref, chromatic=False, reduction="none"),
         "fsimc": lambda dist, ref: piq.fsim(dist, ref, reduction="none"),
     } if piq else {}
-    print(f"{args.size}x{args.size} RGB, float32, {args.device}, {'with' if args.backward else 'without'} the gradient\nmilliseconds"
-          f"{' of CPU time' if args.cpu_time else ''} a call, the least of {args.repeat}; the largest difference of values")
+    print(f"{args.size}x{args.size} RGB, float32, {args.device}, {'with' if args.backward else 'without'} the gradient")
+    print(f"milliseconds{' of CPU time' if args.cpu_time else ''} a call, the least of {args.repeat}")
     for batch in (1, args.batch):
         dist, ref = (pixels.to(args.device) for pixels in photographs(batch, args.size))
         print(f"\n{'batch of ' + str(batch):20}{'ours':>10}{'piq':>10}{'ratio':>8}{'differ by':>12}")

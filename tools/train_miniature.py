@@ -286,35 +286,35 @@ def tune(args, config=VAE, sources=None):
 
 
 def shift(args):
-    """RMS latent shift over the latent's standard deviation, by the protocol that measured the real latent space.
-
-    Of the shipped editors, on 24 held-out pictures: what the model card states.
-    """
-    pixels = to_pixels(held_out_pictures(24, seed=1))
+    """Print the shipped editors' latent shift under attack: what the model card states."""
     for name in ("miniature-plain", "miniature"):
-        network = load_editor(name).vae
-        with torch.no_grad():
-            clean = mean_latent(network, pixels)
-        std = clean.std()
+        say_shift(name, load_editor(name, device="cpu").vae)
 
-        def attacked(loss, network=network, clean=clean):
-            delta = BUDGET * (2 * torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0)) - 1)
-            for _ in range(ATTACK_STEPS):
-                delta.requires_grad_(True)
-                (gradient,) = torch.autograd.grad(loss(mean_latent(network, pixels + delta)), delta)
-                delta = (delta.detach() - ATTACK_STEP_SIZE * gradient.sign()).clamp(-BUDGET, BUDGET)
-                delta = (pixels + delta).clamp(0, 1) - pixels
-            with torch.no_grad():
-                return mean_latent(network, pixels + delta) - clean
 
-        sign = BUDGET * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)).sign()
-        with torch.no_grad():
-            noise = mean_latent(network, (pixels + sign).clamp(0, 1)) - clean
-        figures = {"random sign noise": noise,
-                   "encoder-max": attacked(lambda z, clean=clean: -(z - clean).square().mean()),
-                   "to the zero latent": attacked(lambda z: z.square().mean())}
-        say(f"{name}: " + ", ".join(f"{key} {(value.square().mean((1, 2, 3)).sqrt().mean() / std).item():.3f}" for key,
-                                    value in figures.items()))
+def say_shift(name, network):
+    """RMS latent shift over the latent's standard deviation, by the protocol that measured the real latent space, on 24
+    held-out pictures."""
+    pixels = to_pixels(held_out_pictures(24, seed=1))
+    with torch.no_grad():
+        clean = mean_latent(network, pixels)
+
+    def attacked(loss):
+        delta = BUDGET * (2 * torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0)) - 1)
+        for _ in range(ATTACK_STEPS):
+            delta.requires_grad_(True)
+            (gradient,) = torch.autograd.grad(loss(mean_latent(network, pixels + delta)), delta)
+            delta = (delta.detach() - ATTACK_STEP_SIZE * gradient.sign()).clamp(-BUDGET, BUDGET)
+            delta = (pixels + delta).clamp(0, 1) - pixels
+        return delta
+
+    sign = BUDGET * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)).sign()
+    deltas = {"random sign noise": (pixels + sign).clamp(0, 1) - pixels,
+              "encoder-max": attacked(lambda z: -(z - clean).square().mean()),
+              "to the zero latent": attacked(lambda z: z.square().mean())}
+    with torch.no_grad():
+        shifts = {what: mean_latent(network, pixels + delta) - clean for what, delta in deltas.items()}
+    say(f"{name}: " + ", ".join(f"{what} {(found.square().mean((1, 2, 3)).sqrt().mean() / clean.std()).item():.3f}"
+                                for what, found in shifts.items()))
 
 
 def new_text(vocabulary):
@@ -564,11 +564,14 @@ def export(args):
         write_weights(MODELS / "miniature" / "judge" / "model.safetensors",
                       torch.load(args.work / "judge-final.pt", weights_only=True))
     for name in ("miniature", "miniature-plain"):
-        files = sorted((MODELS / name).rglob("*.safetensors"))
-        lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(MODELS / name).as_posix()}"
-                 for file in files]
-        (MODELS / name / "SHA256SUMS").write_text("\n".join(lines) + "\n")
-        say(f"{name}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
+        write_hashes(MODELS / name)
+
+
+def write_hashes(folder):
+    files = sorted(folder.rglob("*.safetensors"))
+    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(folder).as_posix()}" for file in files]
+    (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n")
+    say(f"{folder.name}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
 
 
 def write_json(path, value):

@@ -5,8 +5,8 @@
 
 Stages: `data` renders pictures with captions, `vae` trains the 16-channel autoencoder, `tune` calibrates its encoder to the
 latent shift of SD3's real latent space (never to ISR), `text` teaches two small CLIP text transformers what captions say
-(they are frozen afterwards, as SD3's are), `mmdit` trains the transformer with rectified flow on cached latents. Everything
-lies under --work.
+(they are frozen afterwards, as SD3's are), `mmdit` trains the transformer with rectified flow on cached latents, `export`
+writes models/miniature-sd3, `shift` prints the latent shift as the model card states it. Everything lies under --work.
 """
 
 import argparse
@@ -210,7 +210,47 @@ def mmdit(args):
             total = 0.0
 
 
-STAGES = {stage.__name__: stage for stage in (data, vae, tune, text, mmdit)}
+def trained_mmdit(args):
+    network = new_mmdit()
+    network.load_state_dict(torch.load(args.work / "mmdit.pt", weights_only=True)["average"], strict=False)     # but the table
+    return network.eval().requires_grad_(False)
+
+
+def export(args):
+    """The shipped folder, in fp16 and in the published layout, with its hashes."""
+    folder, network = first.MODELS / "miniature-sd3", trained_mmdit(args)
+    texts, configs = trained_texts(args), text_configs(args)
+    defaults = {"steps": args.steps, "guidance": args.guidance, "strength": args.strength, "size": 64, "text_length": 0}
+    parts = {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+             "transformer": ["diffusers", "SD3Transformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
+             "text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    for i in ("", "_2"):
+        parts |= {f"text_encoder{i}": ["transformers", "CLIPTextModelWithProjection"],
+                  f"tokenizer{i}": ["transformers", "CLIPTokenizer"]}
+    first.write_json(folder / "model_index.json", {
+        "_class_name": "StableDiffusion3Img2ImgPipeline", "_sifm_min": {"defaults": defaults, "notice": miniature.NOTICE},
+        "feature_extractor": [None, None], "image_encoder": [None, None], **parts})
+    first.write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    weights = torch.load(args.work / "vae-tuned.pt", weights_only=True)
+    for name, config, state in (("transformer", MMDIT, network.state_dict()), ("vae", VAE, weights)):
+        first.write_json(folder / name / "config.json", config)
+        first.write_weights(folder / name / "diffusion_pytorch_model.safetensors", state)
+    for i, config, text_encoder in zip(("", "_2"), configs, texts, strict=True):
+        first.write_json(folder / f"text_encoder{i}" / "config.json", config)
+        first.write_weights(folder / f"text_encoder{i}" / "model.safetensors", text_encoder.state_dict())
+        (folder / f"tokenizer{i}").mkdir(exist_ok=True)
+        for file in (args.work / "tokenizer").iterdir():
+            (folder / f"tokenizer{i}" / file.name).write_bytes(file.read_bytes())
+    first.write_hashes(folder)
+
+
+def shift(args):
+    """Print the latent shift under attack of the plain encoder, which is not shipped, and of the tuned one."""
+    for name in ("vae-plain.pt", "vae-tuned.pt"):
+        first.say_shift(name, first.new_vae(args, name, VAE))
+
+
+STAGES = {stage.__name__: stage for stage in (data, vae, tune, text, mmdit, export, shift)}
 
 
 def main(argv=None):
@@ -230,6 +270,9 @@ def main(argv=None):
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.3,
                         help="the last share of the steps, over which the rate falls to zero")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps of an edit, by default")
+    parser.add_argument("--guidance", type=float, default=4.0, help="likewise")
+    parser.add_argument("--strength", type=float, default=0.8, help="likewise")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
