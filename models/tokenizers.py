@@ -518,19 +518,24 @@ class T5Tokenizer:
             text = _token_text(token, source)
             if not str(number).isdecimal():
                 raise ValueError(f"{source}: the token {text!r} has the id {number!r}, which is not a whole number")
+            flags = token if isinstance(token, dict) else {}
             for flag in ("single_word", "normalized"):
-                if token.get(flag):
+                if flags.get(flag):
                     raise ValueError(f"{source} sets {flag} on the token {text!r}, which is not implemented")
-            added[text] = int(number), bool(token.get("lstrip")), bool(token.get("rstrip"))
+            added[text] = int(number), bool(flags.get("lstrip")), bool(flags.get("rstrip"))
         numbers = {piece: number for number, (piece, _) in enumerate(pieces)}
-        roles = {}
-        for role, usual in (("eos_token", "</s>"), ("pad_token", "<pad>"), ("unk_token", "<unk>")):
-            text = _token_text(config.get(role) or usual, folder / "tokenizer_config.json")
+
+        def declare(token):
+            text = _token_text(token, folder / "tokenizer_config.json")
             if text not in added and text not in numbers:
-                raise ValueError(f"{folder}: the {role} {text!r} is not in the vocabulary")
+                raise ValueError(f"{folder}: the special token {text!r} is not in the vocabulary")
             added.setdefault(text, (numbers.get(text), False, False))
-            roles[role] = added[text][0]
-        return cls(pieces, added, steps, splits=splits, unknown=unknown, end=roles["eos_token"], pad=roles["pad_token"])
+            return added[text][0]
+
+        end, pad = (declare(config.get(role) or usual) for role, usual in (("eos_token", "</s>"), ("pad_token", "<pad>")))
+        for token in (config.get("unk_token") or pieces[unknown][0], *(config.get("additional_special_tokens") or ())):
+            declare(token)
+        return cls(pieces, added, steps, splits=splits, unknown=unknown, end=end, pad=pad)
 
     def __call__(self, prompts, length=256):
         """A list of prompts to a list of rows, each of exactly `length` ids: text, end, padding.
