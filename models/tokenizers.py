@@ -406,9 +406,10 @@ class Charsmap:
     def __call__(self, text):
         """Replace what the map knows.
 
-        SentencePiece takes the longest key at each place. This does as the Hugging Face tokenizer does, and its ids are
-        what SD3 was served with: a cluster of at most five bytes is replaced whole by what the *shortest* key at its
-        start stands for, so that a second accent is lost; a longer one is taken character by character.
+        SentencePiece takes the longest key at each place. This does as the Hugging Face tokenizer does (tokenizers 0.23
+        and before), whose ids SD3 is served with: a cluster of at most five bytes is replaced whole by what the
+        *shortest* key at its start stands for, so that a second accent is lost; a longer one is taken character by
+        character.
         """
         return "".join([self._cluster(cluster) for cluster in clusters(text)])
 
