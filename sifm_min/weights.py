@@ -212,6 +212,8 @@ def _check_lpips(name, args):
 def _body(args):
     if args.weights and (args.action != "download" or [len(LPIPS.get(name, ())) for name in args.names] != [1]):
         raise ValueError(f"--weights is for download of one of {', '.join(list(LPIPS)[1:])}")
+    if (args.revision or args.no_t5) and any(name in LPIPS for name in args.names):
+        raise ValueError("--revision and --no-t5 are for editors; the files of LPIPS are pinned by their hash")
     if args.revision and args.action == "list":
         raise ValueError("--revision is for download and verify; list shows the revision that is used by default")
     if args.no_t5 and args.action == "list":

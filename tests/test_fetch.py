@@ -328,6 +328,10 @@ def test_download_takes_a_file(server, published, run):
         code, _, err = run(*argv, "--weights", published[1])
         assert code == cli.USAGE and "--weights is for download of one of lpips-alex, lpips-vgg, lpips-squeeze" in err
 
+    for option in (("--revision", "main"), ("--no-t5",)):
+        code, _, err = run("download", "lpips-alex", *option)
+        assert code == cli.USAGE and "pinned by their hash" in err
+
 
 def test_faults_have_the_code_of_weights_that_cannot_be_had(server, run):
     server.faults = [-404]
