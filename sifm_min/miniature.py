@@ -202,9 +202,11 @@ def prompt_of(sample, editor):
     return sample.target_caption if editor.kind == "img2img" else sample.prompt
 
 
-def judge(sample, edited, judges=judges):
-    """The strict consensus of both judges on `edited`, a picture of any size (it is judged at 64x64)."""
-    return Verdict.consensus(one(sample, edited) for one in judges.values())
+def judge(sample, edited, editor=None):
+    """The strict consensus of both judges on `edited`, a picture of any size (it is judged at 64x64). editor: whose edit it
+    is, where that may be img2img; without it, an edit by an instruction."""
+    asked = judges_of(editor) if editor else judges
+    return Verdict.consensus(one(sample, edited) for one in asked.values())
 
 
 def _pixels(picture):

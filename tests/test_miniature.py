@@ -1,7 +1,10 @@
 """The miniature's samples, its two judges, and the shipped editors as a newcomer meets them."""
 
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -77,6 +80,31 @@ def test_slight_softness_and_grain_are_forgiven(samples, name):
     soft = {"reducing": Image.Resampling.BOX, "enlarging": Image.Resampling.BICUBIC}
     softened = share(judge, samples, lambda s: s.target.resize((48, 48), soft["reducing"]).resize((64, 64), soft["enlarging"]))
     assert softened >= 0.85
+
+
+def elsewhere(scene, rng):
+    """The scene as img2img may well draw it: in another pose, with another skin."""
+    values = {"skin": rng.choice(world.ATTRIBUTES["portrait"]["skin"])} if scene.category == "portrait" else {}
+    return world.render(replace(scene, jitter=tuple(rng.uniform(-1, 1) for _ in scene.jitter)).changed(values))
+
+
+@pytest.mark.parametrize("name", miniature.caption_judges)
+def test_judges_of_img2img_allow_for_another_pose_and_for_nothing_else(samples, name):
+    judge, rng, few = miniature.caption_judges[name], random.Random(0), samples[:16]
+    assert share(judge, few, lambda s: elsewhere(s.instruction.target, rng)) >= 0.9
+    assert share(judge, few, lambda s: elsewhere(s.instruction.scene, rng)) <= 0.1
+    assert share(judge, few, lambda s: s.unseen[0].target) <= 0.1
+    assert share(judge, few, lambda s: noisy(elsewhere(s.instruction.target, rng), 0.35)) == 0
+
+
+def test_the_judges_of_an_editor_are_those_of_its_kind(samples):
+    captions, instructions = SimpleNamespace(kind="img2img"), SimpleNamespace(kind="instruct")
+    assert miniature.judges_of(captions) is miniature.caption_judges and miniature.judges_of(instructions) is miniature.judges
+    assert miniature.prompt_of(samples[0], captions) == samples[0].target_caption
+    assert miniature.prompt_of(samples[0], instructions) == samples[0].prompt
+    other = elsewhere(next(s for s in samples if s.category == "landscape").instruction.target, random.Random(3))
+    sample = next(s for s in samples if s.category == "landscape")
+    assert miniature.judge(sample, other, captions).obeyed and not miniature.judge(sample, other).obeyed
 
 
 def test_the_consensus_is_strict(samples, monkeypatch):
