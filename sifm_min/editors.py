@@ -8,6 +8,7 @@ reach every editor through the same calls: `encode`, `noise_latent`, `features` 
 `context` made of prompts, which only the editor looks into.
 """
 
+import math
 import warnings
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
@@ -65,8 +66,10 @@ def load_editor(source="miniature", *, device=None, dtype=None, revision=None, o
     checkpoint = checkpoints.open_checkpoint(source, t5=t5, revision=revision, offline=offline, rest=components)
     name, index = str(source), checkpoint.index
     kind = next((kind for kind in EDITORS if index.get("_class_name") in kind.PIPELINES), InstructPix2Pix)
-    if kind is StableDiffusion3 and checkpoint.check(MMDiT, "transformer").in_channels > 16:
-        kind = UltraEdit                                     # saved by a pipeline of the plain class's name
+    if kind is StableDiffusion3:
+        config = checkpoint.check(MMDiT, "transformer")
+        if config.in_channels > config.out_channels:         # saved by a pipeline of the plain class's name
+            kind = UltraEdit
     own = index.get("_sifm_min", {})
     defaults = replace(DEFAULTS.get(name, kind.DEFAULTS), **own.get("defaults", {}))
     return kind.load(checkpoint, name=name, device=device, dtype=dtype, defaults=defaults, notice=own.get("notice", ""))
@@ -148,7 +151,8 @@ class Editor:
         if count < 1:
             raise ValueError(f"{count} timesteps: at least one is needed")
         visited = self.plan().timesteps
-        highest, lowest = float(visited.max()), max(float(visited.min()), LOWEST_TIMESTEP)
+        highest = math.floor(visited.max())                  # an edit at a strength sees nothing noisier
+        lowest = min(max(float(visited.min()), LOWEST_TIMESTEP), highest)
         if count == 1:
             return torch.tensor([round((highest + lowest) / 2)])
         return torch.linspace(highest, lowest, count).round().long()
@@ -325,7 +329,8 @@ class TextEncoders:
     """SD3's text encoders as one: prompts -> `Text` (Esser et al. 2024, figure 2).
 
     The networks are read when new prompts come, one after the other, and let go again: together they are three times
-    as large as the transformer. What was said of the last `KEPT` prompts is kept.
+    as large as the transformer. What was said of the last `KEPT` prompts is kept, and the usual negative prompt, "", is
+    read along: an edit that follows, with the transformer in memory, need not read them again.
     """
 
     KEPT = 32
@@ -335,6 +340,10 @@ class TextEncoders:
         self.clips = ("text_encoder", "text_encoder_2")
         configs = [checkpoint.check(CLIPText, component) for component in self.clips]
         self.tokenizers = [CLIPTokenizer.from_folder(checkpoint.path(name)) for name in ("tokenizer", "tokenizer_2")]
+        lengths, places = [t.length for t in self.tokenizers], [config.max_position_embeddings for config in configs]
+        if len(set(lengths)) > 1 or lengths[0] > min(places):
+            raise ValueError(f"{checkpoint.source}: the tokenizers make {lengths[0]} and {lengths[1]} tokens of a prompt, "
+                             f"the two CLIP have places for {places[0]} and {places[1]}")
         self.t5_tokenizer = None
         if "text_encoder_3" in checkpoint.components:
             t5 = checkpoint.check(T5Encoder, "text_encoder_3")
@@ -349,6 +358,8 @@ class TextEncoders:
     def __call__(self, prompts):
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         if new:
+            if "" not in (*new, *self._known):
+                new.append("")
             fresh = self._encode(new)
             self._known.update((prompt, Text(*(part[i:i + 1] for part in fresh))) for i, prompt in enumerate(new))
         found = [self._known[prompt] for prompt in prompts]
@@ -360,9 +371,9 @@ class TextEncoders:
 
     def _encode(self, prompts):
         clips = []
+        for prompt in prompts:                               # both CLIP read the same words
+            _warn_if_cut(prompt, len(self.tokenizers[0].encode(prompt)) + 2, self.tokenizers[0].length, "CLIP")
         for component, tokenizer in zip(self.clips, self.tokenizers, strict=True):
-            for prompt in prompts:
-                _warn_if_cut(prompt, len(tokenizer.encode(prompt)) + 2, tokenizer.length, "CLIP")
             clips.append(self._run(CLIPText, component, tokenizer(prompts)))
         states = torch.cat([found.penultimate for found in clips], -1)          # without the final norm
         states = F.pad(states, (0, self.width - states.shape[-1]))
@@ -402,8 +413,8 @@ class StableDiffusion3(Editor):
         self.context = TextEncoders(checkpoint, width=config.joint_attention_dim, length=self.defaults.text_length,
                                     device=self.device, dtype=dtype)
         if not isinstance(self.scheduler, schedulers.FlowScheduler):
-            raise ValueError(f"{name}: scheduler_config.json names {self.scheduler.config.sampler}; "
-                             f"Stable Diffusion 3 is sampled by {schedulers.FLOW}")
+            raise ValueError(f"{name}: scheduler_config.json does not name {schedulers.FLOW}, which Stable Diffusion 3 is "
+                             "sampled by")
         latent = self.vae.config.latent_channels
         if config.in_channels not in self.takes(latent) or config.out_channels != latent:
             wanted = " or ".join(str(n) for n in self.takes(latent))
@@ -424,7 +435,7 @@ class StableDiffusion3(Editor):
 
     @cached_property
     def transformer(self):
-        """Read when it is first used: after the prompts were encoded, so that text encoders and it are never both in memory."""
+        """Read when it is first used, which is after the prompts were encoded: the text encoders are gone by then."""
         return self.checkpoint.load(MMDiT, "transformer", device=self.device, dtype=self.dtype)
 
     @property
