@@ -116,7 +116,8 @@ class Panel:
     def load(cls, name):
         """A named panel (NAMES), or the one in a .json file."""
         name = str(name)
-        path = Path(name) if name.endswith(".json") else HERE / "panels" / f"{name}.json"
+        own = name.endswith(".json")
+        path = Path(name) if own else HERE / "panels" / (f"{name}.json" if name in names() else "-")
         given = _json(path, f"panel {name!r}: there is none of this name; there are {', '.join(names())}, "
                             "or give a .json file")
         if extra := sorted(given.keys() - {"id", "date", "about", "prompt", "votes", "seed", "judges"}):
