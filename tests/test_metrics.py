@@ -98,7 +98,7 @@ def test_vifp_has_the_published_values(vectors, dtype, tolerance):
         if name == "const_same":
             expected = 1                                     # the oracle has nan for both flat pairs
         assert value == pytest.approx(expected, abs=tolerance, nan_ok=True), name
-        if dtype == torch.float64 and name != "identical" and not name.startswith("const"):
+        if dtype == torch.float64 and max(ref.shape[2:]) < 400 and not name.startswith(("const", "identical")):
             swapped = float(values["vifp"]["ref64_luma_swapped"])
             assert metrics.vifp(ref, dist).item() == pytest.approx(swapped, abs=1e-6, nan_ok=True), name
             channels = torch.cat([metrics.vifp(dist[:, i:i + 1], ref[:, i:i + 1]) for i in range(3)])
