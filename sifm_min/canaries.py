@@ -6,20 +6,17 @@ and an answer format that broke, for a few cents and before the samples are paid
 
 from dataclasses import dataclass
 
-import numpy as np
-from PIL import Image, ImageDraw
-
 PASS = 9                                                     # of the ten; one may be a matter of opinion
 SIZE = 384                                                   # no service scales this down
 
 
 @dataclass(frozen=True)
 class Canary:
-    """A pair of pictures, the instruction, and what a judge has to find."""
+    """A pair of PIL pictures, the instruction, and what a judge has to find."""
 
     name: str
-    original: Image.Image
-    edited: Image.Image
+    original: object
+    edited: object
     prompt: str
     semantic_mismatch: bool
     perceptual_degradation: bool
@@ -27,6 +24,7 @@ class Canary:
 
 def canaries():
     """[Canary], the same ten each time."""
+    from PIL import Image
     ground, red, blue, green, black = (214, 208, 196), (200, 40, 40), (40, 70, 200), (40, 150, 60), (16, 16, 16)
     disc = _scene(ground, red)
     pixels = disc.resize((24, 24), Image.Resampling.BOX).resize(disc.size, Image.Resampling.NEAREST)
@@ -46,6 +44,7 @@ def canaries():
 
 
 def _scene(ground, colour, square=False):
+    from PIL import Image, ImageDraw
     image = Image.new("RGB", (SIZE, SIZE), ground)
     draw = ImageDraw.Draw(image)
     (draw.rectangle if square else draw.ellipse)((SIZE // 4, SIZE // 4, 3 * SIZE // 4, 3 * SIZE // 4), fill=colour)
@@ -53,15 +52,20 @@ def _scene(ground, colour, square=False):
 
 
 def _noise(seed):
+    import numpy as np
+    from PIL import Image
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
 
 
 def _noisy(image, seed):
+    from PIL import Image
     return Image.blend(image, _noise(seed), 0.5)
 
 
 def _torn(image, seed):
     """Bands of random colours across the picture, and its rows displaced."""
+    import numpy as np
+    from PIL import Image
     rng, pixels = np.random.default_rng(seed), np.array(image)
     for top in range(0, SIZE, 16):
         pixels[top:top + 16] = np.roll(pixels[top:top + 16], rng.integers(-40, 41), axis=1)

@@ -29,10 +29,10 @@ from pathlib import Path
 
 from . import __version__, cli, isr, panels, ratings, verdicts
 from .canaries import PASS, canaries
-from .gemini import Budget, Client, Key, Stop, ask_many
 from .ledger import Ledger
 from .panels import Panel, findings, picture_sha256, read_manifest
 from .verdicts import estimated, percent
+from .wire import Stop
 
 PASSING = ("http_error", "timeout", "model_mismatch")        # no answer of this judge: asked again by the next run
 CANARY_HOURS = 20                                            # for so long canaries vouch for a model
@@ -74,6 +74,7 @@ class Judge:
 
 def judges(panel, *, budget=None, notify=None):
     """{name: Judge} of a panel; raises ValueError where a key is missing."""
+    from .gemini import Budget, Client
     budget = budget or Budget()
     return {name: Judge(name, Client(spec, budget=budget, notify=notify), panel) for name, spec in panel.judges.items()}
 
@@ -117,6 +118,7 @@ def run(panel, samples, folder, *, max_cost=None, max_calls=None, concurrency=4,
     ask again where a judge answered without a verdict; accept: go on with judges that fail the canaries. on_verdict() is
     called once per sample and judge, when its turn is over; notify(sentence) hears remarks.
     """
+    from .gemini import Budget
     return _Run(panel, samples, Path(folder), Budget(max_cost, max_calls), concurrency, retry, accept,
                 notify or (lambda text: None), on_verdict or (lambda: None)).run()
 
@@ -245,6 +247,7 @@ class _Run:
 
     def _ask(self, work):
         """Ask each judge its questions; every answer is on the disk before the next question goes out."""
+        from .gemini import ask_many
         asked = {judge: [] for judge in work}
 
         def requests(judge, questions):
@@ -444,6 +447,7 @@ def _run(args):
 
 
 def _dry_run(args):
+    from .gemini import Client, Key
     panel, samples = Panel.load(args.panel), read_manifest(args.manifest)
     known = {}
     if args.output and (args.output / "ledger.jsonl").exists():
