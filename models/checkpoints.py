@@ -358,7 +358,8 @@ class Checkpoint:
         network, found = self._matched(network_class, component)
         shapes, state = {name: tensor.shape for name, tensor in network.state_dict().items()}, {}
         for file, tensors in found.items():
-            mapped, read = None, 0
+            mapped = original = tensor = None       # nothing of the file before stays mapped
+            read = 0
             for name, (stored, place) in tensors.items():
                 mapped = mapped or safe_open(file, framework="pt")
                 original = mapped.get_tensor(stored)
