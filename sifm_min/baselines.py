@@ -262,7 +262,8 @@ def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repea
     Salman et al. 2023 (arXiv 2302.06588), and the notebooks of MadryLab/photoguard, whose target picture is multiplied by
     zero. edit_K: K = `unroll` denoising steps of the editor, with its guidance, without noise in between (an ancestral
     sampler steps as plain Euler), and the decoder. On InstructPix2Pix they start from the noise eta and x' enters as
-    the image condition; on SD3 from the latent of x' noised with eta as far as the editor's strength says. resample: eta is
+    the image condition; on SD3 from the latent of x' noised with eta as far as the editor's strength says, and go down over
+    K of the noise levels of an edit, evenly chosen. resample: eta is
     drawn anew at every step, as in the original; otherwise it is one bank of `repeats` draws. It targets the whole edit
     at the prompt. Every evaluation of the denoiser is checkpointed, so that memory holds the activations of one, whatever
     K and `repeats`. Cost, for each of `repeats`: decoder 1F 1B, and K guided steps (3 evaluations each, on SD3 2) of the
@@ -273,6 +274,8 @@ def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repea
     """
     if min(unroll, repeats) < 1:
         raise ValueError(f"unroll {unroll}, repeats {repeats}: at least one denoising step and one draw are needed")
+    if editor.kind != "instruct" and unroll > (most := len(editor.plan().timesteps)):
+        raise ValueError(f"unroll {unroll}: an edit by this editor has {most} denoising steps")
     with torch.no_grad():
         nothing = editor.context([""])
         shape = editor.encode(editor.resize(x_orig)).shape
@@ -319,8 +322,10 @@ def short_edit(editor, E, eta, context, nothing, steps):
     if editor.kind == "instruct":
         plan = scheduler.plan(steps)
         latent = eta * getattr(plan, "sigma_start", 1)       # a flow's plan starts at the noise itself
-    else:                                                    # of so many steps, the strength leaves `steps`
-        plan = scheduler.plan(int(steps / editor.defaults.strength), editor.defaults.strength)
+    else:                                                    # the noise levels of an edit, but only so many of them
+        plan = editor.plan()
+        kept = torch.linspace(0, len(plan.timesteps), steps + 1).round().long()[:-1]
+        plan.timesteps, plan.sigmas = plan.timesteps[kept], torch.cat([plan.sigmas[kept], plan.sigmas[-1:]])
         latent = editor.noise_latent(E, eta, plan.timesteps[:1])
     for i, t in enumerate(plan.timesteps):
         noisy = plan.scale_input(latent, i)
