@@ -18,9 +18,11 @@ that misjudges two of them is not asked further. Samples are asked in a shuffled
 so that a run which ends early, or a service that changes on the way, favours no arm.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import random
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -139,7 +141,7 @@ class _Run:
         with Ledger(self.folder / "ledger.jsonl") as self.ledger:
             self._take_over()
             self._write("run.json", cli.to_json({**self._about(), "state": "running"}, indent=1))
-            rows = (json.dumps(sample.record(), ensure_ascii=False) for sample in self.samples)
+            rows = (json.dumps(self._row(sample), ensure_ascii=False) for sample in self.samples)
             self._write("manifest.jsonl", "".join(f"{row}\n" for row in rows))
             self._ask_all()
             records = [self._record(sample, judge) for sample in self.samples for judge in self.judges.values()]
@@ -178,6 +180,13 @@ class _Run:
     def _about(self):
         return {"kind": "models", "version": __version__, "time_utc": _now(), "panel": self.panel.record(),
                 "identity": self._identity(), "samples": len(self.samples), "canaries": self.canaries}
+
+    def _row(self, sample):
+        """A sample with its files as seen from here: manifest.jsonl is a manifest itself."""
+        files = {name: str(getattr(sample, name)) for name in ("original", "edited")}
+        with contextlib.suppress(ValueError):                # another drive: there is no way from here
+            files = {name: Path(os.path.relpath(file, self.folder)).as_posix() for name, file in files.items()}
+        return sample.record() | files
 
     def _spent(self):
         rows = self.ledger.rows
@@ -256,11 +265,12 @@ class _Run:
                 asked[judge].append((row, judge.client.estimate(request)[1]))
                 yield request
         busy = list(work)
-        for which, index, answer in ask_many([(judge.client, requests(judge, work[judge])) for judge in busy],
-                                             concurrency=self.concurrency):
-            row, bound = asked[busy[which]][index]
-            self._keep(busy[which], row, bound, answer)
-            asked[busy[which]][index] = None
+        answers = ask_many([(judge.client, requests(judge, work[judge])) for judge in busy], concurrency=self.concurrency)
+        with contextlib.closing(answers):                    # an error here ends the calls in flight now, not at exit
+            for which, index, answer in answers:
+                row, bound = asked[busy[which]][index]
+                self._keep(busy[which], row, bound, answer)
+                asked[busy[which]][index] = None
         for judge in busy:
             stop = judge.client.stopped
             if stop and judge.name not in [name for name, _, _ in self.stops]:

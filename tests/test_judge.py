@@ -355,6 +355,8 @@ def test_a_run_from_manifest_to_rates(server, tmp_path, capsys):
     assert about["results"]["tables"]["all prompts"]["sifm"]["rate"]["isr"]["value"] == isr.success_rate(arms, "sifm").isr.value
     assert about["calls"] == len(ledger) == 68 and about["cost_usd"] == pytest.approx(sum(row["cost"] for row in ledger))
     assert about["panel"]["prompt_sha256"] == PINNED["isr-judge/1"][0]
+    own = [(s.sample_id, s.arm, s.prompt) for s in read_manifest(out / "manifest.jsonl")]      # it is a manifest itself
+    assert own == [(row["sample_id"], row["arm"], row["prompt"]) for row in rows]
     assert about["canaries"] == {model: {"right": 10, "of": 10, "wrong": []} for model in (PRO, FLASH)}
     for row in ledger:
         assert row["evidence"]["semantic_evidence"] == "seen" and row["model_version"] == row["judge"]
@@ -490,6 +492,22 @@ def test_limits_hold_over_all_runs_into_a_folder(server, tmp_path, capsys):
     spent = json.loads((tmp_path / "out/run.json").read_text())["cost_usd"]
     assert judge.main([*call, "--max-cost", str(spent + 0.001)]) == 1 and len(server.calls) == 14
     assert judge.main([*call, "--max-calls", "20"]) == 0 and len(server.calls) == 20
+
+
+def test_a_full_disk_ends_the_run_at_once(server, tmp_path, capsys, monkeypatch):
+    """The calls in flight are not waited for, and what they bring is not lost to a verdict of nobody."""
+    server.script(PRO, lambda call: knowing(call) if canary(call) or number(call) % 2 else after(20, knowing(call)))
+    append = Ledger.append
+
+    def full(self, row):
+        if row["kind"] == "verdict":
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+        append(self, row)
+    monkeypatch.setattr(Ledger, "append", full)
+    started = time.monotonic()
+    call = ["run", manifest(tmp_path, 20), "--panel", panel_file(tmp_path, server, [PRO]), "-o", str(tmp_path / "out")]
+    assert judge.main(call) == 1 and time.monotonic() - started < 15
+    assert "no space left on device; free some space and run the same command again" in capsys.readouterr().err
 
 
 def test_an_unreadable_picture_is_told_and_the_others_are_judged(server, tmp_path, capsys):
@@ -640,10 +658,9 @@ def test_a_run_that_has_not_ended_is_not_shown(server, tmp_path, capsys, monkeyp
         if len(many) == 13:
             raise KeyboardInterrupt
     append = Ledger.append
-    monkeypatch.setattr(Ledger, "append", lambda self, row: (append(self, row), interrupt(row)))
-    assert judge.main(call) == 130
-    monkeypatch.undo()
-    monkeypatch.setenv("JUDGE_KEY", SECRET)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "append", lambda self, row: (append(self, row), interrupt(row)))
+        assert judge.main(call) == 130
     capsys.readouterr()
     assert judge.main(["show", str(tmp_path / "out")]) == 2 and "run the same command again" in capsys.readouterr().err
     assert judge.main(call) == 0 and len(read(tmp_path / "out/ledger.jsonl")) == 16

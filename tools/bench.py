@@ -2,6 +2,7 @@
 
     python tools/bench.py metrics                       the distances, beside piq: one pair, and a batch of 16, at 512x512
     python tools/bench.py metrics --threads 1 --repeat 9 --backward
+    python tools/bench.py judge                         a run of 1,000 samples, 16 in flight, a service that takes 1 s a call
 
 A subcommand is a function that takes the parsed arguments, and an entry in `main`. Times are the least of --repeat calls
 that alternate between ours and the peer's, after one that warms both up: on a shared machine the least is what a call
@@ -9,7 +10,11 @@ costs, and the rest is what the neighbours do. `ratio` is the peer's time over o
 """
 
 import argparse
+import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,7 +22,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sifm_min import backbones, metrics  # noqa: E402
+from sifm_min import backbones, images, judge, metrics, panels  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------------------- metrics
 
@@ -116,6 +121,51 @@ def with_gradient(call):
     return run
 
 
+# ---------------------------------------------------------------------------------------------------------------- judge
+
+# The service is a process of its own: the tests' server, with every answer late by so many seconds.
+SERVICE = """
+import sys; sys.path.insert(0, {tests!r})
+from fake_gemini import FakeGemini, after, verdict
+with FakeGemini() as server:
+    server.script("gemini-2.5-pro", [after({latency}, verdict(True, False))])
+    print(server.url(), flush=True)
+    sys.stdin.read()
+"""
+
+
+def bench_judge(args):
+    os.environ["JUDGE_KEY"] = "none"
+    tests = str(Path(__file__).resolve().parents[1] / "tests")
+    service = subprocess.Popen([sys.executable, "-c", SERVICE.format(tests=tests, latency=args.latency)], text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with tempfile.TemporaryDirectory() as folder:
+        folder, url, rows = Path(folder), service.stdout.readline().strip(), []
+        one = images.to_image(photographs(1, args.size)[0])
+        for i in range(args.samples):                        # 50 originals; every edit differs in one pixel
+            if i < 50:
+                one.putpixel((0, 0), (i, 0, 0))
+                one.save(folder / f"original{i}.png", compress_level=1)
+            one.putpixel((1, 1), (i % 256, i // 256, 0))
+            one.save(folder / f"edited{i}.png", compress_level=1)
+            rows.append({"sample_id": str(i), "image_id": str(i % 50), "prompt_id": str(i), "original": f"original{i % 50}.png",
+                         "edited": f"edited{i}.png", "prompt": "make her a witch", "arm": "sifm"})
+        (folder / "edits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        spec = {"provider": "gemini", "model": "gemini-2.5-pro", "base_url": url, "key_env": "JUDGE_KEY"}
+        (folder / "panel.json").write_text(json.dumps({"id": "bench", "date": "2026-11-21", "judges": [spec]}))
+        panel, samples = panels.Panel.load(folder / "panel.json"), panels.read_manifest(folder / "edits.jsonl")
+        for name in ("asking", "again, all known"):
+            started, cpu = time.perf_counter(), time.process_time()
+            found = judge.run(panel, samples, folder / "out", concurrency=args.concurrency, accept=True)
+            seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+            if [record.sample_id for record in found.records] != [row["sample_id"] for row in rows]:
+                raise SystemExit("the records are not in the manifest's order")
+            calls = found.summary["calls"]
+            print(f"{name}: {args.samples} samples of {args.size}x{args.size} in {seconds:.1f} s, {cpu:.1f} s of CPU; the "
+                  f"service alone needs {calls * args.latency / args.concurrency:.1f} s for {calls} calls", flush=True)
+    service.communicate()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -130,6 +180,12 @@ def main():
     command.add_argument("--backward", action="store_true", help="with the gradient of the first argument")
     command.add_argument("--only", type=lambda text: text.split(","), help="such as vifp,fsim")
     command.set_defaults(run=bench_metrics)
+    command = commands.add_parser("judge", parents=[shared], help="a run against a slow service on the loopback interface")
+    command.add_argument("--samples", type=int, default=1000)
+    command.add_argument("--size", type=int, default=512)
+    command.add_argument("--latency", type=float, default=1.0, metavar="SECONDS")
+    command.add_argument("--concurrency", type=int, default=16)
+    command.set_defaults(run=bench_judge)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
