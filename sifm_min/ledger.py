@@ -1,6 +1,6 @@
 """A file that only grows: one JSON object a line, on the disk before the next step, so that a kill loses nothing written.
 
-    with Ledger("DIR/ledger.jsonl") as ledger:               # one writer at a time; ValueError for a second
+    with Ledger("DIR/ledger.jsonl") as ledger:               # one writer at a time; Busy for a second
         ledger.rows                                          # what earlier runs wrote
         ledger.append({"key": ..., "status": "ok"})          # back when it is on the disk
 
@@ -12,6 +12,10 @@ import contextlib
 import json
 import os
 from pathlib import Path
+
+
+class Busy(ValueError):
+    """Another run writes into this ledger."""
 
 
 class Ledger:
@@ -90,8 +94,8 @@ def _locked(path, shown):
         with contextlib.suppress(OSError):
             holder = os.read(file, 20).decode("ascii", "replace").strip()
         os.close(file)
-        raise ValueError(f"{shown}: another run{f' (process {holder})' if holder else ''} writes into this folder; "
-                         "wait for it, or choose another folder") from None
+        raise Busy(f"{shown}: another run{f' (process {holder})' if holder else ''} writes into this folder; "
+                   "wait for it, or choose another folder") from None
     os.ftruncate(file, 0)
     os.write(file, f"{os.getpid()}\n".encode())
     return file
