@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     6: "compare edit weights",                               # commands: nothing imports them
     5: "immunize",                                           # one picture
-    4: "baselines sifm",                                     # objectives
+    4: "baselines robustness sifm",                          # objectives, and what is done against them
+    3.5: "manifest",                                         # the pictures of an experiment
     3: "editors fetch judge miniature",                      # editors and verdicts
     2.5: "ratings verdicts",                                 # what judges stand on
     2: "canaries cli gemini images isr metrics panels pgd world",         # tools of ours

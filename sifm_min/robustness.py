@@ -1,0 +1,280 @@
+"""What an attacker does to a picture before editing it: recompress, rescale, blur, clean, pass it through an autoencoder.
+
+    attacked = robustness.apply("jpeg-75", image, seed=0)                     # PIL in, PIL out, same size and mode
+    for name, attack in robustness.ATTACKS.items():
+        attack.needs                                         # "", "own" (the editor under attack) or "other" (another one)
+        attack.refusal(editor)                               # None, or a sentence why it does not apply to this editor
+
+All are published transforms with their source named, meant for measuring how much of a protection is left: a clean and a
+noised picture belong beside the protected one, and what the attack itself does to the picture beside all three. Every
+attack changes the colours and leaves the transparency, the ICC profile and the greyness of a picture as they are; the
+result has 8 bits, since what is passed on is a file. What is drawn is drawn from a generator of the seed, so that the
+same call gives the same picture (JPEG: with the same version of Pillow and its codec).
+
+Filters treat 0 to 255 as their sources do. `moves` tells the one attack after which the picture shows less of its scene:
+its edits are to be compared with edits of a picture attacked the same way.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import images
+
+BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One row of the table. function(image, editor=, seed=, **parameters): an "RGB" or "L" image -> the same mode and size.
+
+    needs: "" for nothing, "own" for the editor that will edit the picture, "other" for a different one. kinds: the editor
+    kinds (`editor.kind`) it applies to; empty for all. moves: the picture is not where it was. source: whose attack it is,
+    and with which parameters.
+    """
+
+    name: str
+    function: Callable
+    parameters: dict
+    source: str
+    needs: str = ""
+    kinds: tuple = ()
+    moves: bool = False
+
+    def refusal(self, editor=None):
+        """None where the attack can be carried out, otherwise one sentence that says why it cannot."""
+        if not self.needs:
+            return None
+        if editor is None:
+            which = "the editor under attack" if self.needs == "own" else "another editor than the one under attack"
+            return f"{self.name} needs {which}: pass it as editor="
+        if self.kinds and editor.kind not in self.kinds:
+            return (f"{self.name} does not apply to {editor.name}: it is an {editor.kind} editor, and only "
+                    f"{' and '.join(self.kinds)} editors can paint a picture again at a low strength")
+        return None
+
+    def __call__(self, image, *, editor=None, seed=0):
+        """The attacked picture; see `apply`."""
+        if why := self.refusal(editor):
+            raise ValueError(why)
+        whole = images.picture(image)
+        colours = whole.image.convert("L") if whole.channels == 1 else whole.image
+        attacked = self.function(colours, editor=editor, seed=seed, **self.parameters)
+        return whole.put_together(attacked)
+
+
+def apply(name, image, *, editor=None, seed=0):
+    """The picture after the attack called `name`: a PIL image of the same size, and of the mode that `images.read` gives.
+
+    editor: for attacks that need one (`ATTACKS[name].needs`). Raises ValueError for an unknown name, for a missing editor
+    and for one that the attack does not apply to.
+    """
+    if name not in ATTACKS:
+        raise ValueError(f"unknown attack {name!r}: choose from {', '.join(ATTACKS)}")
+    return ATTACKS[name](image, editor=editor, seed=seed)
+
+
+# ----------------------------------------------------------------------------------------------------- files and sizes
+
+def jpeg(image, *, quality, editor=None, seed=0):
+    """Saved as JPEG at this quality, with halved colour resolution (4:2:0) as platforms do, and opened again."""
+    file = io.BytesIO()
+    more = {} if image.mode == "L" else {"subsampling": "4:2:0"}
+    image.save(file, "JPEG", quality=quality, **more)
+    with Image.open(file, formats=["JPEG"]) as decoded:
+        return decoded.convert(image.mode)
+
+
+def resize(image, *, factor, editor=None, seed=0):
+    """Scaled by `factor` (each side rounded, at least 1) and back, both times with Pillow's antialiased Lanczos."""
+    small = tuple(max(1, round(side * factor)) for side in image.size)
+    return image.resize(small, LANCZOS).resize(image.size, LANCZOS)
+
+
+def crop(image, *, share, editor=None, seed=0):
+    """The middle `share` of both sides, scaled up to the whole size with the bicubic filter."""
+    width, height = (max(1, round(side * share)) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height)).resize(image.size, BICUBIC)
+
+
+def depth(image, *, bits, editor=None, seed=0):
+    """Every channel rounded to 2**bits evenly spaced levels, of which 0 and 255 are two."""
+    steps = 2 ** bits - 1
+    return image.point([round(round(value * steps / 255) * 255 / steps) for value in range(256)] * len(image.getbands()))
+
+
+# ------------------------------------------------------------------------------------------------------ noise and filters
+
+def noise(image, *, sigma, editor=None, seed=0):
+    """Gaussian noise of this standard deviation (in [0,1]) on every value, cut to the range; drawn from the seed."""
+    values = _values(image)
+    drawn = torch.randn(values.shape, generator=torch.Generator().manual_seed(seed))
+    return _image(values + 255 * sigma * drawn, image.mode)
+
+
+def blur(image, *, sigma, taps, editor=None, seed=0):
+    """A Gaussian of this standard deviation, in pixels, cut to `taps` and normalised; the picture is mirrored at its edges."""
+    place = torch.arange(taps) - (taps - 1) / 2
+    weights = torch.exp(-place.square() / (2 * sigma ** 2))
+    weights = weights / weights.sum()
+    values = _values(image)
+    for axis in (1, 2):
+        values = _along(values, weights, axis, "reflect")
+    return _image(values, image.mode)
+
+
+def adverse_cleaner(image, *, bilateral_times, diameter, sigma_colour, sigma_space, guided_times, radius, eps,
+                    editor=None, seed=0):
+    """Bilateral filters that flatten what is faint, then guided filters that bring back the edges of the attacked picture.
+
+    The guide is the picture as it came, and so, as the author warns, carries some of the perturbation back.
+    """
+    given = _values(image.convert("RGB"))
+    cleaned = given
+    for _ in range(bilateral_times):
+        cleaned = bilateral(cleaned, diameter, sigma_colour, sigma_space)
+    guide = _Guide(given, radius, eps)
+    for _ in range(guided_times):
+        cleaned = guide.filter(cleaned)
+    return _image(cleaned, "RGB").convert(image.mode)
+
+
+def bilateral(values, diameter, sigma_colour, sigma_space):
+    """The bilateral filter (Tomasi and Manduchi 1998) of values (C,H,W), with the conventions of OpenCV.
+
+        y(p) = sum_q w(p,q) x(q) / sum_q w(p,q),   w(p,q) = exp(-|p-q|^2 / 2 sigma_space^2) exp(-d(p,q)^2 / 2 sigma_colour^2)
+
+    d is the sum over channels of the absolute differences; q runs over the disc of this diameter; edges are mirrored
+    without repeating the last pixel.
+    """
+    radius = diameter // 2
+    height, width = values.shape[1:]
+    padded = _pad(values, radius, "reflect")
+    total, weights = torch.zeros_like(values), torch.zeros_like(values[:1])
+    for dy in range(-radius, radius + 1):
+        for dx in range(-radius, radius + 1):
+            if dy ** 2 + dx ** 2 > radius ** 2:
+                continue
+            neighbour = padded[:, radius + dy:radius + dy + height, radius + dx:radius + dx + width]
+            distance = (neighbour - values).abs().sum(0, keepdim=True)
+            near = (dy ** 2 + dx ** 2) / (2 * sigma_space ** 2)
+            weight = torch.exp(-distance.square() / (2 * sigma_colour ** 2) - near)
+            total, weights = total + weight * neighbour, weights + weight
+    return total / weights
+
+
+class _Guide:
+    """The guided filter (He, Sun and Tang 2013) by a colour guide (3,H,W): in each window of (2 radius + 1)^2 pixels the
+    input is fitted linearly to the guide, eps holding the slopes down, and each pixel takes the mean of its windows' fits.
+
+        a = (cov(I, I) + eps)^-1 cov(I, p),   b = mean(p) - a^T mean(I),   q = mean(a)^T I + mean(b)      (equations 14 to 16)
+
+    Double precision: a variance is the small difference of two large numbers here. Edges are mirrored with the last pixel.
+    """
+
+    def __init__(self, guide, radius, eps):
+        self.guide, self.radius = guide.double(), radius
+        self.mean = self._box(self.guide)
+        outer = self._box((self.guide[:, None] * self.guide[None]).flatten(0, 1)).unflatten(0, (3, 3))
+        covariance = (outer - self.mean[:, None] * self.mean[None]).permute(2, 3, 0, 1)
+        self.inverse = torch.linalg.inv(covariance + eps * torch.eye(3, dtype=torch.float64))
+
+    def filter(self, values):
+        """values (3,H,W), each channel filtered by itself."""
+        values = values.double()
+        mean = self._box(values)
+        crossed = self._box((self.guide[:, None] * values[None]).flatten(0, 1)).unflatten(0, (3, 3))
+        covariance = crossed - self.mean[:, None] * mean[None]                           # (guide channel, channel, H, W)
+        slopes = torch.einsum("hwij,jchw->ichw", self.inverse, covariance)
+        offset = mean - torch.einsum("ichw,ihw->chw", slopes, self.mean)
+        slopes = self._box(slopes.flatten(0, 1)).unflatten(0, (3, 3))
+        return (torch.einsum("ichw,ihw->chw", slopes, self.guide) + self._box(offset)).float()
+
+    def _box(self, values):
+        taps = 2 * self.radius + 1
+        weights = torch.full((taps,), 1 / taps, dtype=torch.float64)
+        return _along(_along(values, weights, 1, "symmetric"), weights, 2, "symmetric")
+
+
+# ------------------------------------------------------------------------------------------------------------ by an editor
+
+@torch.no_grad()
+def autoencoder(image, *, editor, seed=0):
+    """Through an editor's autoencoder at its working size and back: what the latent space does not hold is gone."""
+    pixels = editor.resize(images.to_pixels(image))
+    decoded = editor.decode(editor.scaled(editor.encode(pixels)))
+    if not decoded.isfinite().all():                         # as 8 bits it would look like a picture that was destroyed
+        raise ValueError(f"the autoencoder of {editor.name} gave no finite picture; a wider dtype, such as float32, may help")
+    return images.to_image(decoded).resize(image.size, LANCZOS).convert(image.mode)
+
+
+def regenerate(image, *, strength, editor, seed=0):
+    """Noised a little and painted again from there without a prompt, by an img2img editor (SDEdit, Meng et al. 2022)."""
+    again = editor.edit(image.convert("RGB"), "", strength=strength, guidance=1.0, seed=seed)      # no prompt to be guided by
+    return again.convert(image.mode)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the table
+
+def _table():
+    rows = []
+
+    def row(name, function, source, *, needs="", kinds=(), moves=False, **parameters):
+        rows.append(Attack(name, function, parameters, source, needs, kinds, moves))
+
+    for quality in (95, 85, 75, 65, 50):
+        row(f"jpeg-{quality}", jpeg, "BlurGuard and ImageProtectionTraceability use 75; the other qualities are ours"
+            if quality == 75 else "our sweep around the 75 of BlurGuard and ImageProtectionTraceability", quality=quality)
+    for factor in (0.75, 0.5):
+        row(f"resize-{factor}", resize, "as in EditShield and MetaCloak; the factors are ours", factor=factor)
+    row("crop-0.75", crop, "Mist's post-processing: 384 of 512, bicubic", moves=True, share=0.75)
+    row("noise-0.05", noise, "robust-style-mimicry (ETH) and BlurGuard: 0.05 and 0.1 of the range", sigma=0.05)
+    row("noise-0.1", noise, "robust-style-mimicry (ETH) and BlurGuard: 0.05 and 0.1 of the range", sigma=0.1)
+    row("blur-1", blur, "our weaker companion of EditShield's", sigma=1.0, taps=5)
+    row("blur-1.5", blur, "EditShield: 5 taps, sigma 1.5", sigma=1.5, taps=5)
+    for bits in (5, 4):
+        row(f"bits-{bits}", depth, "feature squeezing (Xu, Evans and Qi 2018); the depths are ours", bits=bits)
+    row("adverse-cleaner", adverse_cleaner, "lllyasviel/AdverseCleaner: 64 bilateral filters (5, 8, 8), then 4 guided filters "
+        "(4, 16) by its input; it cuts off fractions where we round", bilateral_times=64, diameter=5, sigma_colour=8.0,
+        sigma_space=8.0, guided_times=4, radius=4, eps=16.0)
+    row("vae", autoencoder, "CopyrightMeter, and VAE-Trans in Purify Once, Edit Freely (arXiv 2603.13028): the editor's own "
+        "autoencoder", needs="own")
+    row("vae-other", autoencoder, "the same with another editor's autoencoder", needs="other")
+    row("regenerate-0.15", regenerate, "SDEdit (Meng et al. 2022) as DiffPure uses a diffusion model; the strength is ours",
+        needs="own", kinds=("img2img",), strength=0.15)
+    return MappingProxyType({attack.name: attack for attack in rows})
+
+
+ATTACKS = _table()
+
+
+# --------------------------------------------------------------------------------------------------------------- small helpers
+
+def _values(image):
+    """An "RGB" or "L" image -> (C,H,W), float32, 0 to 255."""
+    return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1).permute(2, 0, 1).float()
+
+
+def _image(values, mode):
+    array = values.clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(array[:, :, 0] if mode == "L" else array)
+
+
+def _pad(values, radius, edge):
+    """(C,H,W) with a border, however small the picture: numpy's "reflect" or "symmetric"."""
+    rows, columns = (torch.from_numpy(np.pad(np.arange(side), radius, mode=edge)) for side in values.shape[1:])
+    return values[:, rows][:, :, columns]
+
+
+def _along(values, weights, axis, edge):
+    """Each pixel of (C,H,W) as the weighted sum of its neighbours along one axis; an odd number of weights."""
+    side, radius = values.shape[axis], len(weights) // 2
+    places = torch.from_numpy(np.pad(np.arange(side), radius, mode=edge))
+    padded = values.index_select(axis, places)
+    return sum(weight * padded.narrow(axis, i, side) for i, weight in enumerate(weights))
