@@ -1,0 +1,576 @@
+"""The protocol behind the paper's tables: immunize -> edit -> distances -> verdict, for every picture, arm, prompt and seed.
+
+A *plan* is a JSON-ready dict of all that decides the results (see `plan`). It is carried out picture by picture, and each
+step's result is kept under the hash of everything that decided it: bytes of the pictures that go in, weights, method,
+options, words, seeds, version. What is found under its hash is not computed again, so a run that was killed, extended or
+given another option does just what is new, and suites share their pictures.
+
+  DIR/plans/*.json       what was asked for
+  DIR/steps/*.jsonl      the steps of one picture, in the order in which they were finished; one writer at a time
+  DIR/pictures/*.png     every picture that a step made, named by the SHA-256 of its pixels
+
+A step that fails is written down with its reason, the next one goes on, and the next run tries it again. Several
+processes, on one machine or on many, may work into one folder: whoever holds a picture's journal works on that picture.
+"""
+
+import inspect
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import __version__, cli, isr, ledger, panels
+from .immunize import METHODS, PROTOCOL, immunize, options_of, settings
+from .ledger import Busy, Ledger
+
+STEPS = {"immunize": 1, "attack": 1, "edit": 1, "metrics": 1, "lpips": 1, "verdict": 1}   # raised where code changes results
+METRICS = ("psnr", "ssim", "vifp", "fsim")
+CONTROL, NOISE = "control", "noise"
+FAILURES = (ValueError, OSError, RuntimeError, MemoryError)  # of one step; torch's out of memory is a RuntimeError
+
+
+# -- what is asked for -----------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Case:
+    """A picture of the protocol. record: JSON-ready id, category, prompts, and sha256 (None: it cannot be read, `reason`).
+
+    prompts: [{"id", "type", "instruct", "img2img", "truth"}], the words for either kind of editor. samples: prompt id ->
+    what the oracles of the miniature judge by; None elsewhere.
+    """
+
+    record: dict
+    picture: object = None
+    samples: dict | None = None
+    reason: str = ""
+
+
+def identity(editor):
+    """What decides an editor's edits, JSON-ready: equal where two editors draw the same pictures."""
+    told = editor.provenance()
+    config = panels.digest([str(editor.scheduler.config), str(editor.vae.config)])
+    return {name: told[name] for name in ("weights", "scheduler", "defaults", "dtype", "device")} | {"config": config}
+
+
+def about_editor(editor):
+    return {"identity": identity(editor), "kind": editor.kind, "notice": editor.notice, "source": str(editor.name),
+            "revision": editor.provenance()["revision"]}
+
+
+def arm(name, method=None, *, source, target, label=None, options=None, attack=None):
+    """One row of a table, JSON-ready: `method` immunizes against the editor `source`, the attacker edits with `target`.
+
+    method None is the clean picture. options: of this arm beside the plan's. attack: what is done to the picture first.
+    """
+    return {"name": name, "label": label or name, "method": method, "source": source, "target": target,
+            "options": options or {}, "attack": attack}
+
+
+def controls(target):
+    """The two arms that every method stands beside: the clean picture, and random noise of the same budget."""
+    return [arm(CONTROL, source=target, target=target), arm(NOISE, NOISE, source=target, target=target)]
+
+
+def plan(suite, editors, cases, arms, *, seeds, seed=0, eps=0.03, given=None, preset="protocol", edit=None, prompts=None,
+         judge=None, lpips=None):
+    """The plan of a run, JSON-ready. editors: name -> about_editor(...); given: options of the loop and of methods, which go
+    to those that have them; edit: options of every edit; prompts: which types ("original", "unseen") are edited; judge:
+    who judges, {"kind": "oracle"} or a panel's record; lpips: the hash of its weights, or the reason of their absence."""
+    given = given or {}
+    arms = [{**one, "settings": _settings(one, given, preset)} for one in arms]
+    return {"suite": suite, "version": __version__, "editors": editors, "cases": [case.record for case in cases], "arms": arms,
+            "seeds": list(seeds), "seed": seed, "eps": eps, "given": given, "preset": preset, "edit": edit or {},
+            "prompts": list(prompts or ("original", "unseen")), "judge": judge or {"kind": "oracle"}, "lpips": lpips or {}}
+
+
+def _settings(one, given, preset):
+    """What an arm's method runs with: the loop in full, options that are not the method's defaults; {} for the controls."""
+    if one["method"] in (None, NOISE):
+        return {}
+    from .baselines import NATIVE
+    known = (*PROTOCOL, *options_of(one["method"]))
+    chosen = {name: value for name, value in given.items() if name in known} | one["options"]
+    preset = preset if one["method"] in NATIVE else "protocol"
+    loop, options = settings(one["method"], preset, **chosen)
+    defaults = inspect.signature(METHODS[one["method"]]).parameters      # asked for or not, a default is the same
+    return {"preset": preset, **loop, **{name: value for name, value in options.items() if value != defaults[name].default}}
+
+
+def group(asked):
+    """What a plan shares with those that stand in one table with it: all but which pictures, arms and seeds."""
+    shared = ("suite", "version", "seed", "eps", "given", "preset", "edit", "prompts")
+    editors = {name: about["identity"] for name, about in asked["editors"].items()}
+    judge = {name: value for name, value in asked["judge"].items() if name != "date"}
+    return panels.digest([{name: asked[name] for name in shared}, editors, judge])
+
+
+def prompts_of(asked, case):
+    return [prompt for prompt in case["prompts"] if prompt["type"] in asked["prompts"]]
+
+
+# -- the names of steps ----------------------------------------------------------------------------------------------------
+
+def name(step, **decides):
+    """The name of a step's result: the hash of all that decides it."""
+    return panels.digest({"step": step, "code": [__version__, STEPS[step]], **decides})
+
+
+def words(asked, editor, prompt):
+    """What an editor is told: the instruction, or for img2img the caption of the result."""
+    return prompt[asked["editors"][editor]["kind"]]
+
+
+def immunize_name(asked, case, one):
+    if one["method"] == NOISE:                               # drawn without any editor, so once for all of them
+        return name("immunize", picture=case["sha256"], method=NOISE, eps=asked["eps"], seed=asked["seed"])
+    return name("immunize", picture=case["sha256"], method=one["method"], eps=asked["eps"], seed=asked["seed"],
+                settings=one["settings"], editor=asked["editors"][one["source"]]["identity"],
+                prompt=words(asked, one["source"], case["prompts"][0]))
+
+
+def attack_name(asked, one, sha256):
+    return name("attack", picture=sha256, attack=one["attack"], editors={n: e["identity"] for n, e in asked["editors"].items()})
+
+
+def edit_name(asked, one, sha256, prompt, seed):
+    return name("edit", picture=sha256, editor=asked["editors"][one["target"]]["identity"], options=asked["edit"],
+                prompt=words(asked, one["target"], prompt), seed=seed)
+
+
+def metrics_name(sha256, reference):
+    return name("metrics", pictures=[sha256, reference])
+
+
+def lpips_name(sha256, reference, weights):
+    return name("lpips", pictures=[sha256, reference], weights=weights)
+
+
+def verdict_name(asked, one, case, prompt, sha256):
+    return name("verdict", judge=asked["judge"], kind=asked["editors"][one["target"]]["kind"], original=case["sha256"],
+                prompt=words(asked, one["target"], prompt), truth=prompt.get("truth"), edited=sha256)
+
+
+# -- the folder ------------------------------------------------------------------------------------------------------------
+
+class Folder:
+    """Where a run's results lie; see the module's docstring."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def make(self):
+        from . import images
+        images.make_folder(self.path)
+        for inner in ("plans", "steps", "pictures"):
+            images.make_folder(self.path / inner)
+
+    def add_plan(self, asked):
+        from . import images
+        path = self.path / "plans" / f"{asked['suite']}-{panels.digest(asked)[:16]}.json"
+        if not path.exists():
+            images.write(path, cli.to_json(asked, indent=1) + "\n", overwrite=True)
+
+    def plans(self):
+        """The plans asked for, oldest first; raises ValueError where there are none."""
+        from . import verdicts
+        found = sorted((self.path / "plans").glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+        if not found:
+            raise ValueError(f"{self.path}: holds no results; `evaluate run SUITE -o {self.path}` makes them")
+        return [verdicts.load(path) for path in found]
+
+    def journal(self, sha256):
+        return self.path / "steps" / f"{sha256[:24]}.jsonl"
+
+    def rows(self, sha256):
+        """{name: row} of a picture's steps; somebody may be writing them."""
+        path = self.journal(sha256)
+        return {row["name"]: row for row in ledger.read(path)} if path.exists() else {}
+
+    def picture(self, sha256):
+        return self.path / "pictures" / f"{sha256}.png"
+
+    def keep(self, image):
+        """Write a picture and return its name."""
+        from . import images
+        sha256 = panels.picture_sha256(image)
+        if not self.picture(sha256).exists():
+            images.write(self.picture(sha256), image, overwrite=True)
+        return sha256
+
+    def probe(self):
+        """Raise OSError where nothing can be written, before minutes of work are spent on it."""
+        part = self.path / "pictures" / f".{os.getpid()}.part"
+        try:
+            with part.open("wb") as file:
+                file.write(bytes(1 << 16))
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            part.unlink(missing_ok=True)
+
+
+class Journal:
+    """The steps of one picture: looked up, or made and written down. Raises Busy where another process has it open."""
+
+    def __init__(self, folder, sha256):
+        self.folder, self._ledger = folder, Ledger(folder.journal(sha256))
+
+    def __enter__(self):
+        self._ledger.__enter__()
+        self.rows, self._images = {row["name"]: row for row in self._ledger.rows}, {}
+        return self
+
+    def __exit__(self, *_):
+        self._ledger.__exit__()
+
+    def found(self, name):
+        """The row of a finished step whose picture, if it made one, is still there; None otherwise."""
+        row = self.rows.get(name)
+        if row is None or "failed" in row or ("sha256" in row and not self.folder.picture(row["sha256"]).exists()):
+            return None
+        return row
+
+    def add(self, name, step, image=None, **result):
+        if image is not None:
+            result["sha256"] = self.folder.keep(image)
+            self._images[result["sha256"]] = image
+        row = {"name": name, "step": step, **result}
+        self._ledger.append(row)
+        self.rows[name] = row
+        return row
+
+    def image(self, sha256):
+        from . import images
+        if sha256 not in self._images:
+            self._images[sha256] = images.read(self.folder.picture(sha256)).image
+        return self._images[sha256]
+
+
+# -- carrying it out -------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Failure:
+    """A step that could not be done."""
+
+    case: str
+    arm: str
+    step: str
+    reason: str
+
+    def __str__(self):
+        return f"{self.case}, {self.arm}, {self.step}: {self.reason}"
+
+
+class _Failed(Exception):
+    """A step failed and was written down; the arm cannot go on."""
+
+
+class Runner:
+    """Carries out a plan, a picture at a time.
+
+    editors: name -> a loaded editor; judges: name -> callable for an editor (`judges(editor)`), or None where a panel judges
+    later; lpips: a `metrics.LPIPSWeights` or None; attacks: name -> function (image, editors) -> image; fail(Failure, error)
+    hears of what fails; done(arm) is called when an arm of a picture is over.
+    """
+
+    def __init__(self, folder, asked, editors, *, judges=None, lpips=None, attacks=None, fail=None, done=None, batch=None):
+        self.folder, self.asked, self.editors, self.judges, self.lpips = folder, asked, editors, judges, lpips
+        self.attacks, self.batch = attacks or {}, batch
+        self.fail, self.done = fail or (lambda *_: None), done or (lambda _: None)
+        self.failures, self.computed = [], 0
+
+    def run(self, case):
+        """All arms of one picture. Raises Busy where another process works on it."""
+        if case.record["sha256"] is None:
+            self._tell(case, "every arm", "read", ValueError(case.reason))
+            for _ in self.asked["arms"]:
+                self.done(None)
+            return
+        try:
+            with Journal(self.folder, case.record["sha256"]) as journal:
+                for one in self.asked["arms"]:
+                    try:
+                        self.folder.probe()
+                        self._arm(journal, case, one)
+                    except _Failed:
+                        pass
+                    except OSError as error:                 # not even that a step failed can be written down
+                        self._tell(case, one["name"], "write", error)
+                    self.done(one)
+        except Busy:
+            raise
+        except (ValueError, OSError) as error:               # the journal cannot be opened, or is damaged
+            self._tell(case, "every arm", "journal", error)
+
+    def _tell(self, case, arm_name, step, error):
+        reason = cli.sentence(error)
+        if not str(error) and isinstance(error, MemoryError):
+            reason = "out of memory"
+        failure = Failure(case.record["id"], arm_name, step, reason)
+        self.failures.append(failure)
+        self.fail(failure, error)
+        return reason
+
+    def _step(self, journal, case, one, step, names, make):
+        """make() -> fills the journal for these names, timed by itself; a failure is written under each of them."""
+        try:
+            self.computed += 1
+            return make()
+        except FAILURES as error:
+            reason = self._tell(case, one["name"], step, error)
+            for missing in names:
+                if not journal.found(missing):
+                    journal.add(missing, step, failed=reason)
+            raise _Failed from None
+
+    def _arm(self, journal, case, one):
+        """Every step of one arm of one picture."""
+        asked, record = self.asked, case.record
+        sha256 = self._protected(journal, case, one)
+        clean = {**one, "method": None, "attack": None}
+        for seed in asked["seeds"]:
+            prompts = prompts_of(asked, record)
+            if one["name"] != CONTROL:                       # what the edits are measured against
+                self._edits(journal, case, clean, record["sha256"], prompts, seed)
+            edited = self._edits(journal, case, one, sha256, prompts, seed)
+            if one["name"] != CONTROL:
+                reference = [journal.found(edit_name(asked, clean, record["sha256"], p, seed))["sha256"] for p in prompts]
+                self._distances(journal, case, one, edited, reference)
+            if self.judges:
+                self._judge(journal, case, one, prompts, edited)
+
+    def _protected(self, journal, case, one):
+        """The name of the picture that the attacker gets."""
+        sha256 = case.record["sha256"]
+        if one["method"] is None:
+            journal.folder.keep(case.picture)
+        else:
+            key = immunize_name(self.asked, case.record, one)
+            row = journal.found(key) or self._step(journal, case, one, "immunize", [key],
+                                                   lambda: self._immunize(journal, case, one, key))
+            sha256 = row["sha256"]
+        if one["attack"]:
+            key = attack_name(self.asked, one, sha256)
+
+            def attack(sha256=sha256):
+                started = time.perf_counter()
+                image = self.attacks[one["attack"]](journal.image(sha256), self.editors)
+                return journal.add(key, "attack", image, seconds=_since(started))
+
+            sha256 = (journal.found(key) or self._step(journal, case, one, "attack", [key], attack))["sha256"]
+        return sha256
+
+    def _immunize(self, journal, case, one, key):
+        found = immunize(case.picture, self.editors[one["source"]], words(self.asked, one["source"], case.record["prompts"][0]),
+                         method=one["method"], eps=self.asked["eps"], seed=self.asked["seed"], **one["settings"])
+        told = {name: found.report[name] for name in ("linf_steps", "budget_steps", "psnr", "ssim", "passes", "seconds",
+                                                      "loop_seconds", "peak_memory_bytes", "note", "options")}
+        last = found.report["loss"][-1] if found.report["loss"] else None
+        return journal.add(key, "immunize", found.image.convert("RGB"), **_plain(told), last=_plain(last))
+
+    def _edits(self, journal, case, one, sha256, prompts, seed):
+        """The names of the edited pictures, in the prompts' order; those that are missing are made in one batch."""
+        names = [edit_name(self.asked, one, sha256, prompt, seed) for prompt in prompts]
+        missing = [(key, prompt) for key, prompt in zip(names, prompts, strict=True) if not journal.found(key)]
+        size = self.batch or len(missing) or 1
+        for start in range(0, len(missing), size):
+            part = missing[start:start + size]
+
+            def edit(part=part):
+                started = time.perf_counter()
+                image = case.picture if sha256 == case.record["sha256"] else journal.image(sha256)
+                found = self.editors[one["target"]].edit([image] * len(part), [words(self.asked, one["target"], prompt)
+                                                                               for _, prompt in part],
+                                                         seed=seed, **self.asked["edit"])
+                seconds = _since(started) / len(part)
+                for (key, _), image in zip(part, found, strict=True):
+                    journal.add(key, "edit", image, seconds=round(seconds, 4))
+
+            self._step(journal, case, one, "edit", [key for key, _ in part], edit)
+        return [journal.found(key)["sha256"] for key in names]
+
+    def _distances(self, journal, case, one, edited, reference):
+        """Of the edits of the immunized picture from those of the original: all that are missing, in one batch."""
+        pairs = list(zip(edited, reference, strict=True))
+        for step, wanted, weights in (("metrics", METRICS, None), ("lpips", ("lpips",), self.lpips)):
+            if step == "lpips" and self.lpips is None:
+                continue
+            names = {pair: metrics_name(*pair) if step == "metrics" else lpips_name(*pair, weights.sha256) for pair in pairs}
+            missing = [pair for pair in names if not journal.found(names[pair])]
+            if missing:
+                self._step(journal, case, one, step, [names[pair] for pair in missing],
+                           lambda m=missing, n=names, s=step, w=wanted: self._measure(journal, m, n, s, w))
+
+    def _measure(self, journal, pairs, names, step, wanted):
+        import torch
+
+        from . import images, metrics
+        started = time.perf_counter()
+        dist, ref = (torch.cat([images.to_pixels(journal.image(pair[side])) for pair in pairs]) for side in (0, 1))
+        found, absent = {}, {}
+        for metric in wanted:
+            how = {"network": self.lpips.network, "weights": self.lpips} if metric == "lpips" else {}
+            try:
+                found[metric] = getattr(metrics, metric)(dist, ref, **how).tolist()
+            except ValueError as error:                      # the pictures are too small for it
+                absent[metric] = str(error)
+        for i, pair in enumerate(pairs):
+            journal.add(names[pair], step, values=_plain({metric: values[i] for metric, values in found.items()}),
+                        absent=absent, seconds=round(_since(started) / len(pairs), 4))
+
+    def _judge(self, journal, case, one, prompts, edited):
+        judges = self.judges(self.editors[one["target"]])
+        for prompt, sha256 in zip(prompts, edited, strict=True):
+            key = verdict_name(self.asked, one, case.record, prompt, sha256)
+
+            def judge(key=key, sha256=sha256, prompt=prompt):
+                started = time.perf_counter()
+                sample = case.samples[prompt["id"]]
+                records = isr.ask(judges, [isr.Edit(sha256, case.record["id"], prompt["id"], one["name"], sample,
+                                                    journal.image(sha256))])
+                journal.add(key, "verdict", judges=said(records), seconds=round(_since(started), 4))
+
+            if not journal.found(key):
+                self._step(journal, case, one, "verdict", [key], judge)
+
+
+def said(records):
+    """{judge: [semantic mismatch, perceptual degradation, status]} of isr.Records on one edit."""
+    return {r.judge: [r.semantic_mismatch, r.perceptual_degradation, r.status] for r in records}
+
+
+def _since(started):
+    return time.perf_counter() - started
+
+
+def _plain(value):
+    """JSON-ready without infinities: those become the strings that `float` reads."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and value - value != 0 else value
+
+
+# -- how much is left ------------------------------------------------------------------------------------------------------
+
+def left(folder, asked, cases):
+    """({method: immunizations}, {target: edits}, pictures with nothing left, seconds of steps that are kept) of these cases.
+
+    kept: (what, step) -> [seconds], with what a method or a target. An edit whose picture is yet to be made is to be made.
+    """
+    immunizations, edits, finished, kept = {}, {}, 0, {}
+    for case in cases:
+        record = case.record
+        if record["sha256"] is None:
+            continue
+        rows = {key: row for key, row in folder.rows(record["sha256"]).items() if "failed" not in row}
+        missing, counted = 0, set()
+        for one in asked["arms"]:
+            sha256 = record["sha256"]
+            if one["method"]:
+                key = immunize_name(asked, record, one)
+                if row := rows.get(key):
+                    kept.setdefault((one["method"], "immunize"), []).append(row["seconds"])
+                elif key not in counted:
+                    counted.add(key)
+                    missing += 1
+                    immunizations[one["method"]] = immunizations.get(one["method"], 0) + 1
+                sha256 = rows[key]["sha256"] if key in rows else f"{key} to come"
+            if one["attack"]:
+                row = rows.get(attack_name(asked, one, sha256))
+                sha256 = row["sha256"] if row else f"{one['name']} {sha256} to come"
+            for seed in asked["seeds"]:
+                for prompt in prompts_of(asked, record):
+                    key = edit_name(asked, one, sha256, prompt, seed)
+                    if row := rows.get(key):
+                        kept.setdefault((one["target"], "edit"), []).append(row["seconds"])
+                    elif key not in counted:
+                        counted.add(key)
+                        missing += 1
+                        edits[one["target"]] = edits.get(one["target"], 0) + 1
+        finished += not missing
+    return immunizations, edits, finished, kept
+
+
+# -- what came of it -------------------------------------------------------------------------------------------------------
+
+def collect(path):
+    """[{"plan", "arms", "cells", "missing"}], one per table of the folder: see `group`. Computes nothing.
+
+    plan: the newest of the plans that share the table. cells: one per edit, with what its steps found. missing: how many
+    planned edits are not made and did not fail either. arms: each with its immunizations' rows.
+    """
+    folder, groups = Folder(path), {}
+    for asked in folder.plans():
+        groups.setdefault(group(asked), []).append(asked)
+    return [_collected(folder, plans) for plans in groups.values()]
+
+
+def _collected(folder, plans):
+    cells, immunized, arms, missing, journals = {}, {}, {}, set(), {}
+    for asked in plans:
+        for case in asked["cases"]:
+            sha256 = case["sha256"]
+            if sha256 is not None and sha256 not in journals:
+                journals[sha256] = folder.rows(sha256)
+            for one in asked["arms"]:
+                arms.setdefault((one["target"], one["source"], one["name"]), one)
+                rows = journals.get(sha256, {})
+                done = _immunized(asked, case, one, rows)
+                if one["method"] and done and "failed" not in done:
+                    immunized.setdefault((one["target"], one["source"], one["name"]), {})[case["id"]] = done
+                for seed in asked["seeds"]:
+                    for prompt in prompts_of(asked, case):
+                        place = (one["target"], one["source"], one["name"], case["id"], prompt["id"], seed)
+                        cell = _cell(asked, case, one, rows, done, prompt, seed)
+                        if cell is None:
+                            missing.add(place)
+                        else:
+                            cells[place] = cell
+    return {"plan": plans[-1], "cells": list(cells.values()), "missing": len(missing - cells.keys()),
+            "arms": [{**one, "immunized": immunized.get(place, {})} for place, one in arms.items()],
+            "pictures": {case["id"]: case["category"] for asked in plans for case in asked["cases"]}}
+
+
+def _immunized(asked, case, one, rows):
+    if case["sha256"] is None:
+        return {"failed": case.get("reason") or "cannot be read"}
+    if one["method"] is None:
+        return {"sha256": case["sha256"]}
+    return rows.get(immunize_name(asked, case, one))
+
+
+def _cell(asked, case, one, rows, done, prompt, seed):
+    """One edit as data, None where it is still to be made."""
+    cell = {"target": one["target"], "source": one["source"], "arm": one["name"], "image_id": case["id"],
+            "category": case["category"], "prompt_id": prompt["id"], "prompt_type": prompt["type"], "seed": seed,
+            "prompt": words(asked, one["target"], prompt), "metrics": {}, "absent": {}, "judges": None, "failed": None,
+            "original": case["sha256"], "immunized": None, "edited_original": None, "edited": None}
+    if done is None:
+        return None
+    if "failed" in done:
+        return {**cell, "failed": done["failed"]}
+    sha256 = done["sha256"]
+    if one["attack"]:
+        row = rows.get(attack_name(asked, one, sha256))
+        if row is None or "failed" in row:
+            return {**cell, "failed": row["failed"]} if row else None
+        sha256 = row["sha256"]
+    row = rows.get(edit_name(asked, one, sha256, prompt, seed))
+    clean = rows.get(edit_name(asked, one, case["sha256"], prompt, seed))
+    for found in (row, clean):
+        if found is None or "failed" in found:
+            return {**cell, "failed": found["failed"]} if found else None
+    cell |= {"immunized": sha256, "edited": row["sha256"], "edited_original": clean["sha256"]}
+    if one["name"] != CONTROL:
+        names = [metrics_name(row["sha256"], clean["sha256"])]
+        if asked["lpips"].get("sha256"):
+            names.append(lpips_name(row["sha256"], clean["sha256"], asked["lpips"]["sha256"]))
+        for measured in filter(None, map(rows.get, names)):
+            if "failed" in measured:
+                return {**cell, "failed": measured["failed"]}
+            cell["metrics"] |= {key: None if value is None else float(value) for key, value in measured["values"].items()}
+            cell["absent"] |= measured["absent"]
+    verdict = rows.get(verdict_name(asked, one, case, prompt, row["sha256"])) or {"judges": None}
+    return {**cell, "failed": verdict["failed"]} if "failed" in verdict else {**cell, "judges": verdict["judges"]}
