@@ -17,7 +17,6 @@ A line that is not like this is an error that names it. `tools/make_manifest.py`
 import hashlib
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -149,18 +148,24 @@ def read(path):
     return items
 
 
-def write(path, items, *, overwrite=False):
-    """Write items as a manifest, whole or not at all; what `read` would refuse is refused here. Raises ValueError, OSError."""
-    items = list(items)
+def text(items, path=NAME):
+    """Items as the text of a manifest file; what `read` would refuse is refused here. Raises ValueError, naming the path."""
+    lines, seen = [], set()
     for item in items:
         try:
             Item.from_json(item.to_json(), Path())
         except ValueError as error:
             raise ValueError(f"{path}: {item.id} {error}") from None
-    if twice := [name for name, count in Counter(item.id for item in items).items() if count > 1]:
-        raise ValueError(f"{path}: two pictures have the id {twice[0]}")
-    lines = [json.dumps(item.to_json(), ensure_ascii=False, allow_nan=False) + "\n" for item in items]
-    images.write(path, "".join(lines), overwrite=overwrite)
+        if item.id in seen:
+            raise ValueError(f"{path}: two pictures have the id {item.id}")
+        seen.add(item.id)
+        lines.append(json.dumps(item.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
+    return "".join(lines)
+
+
+def write(path, items, *, overwrite=False):
+    """Write items as a manifest file, whole or not at all. Raises ValueError and OSError."""
+    images.write(path, text(items, path), overwrite=overwrite)
 
 
 def _loads(line):
