@@ -272,8 +272,8 @@ def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repea
     native: the L-infinity call of its notebook: 200 iterations of 0.003 from zero, the mean of 5 draws. The notebook
     executes another, in the L2 norm with 10, and with an empty prompt.
     """
-    if min(unroll, repeats) < 1:
-        raise ValueError(f"unroll {unroll}, repeats {repeats}: at least one denoising step and one draw are needed")
+    if unroll < 2 or repeats < 1:                            # a published sampler's only step would start at the clean end
+        raise ValueError(f"unroll {unroll}, repeats {repeats}: at least two denoising steps and one draw are needed")
     if editor.kind != "instruct" and unroll > (most := len(editor.plan().timesteps)):
         raise ValueError(f"unroll {unroll}: an edit by this editor has {most} denoising steps")
     with torch.no_grad():
