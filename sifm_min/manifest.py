@@ -190,5 +190,5 @@ def _samples(seed, split, count):
 
 
 def _sample(seed, split, index):
-    """The index-th sample, of which the earlier ones are drawn too; counts are rounded up, so that few lists are kept."""
-    return _samples(seed, split, (index // 100 + 1) * 100)[index]
+    """The index-th sample. The earlier ones are drawn too, so the lists that are kept double in length."""
+    return _samples(seed, split, max(8, 1 << index.bit_length()))[index]

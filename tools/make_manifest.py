@@ -396,7 +396,7 @@ class Server:
                 with self.session.get(url, params=params, timeout=(10, 60), stream=True) as response:
                     content = _body(response)
                 if response.status_code == 200:
-                    self.lost = 0
+                    self.lost = self.lost if params else 0   # rows may come where pictures do not
                     return content
                 why = f"the server answered {response.status_code}"
                 if response.status_code == 429:
