@@ -251,6 +251,20 @@ def test_every_method_writes_its_picture_and_what_it_took(run, editor, method):
     assert len(found["loss"]) == found["passes"]["encoder_backward"] == found["options"]["steps"]
 
 
+@pytest.mark.parametrize("method, argv, options", [
+    ("photoguard-diffusion", ("--unroll", "2", "--repeats", "2", "--no-resample"),
+     {"unroll": 2, "repeats": 2, "resample": False}),
+    ("semantic-attack", ("--content", "the sky", "--timesteps", "700,30", "--batch", "1"),
+     {"content": "the sky", "timesteps": [700, 30], "batch": 1}),
+    ("ace", ("--variant", "ace"), {"variant": "ace"}),
+])
+def test_options_of_the_baselines_reach_them(run, method, argv, options):
+    photo("a.png")
+    assert run("a.png", "--no-preview", "--method", method, "--steps", "1", *argv) == cli.OK
+    found = report()["options"]
+    assert {name: found[name] for name in immunize.options_of(method)} == options
+
+
 def test_every_option_on_the_command_line_is_some_methods_and_the_other_way_round():
     assert set(immunize.OPTIONS) == {name for method in METHODS for name in immunize.options_of(method)}
 
