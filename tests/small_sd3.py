@@ -9,10 +9,11 @@ saturated. Otherwise two editors that ignored their prompts would agree.
 """
 
 import json
+import math
+from collections import Counter
 
 import diffusers
 import small_editors
-import tokenizers
 import torch
 import transformers
 
@@ -68,7 +69,7 @@ def pipeline(name="as published", *, tokenizers, in_channels=None, seed=0):
             bos_token_id=0, eos_token_id=2, **given)))       # 2, which it is not, as in the published files
     t5 = t5_words = None
     if config["T5"]:
-        t5_words = transformers.T5Tokenizer.from_pretrained(tokenizers / "tokenizer_3")
+        t5_words = transformers.T5TokenizerFast.from_pretrained(tokenizers / "tokenizer_3")
         t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(t5_words), feed_forward_proj="gated-gelu",
                                                                **config["T5"]))
     latent = config["vae"]["latent_channels"]
@@ -135,12 +136,23 @@ def write_tokenizers(folder):
     small_editors.write_tokenizer(folder / "tokenizer")
     second = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", pad_token="!")
     second.save_pretrained(folder / "tokenizer_2")
-    trainer = tokenizers.trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>",
-                                                 special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False)
-    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram())
-    unigram.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    unigram.train_from_iterator(list(world.corpus())[::7], trainer)
-    pieces = [(piece, score) for piece, score in json.loads(unigram.to_str())["model"]["vocab"]]
-    third = transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
+    # T5's: whole words by how frequent they are, and characters for the others.
+    counts = Counter(f"▁{word}" for text in world.corpus() for word in text.split())
+    pieces = [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["▁", -3.0]]
+    pieces += [[piece, math.log(count / counts.total())] for piece, count in counts.most_common(200)]
+    pieces += [[chr(code), -9.0 - code / 100] for code in range(33, 127)]
+    special = {"special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    (folder / "tokenizer_3").mkdir()
+    (folder / "tokenizer_3" / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "pre_tokenizer": metaspace, "decoder": metaspace,
+        "added_tokens": [{"id": i, "content": pieces[i][0], **special} for i in range(3)],
+        "post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}, end],
+                           "pair": [{"Sequence": {"id": "A", "type_id": 0}}, end],
+                           "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}},
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": pieces, "byte_fallback": False}}), encoding="utf-8")
+    third = transformers.T5TokenizerFast.from_pretrained(folder / "tokenizer_3", extra_ids=0)
     third.save_pretrained(folder / "tokenizer_3")
     return folder

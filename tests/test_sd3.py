@@ -31,7 +31,7 @@ from sifm_min.models import checkpoints  # noqa: E402
 
 SQUARE, WIDE = (64, 64), (80, 48)                           # (width, height): 4 x 4 tokens, and 3 x 5, off the table's centre
 RED, HAT = "a red sky", "a face with a top hat, 2 of them!!!"
-LONG = "a very long story of a red house and a blue house " * 8
+LONG = "a very long story of a red house and a blue house " * 12
 SINGLE = "as in a single file"                              # with a larger VAE, and tests of its own
 CONFIGS = [config for config in small_sd3.CONFIGS if config != SINGLE]
 
@@ -120,7 +120,7 @@ def test_the_comparison_would_see_what_is_left_out(config, folders):
         assert_other(plain, theirs(without_t5(pipeline), image, RED))
 
 
-@pytest.mark.parametrize("guidance", [1.0, 0.5, 3.0, 12.0])
+@pytest.mark.parametrize("guidance", [1.0, 0.5, 12.0])
 @pytest.mark.parametrize("negative", ["", "blue, night"])
 def test_guidance_on_and_off_and_a_negative_prompt(guidance, negative, folders):
     pipeline, editor = folders("as SD3.5 medium")
@@ -473,7 +473,7 @@ def test_provenance_and_defaults(folders):
     assert editors.DEFAULTS["sd3"] == defaults and editor.kind == "img2img"
     taken = []
     editor.edit(photo(16, 16), RED, on_step=lambda i, n: taken.append(n))
-    assert taken == [30] * 30
+    assert taken == [30] * 30                                # 50 at 0.6
 
 
 def test_half_precision_is_the_transformers_and_the_texts_alone(folders):
@@ -625,7 +625,8 @@ def test_a_single_file_gives_the_picture_of_the_folder(holds, published, folders
     alone = load_editor(file, components=components, device="cpu")
     assert type(alone) is StableDiffusion3 and (alone.config, alone.vae.config) == (editor.config, editor.vae.config)
     for one, other in ((alone.transformer, editor.transformer), (alone.vae, editor.vae)):
-        assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+        expected = other.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in one.state_dict().items())
     for image in (photo(*SQUARE), photo(*WIDE)):
         ours = alone.edit(image, HAT, steps=3)
         assert_same(ours, editor.edit(image, HAT, steps=3))
