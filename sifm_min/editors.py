@@ -146,6 +146,13 @@ class Editor:
     def vae_dtype(self):
         return next(self.vae.parameters()).dtype
 
+    def contexts(self, prompts):
+        """One context for each prompt, all of them read at once: SD3's text encoders are loaded no more than once."""
+        together = self.context(prompts)
+        if isinstance(together, torch.Tensor):
+            return list(together.split(1))
+        return [type(together)(*parts) for parts in zip(*(part.split(1) for part in together), strict=True)]
+
     def timesteps(self, count):
         """`count` timesteps, (count,), evenly spaced over what a default edit visits, noisiest first."""
         if count < 1:

@@ -121,7 +121,7 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
     _reset_peak(editor.device)
     original = images.to_pixels(picture.image).to(editor.device)
     with torch.no_grad():
-        contexts = [editor.context([prompt]) for prompt in prompts]
+        contexts = editor.contexts(prompts)
     generator = torch.Generator().manual_seed(seed)
     texts = {"prompts": prompts} if "prompts" in inspect.signature(METHODS[method]).parameters else {}
     objective = METHODS[method](editor, original, contexts, generator=generator, **texts, **options)
