@@ -331,6 +331,8 @@ def test_context_is_the_pipelines(folders):
     prompts = [RED, "", HAT]
     expected = pipeline._encode_prompt(prompts, torch.device("cpu"), 1, False)
     torch.testing.assert_close(editor.context(prompts), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert [part.shape for part in editor.contexts(prompts)] == [(1, *expected.shape[1:])] * 3
+    torch.testing.assert_close(torch.cat(editor.contexts(prompts)), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("config", small_editors.CONFIGS)

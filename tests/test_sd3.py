@@ -273,6 +273,15 @@ def test_prompts_said_before_are_not_encoded_again(folders, loads):
     assert len(loads) == 11                                  # the oldest not
 
 
+def test_contexts_of_several_prompts_read_the_text_encoders_once(folders, loads):
+    editor = load_editor(folders()[1].checkpoint.folder, device="cpu")
+    found = editor.contexts([RED, HAT])
+    assert [name for name, _ in loads] == ["vae", "text_encoder", "text_encoder_2", "text_encoder_3"]
+    for prompt, context in zip((RED, HAT), found, strict=True):
+        for part, expected in zip(context, editor.context([prompt]), strict=True):
+            assert torch.equal(part, expected)
+
+
 def test_without_t5_it_is_neither_looked_for_nor_read(folder, folders, loads):
     pipeline, _ = folders()
     for part in ("text_encoder_3", "tokenizer_3"):
