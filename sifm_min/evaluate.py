@@ -1,131 +1,15 @@
 """The paper's experiments as commands: `run` makes what a table needs, `table` prints it, `report` shows it.
 
-A suite is a list of arms (protocol.arm): which method immunizes against which editor, and who edits. What is done with an
-arm, how it is kept and found again, is protocol.py.
+Which arms and pictures a suite has is in suites.py, what is done with them and how it is kept in protocol.py.
 """
 
 import json
 import os
-import statistics
 import time
-from pathlib import Path
 
-from . import cli, panels, protocol
-from .immunize import METHODS, PRESETS
+from . import cli, panels, protocol, suites
+from .immunize import PRESETS
 from .ledger import Busy
-
-SUITES = ("white-box", "transfer", "ablation", "lambda")
-LAMBDAS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)       # the paper's Table VII
-ONLY_DISTANCE = 1e9              # a weight at which the norm's part of a float32 gradient is rounded away: the distance alone
-COMPARED = tuple(name for name in METHODS if name != protocol.NOISE)
-WORLD_SEED = 0                                               # of the miniature's samples
-
-
-# -- suites ----------------------------------------------------------------------------------------------------------------
-
-def arms(suite, editors, methods):
-    """The arms of a suite, controls first. editors: names; transfer takes two, and goes both ways."""
-    if suite == "transfer":
-        if len(editors) != 2:
-            raise ValueError("transfer needs two editors: add --other NAME")
-        return [one for source, target in (editors, editors[::-1])
-                for one in (*protocol.controls(target),
-                            *(protocol.arm(method, method, source=source, target=target) for method in methods))]
-    found = []
-    for editor in editors:
-        found += protocol.controls(editor)
-        if suite == "white-box":
-            found += [protocol.arm(method, method, source=editor, target=editor) for method in methods]
-        elif suite == "lambda":
-            found += [protocol.arm(f"lambda {lam:g}", "sifm", source=editor, target=editor, options={"lam": lam})
-                      for lam in LAMBDAS]
-        else:
-            found += [protocol.arm(label, "sifm", source=editor, target=editor, options=options) for label, options in (
-                ("distance only", {"lam": ONLY_DISTANCE}), ("norm only", {"lam": 0.0}), ("sifm", {}))]
-    return found
-
-
-PROMPTS = {"white-box": ("original", "unseen")}              # of the other tables the paper has the original prompt alone
-
-
-def miniature_cases(count):
-    """`count` pictures of the miniature's world: the instruction and five unseen ones, with their ground truth."""
-    from . import miniature
-    found = []
-    for number, sample in enumerate(miniature.samples(count, WORLD_SEED)):
-        asked, prompts = {"original": sample}, []
-        asked |= {f"unseen-{i}": other for i, other in enumerate(sample.unseen, 1)}
-        for name, one in asked.items():
-            prompts.append({"id": name, "type": name.split("-")[0], "instruct": one.prompt, "img2img": one.target_caption,
-                            "truth": panels.picture_sha256(one.target)})
-        record = {"id": f"miniature-{number:03}", "category": sample.category, "prompts": prompts,
-                  "sha256": panels.picture_sha256(sample.image)}
-        found.append(protocol.Case(record, sample.image, asked))
-    return found
-
-
-# -- how long it takes -----------------------------------------------------------------------------------------------------
-
-class _Enough(Exception):
-    """Raised out of a run that is only timed."""
-
-
-def seconds_each(asked, editors, case, immunizations, edits, kept):
-    """({method: seconds of an immunization}, {target: seconds of an edit}): the median of what was done before, else timed
-    on the first three steps of each."""
-    by_method, by_target = {}, {}
-    for one in asked["arms"]:
-        method, target = one["method"], one["target"]
-        if method in immunizations and method not in by_method:
-            before = kept.get((method, "immunize"))
-            by_method[method] = statistics.median(before) if before else _timed_immunization(asked, editors, case, one)
-        if target in edits and target not in by_target:
-            before = kept.get((target, "edit"))
-            by_target[target] = statistics.median(before) if before else _timed_edit(asked, editors, case, one)
-    return by_method, by_target
-
-
-def _timed_immunization(asked, editors, case, one):
-    from .immunize import immunize
-    steps = one["settings"].get("steps", 1)
-    return _timed(lambda on_step: immunize(
-        case.picture, editors[one["source"]], protocol.words(asked, one["source"], case.record["prompts"][0]),
-        method=one["method"], eps=asked["eps"], seed=asked["seed"], on_step=on_step, **one["settings"]), steps)
-
-
-def _timed_edit(asked, editors, case, one):
-    prompts = [protocol.words(asked, one["target"], prompt) for prompt in protocol.prompts_of(asked, case.record)]
-    editor = editors[one["target"]]
-    steps = len(editor.plan(asked["edit"].get("steps")).timesteps)
-    return _timed(lambda on_step: editor.edit([case.picture] * len(prompts), prompts, seed=asked["seeds"][0],
-                                              on_step=on_step, **asked["edit"]), steps) / len(prompts)
-
-
-def _timed(work, steps):
-    """Seconds of work(on_step), from its first three steps; a step of the whole that is not there is not waited for."""
-    stamps = [time.perf_counter()]
-
-    def on_step(*_):
-        stamps.append(time.perf_counter())
-        if len(stamps) > min(3, steps):
-            raise _Enough
-    try:
-        work(on_step)
-    except _Enough:
-        pass
-    else:
-        return time.perf_counter() - stamps[0]
-    first, each = stamps[1] - stamps[0], stamps[-1] - stamps[-2]
-    return first + each * (steps - 1)
-
-
-def duration(seconds):
-    """Seconds as people say them."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
-
 
 # -- who does what ---------------------------------------------------------------------------------------------------------
 
@@ -170,9 +54,11 @@ EXAMPLES = """examples:
   %(prog)s run transfer --editor miniature --other miniature-sd3 --images 20 -o runs
   %(prog)s table runs
   %(prog)s table runs --format latex
+  %(prog)s report runs
 
-suites: white-box (the paper's Tables II to IV), transfer (V), ablation (VI), lambda (VII). Every suite has the clean
-picture and random noise of the same budget beside the methods. A run that was interrupted, killed or extended goes on
+suites: white-box (the paper's Tables II to IV), transfer (V), ablation (VI), lambda (VII), consistency (I: the same edits,
+how their judges agree), robustness (what an attacker does to the picture first). Every suite has the clean picture and
+random noise of the same budget beside the methods. A run that was interrupted, killed or extended goes on
 where it was; what failed is tried again. Exit codes: 0 all done, 1 something failed, 2 usage, 3 weights unavailable,
 130 interrupted."""
 
@@ -186,13 +72,18 @@ def _parser():
         return made, made.add_argument
 
     made, option = add("run", "Immunize, edit, measure and judge, for every picture, method, prompt and seed.")
-    option("suite", choices=SUITES)
+    option("suite", choices=suites.SUITES)
     option("-o", "--output", required=True, type=cli.path, metavar="DIR", help="where results go (created if absent)")
     made.editor()
-    option("--other", metavar="NAME", help="the second editor, of transfer")
-    option("--images", type=cli.count, default=20, metavar="N", help="how many pictures of the miniature's world (default: 20)")
-    option("--methods", type=cli.commas(), default=list(COMPARED), metavar="LIST",
-           help=f"of {','.join(COMPARED)} (default: all)")
+    option("--other", metavar="NAME", help="the second editor, of transfer and of one attack of robustness")
+    option("--manifest", type=cli.path, metavar="FILE", help="the pictures and prompts (default: the miniature's world)")
+    option("--images", type=cli.count, metavar="N",
+           help="how many pictures: the first of the manifest (default: all), or of the miniature's world (default: 20)")
+    option("--methods", type=cli.commas(), metavar="LIST",
+           help=f"of {','.join(suites.COMPARED)} (default: all; robustness: sifm)")
+    option("--panel", metavar="NAME|FILE",
+           help=f"who judges: {', '.join(panels.names())}, or a .json file (default: the oracles of the miniature's world)")
+    option("--max-cost", type=cli.positive, metavar="USD", help="of the panel, over all runs into the folder")
     option("--seeds", type=cli.commas(cli.seed), default=[1], metavar="LIST", help="of the edits (default: 1)")
     option("--eps", type=cli.eps, default=0.03, help="budget, as 0.03 or 8/255 (default: 0.03)")
     option("--steps", type=cli.count, help="PGD iterations (default: 100)")
@@ -209,8 +100,15 @@ def _parser():
     made.shared("device", "dtype", "seed")
     made, option = add("table", "Print the tables of a folder, with the paper's own figures beside.")
     option("folder", type=cli.path, metavar="DIR")
+    option("--people", type=cli.path, nargs="+", metavar="RATINGS", help="folders of `judge import-ratings`, for Table I")
     option("--format", choices=("markdown", "csv", "latex"), default="markdown", help="(default: markdown)")
     made.shared()
+    made, option = add("report", "Write one HTML page with the tables, charts and pictures of a folder.")
+    option("folder", type=cli.path, metavar="DIR")
+    option("-o", "--output", type=cli.path, metavar="FILE", help="(default: report.html in the folder)")
+    option("--people", type=cli.path, nargs="+", metavar="RATINGS", help="folders of `judge import-ratings`, for Table I")
+    option("--pictures", type=cli.count, default=12, metavar="N", help="how many originals are shown (default: 12)")
+    made.shared("overwrite")
     return parser
 
 
@@ -236,36 +134,32 @@ def _setting(text):
 
 
 def _run(args):
-    from . import metrics, miniature
-    from .immunize import load, options_of
+    from . import images, metrics, miniature
+    from .immunize import options_of
     from .models.checkpoints import Unavailable
 
-    if unknown := [method for method in args.methods if method not in COMPARED]:
-        raise ValueError(f"--methods {unknown[0]}: choose from {','.join(COMPARED)} (the controls are always there)")
+    methods = list(dict.fromkeys(args.methods or suites.METHODS_OF.get(args.suite, ("sifm",))))
+    if unknown := [method for method in methods if method not in suites.COMPARED]:
+        raise ValueError(f"--methods {unknown[0]}: choose from {','.join(suites.COMPARED)} (the controls are always there)")
+    if args.methods and args.suite not in suites.METHODS_OF:
+        raise ValueError(f"--methods is not for {args.suite}, which is about SIFM")
     if args.seed in args.seeds:
         raise ValueError(f"--seeds {args.seed} is also --seed: a method would be tested on the very noise that it was made "
                          "with; choose others")
-    used = args.methods if args.suite in ("white-box", "transfer") else ["sifm"]
-    known = {option for method in used for option in options_of(method)}
+    known = {option for method in methods for option in options_of(method)}
     if strangers := [option for option, _ in args.set if option not in known]:
         raise ValueError(f"--set {strangers[0]}: no method of this run has this option; there are {', '.join(sorted(known))}")
-    if args.suite != "transfer" and args.other:
-        raise ValueError("--other is for transfer")
+    if args.other and args.suite not in ("transfer", "robustness"):
+        raise ValueError("--other is for transfer and robustness")
     index, count = share(args.shard, os.environ)
+    panel = None
+    if args.panel:                                           # a key that is missing is told before hours of work
+        from . import judge
+        panel = panels.Panel.load(args.panel)
+        judge.judges(panel)
 
-    editors = {}
-    for source in filter(None, (args.editor, args.other)):
-        args.editor = source
-        editor = load(args)
-        called = Path(source).name
-        if called in editors:
-            raise ValueError(f"{source}: the two editors are called the same; give two")
-        editors[called] = editor
-        if editor.notice:
-            cli.say(f"{called}: {editor.notice}", quiet=args.quiet)
-    if plain := [called for called, editor in editors.items() if not editor.notice]:
-        raise ValueError(f"{plain[0]} is no miniature, and the miniature's world is no test of it; give --manifest FILE")
-    cases = miniature_cases(args.images)
+    editors = _editors(args)
+    cases = _cases(args, editors, panel)
     lpips, about_lpips = None, {}
     try:
         lpips = metrics.lpips_weights("alex", args.lpips_weights)
@@ -275,51 +169,145 @@ def _run(args):
             raise
         about_lpips = {"reason": cli.sentence(error)}
         cli.say(f"lpips is absent: {about_lpips['reason']}", quiet=args.quiet)
-
-    given = dict(args.set) | ({"steps": args.steps} if args.steps else {})
+    arms, remarks = suites.arms(args.suite, editors, methods, moving=panel is not None)
+    for remark in remarks:
+        cli.say(remark, quiet=args.quiet)
     edit = {"steps": args.edit_steps, "guidance": args.guidance, "image_guidance": args.image_guidance}
     asked = protocol.plan(
-        args.suite, {called: protocol.about_editor(editor) for called, editor in editors.items()}, cases,
-        arms(args.suite, list(editors), list(dict.fromkeys(args.methods))), seeds=list(dict.fromkeys(args.seeds)),
-        seed=args.seed, eps=args.eps, given=given, preset=args.preset,
-        edit={key: value for key, value in edit.items() if value is not None}, prompts=PROMPTS.get(args.suite, ("original",)),
-        judge={"kind": "oracle", "judges": list(miniature.judges)}, lpips=about_lpips)
+        args.suite, {called: protocol.about_editor(editor) for called, editor in editors.items()}, cases, arms,
+        seeds=list(dict.fromkeys(args.seeds)), seed=args.seed, eps=args.eps,
+        given=dict(args.set) | ({"steps": args.steps} if args.steps else {}), preset=args.preset,
+        edit={key: value for key, value in edit.items() if value is not None},
+        prompts=suites.PROMPTS.get(args.suite, ("original",)), lpips=about_lpips,
+        judge={"kind": "panel", **panel.record()} if panel else {"kind": "oracle", "judges": list(miniature.judges)})
+    images.budget(args.eps)
     folder = protocol.Folder(args.output)
     folder.make()
     folder.add_plan(asked)
     mine = cases[index::count]
     about = f"{args.suite} on {', '.join(editors)}: {len(mine)} pictures" + (f" of {len(cases)}" if count > 1 else "")
-    with cli.progress(total=len(mine) * len(asked["arms"]), what=args.suite, unit="arm", quiet=args.quiet) as bar:
+    with cli.progress(total=len(mine) * len(arms), what=args.suite, unit="arm", quiet=args.quiet) as bar:
         _announce(folder, asked, editors, mine, about, args)
-        runner = protocol.Runner(folder, asked, editors, judges=miniature.judges_of, lpips=lpips, batch=args.edit_batch,
-                                 fail=lambda failure, error: cli.fail(str(failure), error=error if args.debug else None),
-                                 done=lambda one: bar.update())
+        runner = protocol.Runner(folder, asked, editors, judges=None if panel else miniature.judges_of, lpips=lpips,
+                                 batch=args.edit_batch, done=bar.update,
+                                 fail=lambda failure, error: cli.fail(str(failure), error=error if args.debug else None))
         carry_out(runner, mine, remark=lambda text: cli.say(text, quiet=args.quiet), finished=_Clock(len(mine), args.quiet))
     if runner.failures:
         cli.say(f"{len(runner.failures)} steps failed; the same command tries them again:")
         for failure in runner.failures:
             cli.say(f"  {failure}")
+    code = cli.SOME_FAILED if runner.failures else cli.OK
+    if panel:
+        code = max(code, _judge(folder, asked, panel, mine, f"{index}of{count}", args))
+    if args.suite == "consistency":
+        _export(folder, asked, args)
     cli.result({"suite": args.suite, "output": str(args.output), "pictures": len(mine), "computed": runner.computed,
                 "failed": [str(failure) for failure in runner.failures]},
                f"{about} done, {runner.computed} steps computed, {len(runner.failures)} failed; "
                f"python -m {__package__}.evaluate table {args.output}", as_json=args.json)
-    return cli.SOME_FAILED if runner.failures else cli.OK
+    return code
+
+
+def _editors(args):
+    """{name: editor} of --editor and --other."""
+    from .immunize import load
+    editors = {}
+    for source in filter(None, (args.editor, args.other)):
+        args.editor = source
+        called = source.rstrip("/").rpartition("/")[2]
+        if called in editors:
+            raise ValueError(f"{source}: two editors are called {called}; give two that are told apart by name")
+        editors[called] = load(args)
+        if editors[called].notice:
+            cli.say(f"{called}: {editors[called].notice}", quiet=args.quiet)
+    return editors
+
+
+def _cases(args, editors, panel):
+    """The pictures: those of a manifest, or of the miniature's world."""
+    if args.manifest:
+        kinds = {editor.kind for editor in editors.values()}
+        return suites.manifest_cases(args.manifest, kinds, oracles=panel is None, count=args.images)
+    if plain := [called for called, editor in editors.items() if not editor.notice]:
+        raise ValueError(f"{plain[0]} is no miniature, and the miniature's world is no test of it; give --manifest FILE")
+    return suites.miniature_cases(args.images or 20)
 
 
 def _announce(folder, asked, editors, cases, about, args):
     """Say what is to be done and how long it will take, before it begins."""
     immunizations, edits, finished, kept = protocol.left(folder, asked, cases)
     todo = f"{sum(immunizations.values())} immunizations and {sum(edits.values())} edits to do, {finished} pictures done"
-    readable = next((case for case in cases if case.picture is not None), None)
+    readable = next((case for case in cases if case.record["sha256"]), None)
     if not (immunizations or edits) or readable is None:
         cli.say(f"{about}; {todo}", quiet=args.quiet)
         return
-    by_method, by_target = seconds_each(asked, editors, readable, immunizations, edits, kept)
+    try:
+        by_method, by_target = suites.seconds_each(asked, editors, readable, immunizations, edits, kept)
+    except protocol.FAILURES as error:                       # what is wrong will be told where it belongs
+        cli.say(f"{about}; {todo}; no estimate: {cli.sentence(error)}", quiet=args.quiet)
+        return
     total = sum(by_method[method] * n for method, n in immunizations.items())
     total += sum(by_target[target] * n for target, n in edits.items())
     each = ", ".join(f"{label} {seconds:.1f} s" for label, seconds in
                      (*by_method.items(), *((f"an edit by {target}", s) for target, s in by_target.items())))
-    cli.say(f"{about}; {todo}; about {duration(total)} for this process ({each})", quiet=args.quiet)
+    cli.say(f"{about}; {todo}; about {suites.duration(total)} for this process ({each})", quiet=args.quiet)
+
+
+def _export(folder, asked, args):
+    """Write the edits as a manifest of judge.py, for people to judge."""
+    from . import images
+    lines = []
+    for case in asked["cases"]:
+        for cell in protocol.cells(folder, asked, case):
+            if cell["edited"]:
+                prompt = f"{cell['prompt_id']}, seed {cell['seed']}"
+                lines.append(json.dumps({
+                    "sample_id": f"{cell['image_id']}, {prompt}", "image_id": cell["image_id"], "prompt_id": prompt,
+                    "arm": cell["arm"], "prompt": cell["prompt"], "original": f"pictures/{cell['original']}.png",
+                    "edited": f"pictures/{cell['edited']}.png", "category": cell["category"], "method": cell["arm"],
+                    "prompt_type": cell["prompt_type"], "editor": cell["target"]}, ensure_ascii=False) + "\n")
+    images.write(folder.path / "edits.jsonl", "".join(lines), overwrite=True)
+    cli.say(f"{folder.path / 'edits.jsonl'} lists {len(lines)} edits for `judge export-sheet`", quiet=args.quiet)
+
+
+def _judge(folder, asked, panel, cases, part, args):
+    """Have a panel judge the edits of these pictures that have no verdict of it yet; returns an exit code."""
+    from . import judge
+    samples, homes = [], {}
+    for case in filter(lambda case: case.record["sha256"], cases):
+        for cell in protocol.cells(folder, asked, case.record):
+            said = (cell["judges"] or {}).values()
+            if cell["edited"] and not (said and all(status == "ok" for _, _, status in said)):
+                key = cell["verdict"]
+                if key not in homes:
+                    homes[key] = case.record["sha256"]
+                    prompt = f"{cell['prompt_id']}, seed {cell['seed']}, edited by {cell['target']}"
+                    samples.append(panels.Sample(
+                        key, cell["image_id"], prompt, cell["arm"] if cell["source"] == cell["target"] else
+                        f"{cell['arm']}, made for {cell['source']}", cell["prompt"], folder.picture(cell["original"]),
+                        folder.picture(cell["edited"]), {"category": cell["category"], "editor": cell["target"],
+                                                         "method": cell["arm"], "prompt_type": cell["prompt_type"]}))
+    if not samples:
+        return cli.OK
+    with cli.progress(total=len(samples) * len(panel.judges), what=panel.id, unit="verdict", quiet=args.quiet) as bar:
+        found = judge.run(panel, samples, folder.path / "verdicts" / f"{panel.id}-{part}", max_cost=args.max_cost,
+                          notify=lambda text: cli.say(text, quiet=args.quiet), on_verdict=bar.update)
+    answers = {}
+    for record in found.records:
+        answers.setdefault(record.sample_id, []).append(record)
+    for key, records in answers.items():
+        if any(record.status != "not_asked" for record in records):
+            protocol.keep_verdict(folder, homes[key], key, records)
+    code = cli.OK
+    for _, sentence in found.failures:
+        code = cli.fail(sentence)
+    for text, reason in {text: reason for _, reason, text in found.stops}.items():
+        code = max(code, cli.fail(text, cli.UNAVAILABLE if reason in judge.UNAVAILABLE else cli.SOME_FAILED))
+    silent = sum(any(record.status != "ok" for record in records) for records in answers.values())
+    if silent and code == cli.OK:
+        code = cli.fail(f"{silent} of {len(samples)} edits have no verdict of every judge; the same command asks again where a "
+                        "service did not answer")
+    return code
 
 
 class _Clock:
@@ -331,17 +319,24 @@ class _Clock:
     def __call__(self, case):
         self.done += 1
         spent = time.perf_counter() - self.started
-        cli.say(f"{self.done} of {self.total} pictures, {duration(spent)} so far, about "
-                f"{duration(spent / self.done * (self.total - self.done))} left", quiet=self.quiet or spent < 5)
+        cli.say(f"{self.done} of {self.total} pictures, {suites.duration(spent)} so far, about "
+                f"{suites.duration(spent / self.done * (self.total - self.done))} left", quiet=self.quiet or spent < 5)
 
 
-def _table(args):
-    from . import report
+def _collected(args):
+    """(groups, tables) of a folder; what is still to be made is told."""
+    from . import report, verdicts
     groups = protocol.collect(args.folder)
     for group in groups:
         if group["missing"]:
             cli.say(f"{group['plan']['suite']}: {group['missing']} edits are still to be made", quiet=args.quiet)
-    tables = [table for group in groups for table in report.tables(group)]
+    people = [record for folder in args.people or () for record in verdicts.load_records(folder)[0]]
+    return groups, [table for group in groups for table in report.tables(group, people)]
+
+
+def _table(args):
+    from . import report
+    _, tables = _collected(args)
     if args.json:
         for table in tables:
             cli.out(cli.to_json(table.record()))
@@ -350,8 +345,18 @@ def _table(args):
     return cli.OK
 
 
+def _report(args):
+    from . import images, page
+    groups, tables = _collected(args)
+    path = args.output or args.folder / "report.html"
+    text = page.page(groups, tables, protocol.Folder(args.folder).picture, count=args.pictures)
+    images.write(path, text, overwrite=args.overwrite)
+    cli.result({"report": str(path), "bytes": len(text.encode())}, str(path), as_json=args.json)
+    return cli.OK
+
+
 def _body(args):
-    return {"run": _run, "table": _table}[args.action](args)
+    return {"run": _run, "table": _table, "report": _report}[args.action](args)
 
 
 def main(argv=None):

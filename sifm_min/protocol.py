@@ -33,16 +33,16 @@ FAILURES = (ValueError, OSError, RuntimeError, MemoryError)  # of one step; torc
 
 @dataclass(frozen=True)
 class Case:
-    """A picture of the protocol. record: JSON-ready id, category, prompts, and sha256 (None: it cannot be read, `reason`).
+    """A picture of the protocol. record: JSON-ready id, category, prompts, and sha256 of its pixels, None where it cannot be
+    read; the record then has a `reason`.
 
-    prompts: [{"id", "type", "instruct", "img2img", "truth"}], the words for either kind of editor. samples: prompt id ->
-    what the oracles of the miniature judge by; None elsewhere.
+    prompts: [{"id", "type", "instruct", "img2img", "truth"}], the words for either kind of editor. read() -> the picture,
+    PIL RGB; raises ValueError. samples: prompt id -> what the oracles of the miniature judge by; None elsewhere.
     """
 
     record: dict
-    picture: object = None
+    read: object
     samples: dict | None = None
-    reason: str = ""
 
 
 def identity(editor):
@@ -57,13 +57,13 @@ def about_editor(editor):
             "revision": editor.provenance()["revision"]}
 
 
-def arm(name, method=None, *, source, target, label=None, options=None, attack=None):
+def arm(name, method=None, *, source, target, options=None, attack=None):
     """One row of a table, JSON-ready: `method` immunizes against the editor `source`, the attacker edits with `target`.
 
-    method None is the clean picture. options: of this arm beside the plan's. attack: what is done to the picture first.
+    method None is the clean picture. options: of this arm beside the plan's. attack: what is done to the picture first, as
+    {"name", "editor" (that it is done with, or None), "moves"}: see robustness.py.
     """
-    return {"name": name, "label": label or name, "method": method, "source": source, "target": target,
-            "options": options or {}, "attack": attack}
+    return {"name": name, "method": method, "source": source, "target": target, "options": options or {}, "attack": attack}
 
 
 def controls(target):
@@ -100,8 +100,7 @@ def group(asked):
     """What a plan shares with those that stand in one table with it: all but which pictures, arms and seeds."""
     shared = ("suite", "version", "seed", "eps", "given", "preset", "edit", "prompts")
     editors = {name: about["identity"] for name, about in asked["editors"].items()}
-    judge = {name: value for name, value in asked["judge"].items() if name != "date"}
-    return panels.digest([{name: asked[name] for name in shared}, editors, judge])
+    return panels.digest([{name: asked[name] for name in shared}, editors, asked["judge"]])
 
 
 def prompts_of(asked, case):
@@ -129,7 +128,9 @@ def immunize_name(asked, case, one):
 
 
 def attack_name(asked, one, sha256):
-    return name("attack", picture=sha256, attack=one["attack"], editors={n: e["identity"] for n, e in asked["editors"].items()})
+    used = one["attack"]["editor"]
+    return name("attack", picture=sha256, attack=one["attack"]["name"], seed=asked["seed"],
+                editor=used and asked["editors"][used]["identity"])
 
 
 def edit_name(asked, one, sha256, prompt, seed):
@@ -147,7 +148,7 @@ def lpips_name(sha256, reference, weights):
 
 def verdict_name(asked, one, case, prompt, sha256):
     return name("verdict", judge=asked["judge"], kind=asked["editors"][one["target"]]["kind"], original=case["sha256"],
-                prompt=words(asked, one["target"], prompt), truth=prompt.get("truth"), edited=sha256)
+                prompt=prompt["instruct"], truth=prompt["truth"], edited=sha256)
 
 
 # -- the folder ------------------------------------------------------------------------------------------------------------
@@ -239,6 +240,11 @@ class Journal:
         self.rows[name] = row
         return row
 
+    def hold(self, sha256, read):
+        """Have the original among the pictures of the folder; raises ValueError where it is not what it was."""
+        if not self.folder.picture(sha256).exists() and self.folder.keep(read()) != sha256:
+            raise ValueError("the picture has changed since this run began; run the same command again")
+
     def image(self, sha256):
         from . import images
         if sha256 not in self._images:
@@ -268,26 +274,26 @@ class _Failed(Exception):
 class Runner:
     """Carries out a plan, a picture at a time.
 
-    editors: name -> a loaded editor; judges: name -> callable for an editor (`judges(editor)`), or None where a panel judges
-    later; lpips: a `metrics.LPIPSWeights` or None; attacks: name -> function (image, editors) -> image; fail(Failure, error)
-    hears of what fails; done(arm) is called when an arm of a picture is over.
+    editors: name -> a loaded editor; judges: editor -> {name: judge}, or None where a panel judges later; lpips: a
+    `metrics.LPIPSWeights` or None; batch: how many edits at once; fail(Failure, error) hears of what fails; done() is called
+    when an arm of a picture is over.
     """
 
-    def __init__(self, folder, asked, editors, *, judges=None, lpips=None, attacks=None, fail=None, done=None, batch=None):
+    def __init__(self, folder, asked, editors, *, judges=None, lpips=None, batch=None, fail=None, done=None):
         self.folder, self.asked, self.editors, self.judges, self.lpips = folder, asked, editors, judges, lpips
-        self.attacks, self.batch = attacks or {}, batch
-        self.fail, self.done = fail or (lambda *_: None), done or (lambda _: None)
+        self.batch, self.fail, self.done = batch, fail or (lambda *_: None), done or (lambda: None)
         self.failures, self.computed = [], 0
 
     def run(self, case):
         """All arms of one picture. Raises Busy where another process works on it."""
         if case.record["sha256"] is None:
-            self._tell(case, "every arm", "read", ValueError(case.reason))
+            self._tell(case, "every arm", "read", ValueError(case.record["reason"]))
             for _ in self.asked["arms"]:
-                self.done(None)
+                self.done()
             return
         try:
             with Journal(self.folder, case.record["sha256"]) as journal:
+                journal.hold(case.record["sha256"], case.read)
                 for one in self.asked["arms"]:
                     try:
                         self.folder.probe()
@@ -296,11 +302,11 @@ class Runner:
                         pass
                     except OSError as error:                 # not even that a step failed can be written down
                         self._tell(case, one["name"], "write", error)
-                    self.done(one)
+                    self.done()
         except Busy:
             raise
-        except (ValueError, OSError) as error:               # the journal cannot be opened, or is damaged
-            self._tell(case, "every arm", "journal", error)
+        except (ValueError, OSError) as error:               # the journal is damaged, or the picture is another by now
+            self._tell(case, "every arm", "begin", error)
 
     def _tell(self, case, arm_name, step, error):
         reason = cli.sentence(error)
@@ -327,14 +333,14 @@ class Runner:
         """Every step of one arm of one picture."""
         asked, record = self.asked, case.record
         sha256 = self._protected(journal, case, one)
-        clean = {**one, "method": None, "attack": None}
+        # What its edits are measured against: those of the clean picture, which an attack that moves it has to move too.
+        clean = {**one, "method": None, "attack": one["attack"] if (one["attack"] or {}).get("moves") else None}
+        beside = self._protected(journal, case, clean)
+        prompts = prompts_of(asked, record)
         for seed in asked["seeds"]:
-            prompts = prompts_of(asked, record)
-            if one["name"] != CONTROL:                       # what the edits are measured against
-                self._edits(journal, case, clean, record["sha256"], prompts, seed)
+            reference = self._edits(journal, case, clean, beside, prompts, seed)
             edited = self._edits(journal, case, one, sha256, prompts, seed)
-            if one["name"] != CONTROL:
-                reference = [journal.found(edit_name(asked, clean, record["sha256"], p, seed))["sha256"] for p in prompts]
+            if sha256 != beside:
                 self._distances(journal, case, one, edited, reference)
             if self.judges:
                 self._judge(journal, case, one, prompts, edited)
@@ -342,31 +348,33 @@ class Runner:
     def _protected(self, journal, case, one):
         """The name of the picture that the attacker gets."""
         sha256 = case.record["sha256"]
-        if one["method"] is None:
-            journal.folder.keep(case.picture)
-        else:
+        if one["method"]:
             key = immunize_name(self.asked, case.record, one)
             row = journal.found(key) or self._step(journal, case, one, "immunize", [key],
                                                    lambda: self._immunize(journal, case, one, key))
             sha256 = row["sha256"]
         if one["attack"]:
+            from . import images, metrics, robustness
             key = attack_name(self.asked, one, sha256)
 
             def attack(sha256=sha256):
                 started = time.perf_counter()
-                image = self.attacks[one["attack"]](journal.image(sha256), self.editors)
-                return journal.add(key, "attack", image, seconds=_since(started))
+                image = robustness.apply(one["attack"]["name"], journal.image(sha256), seed=self.asked["seed"],
+                                         editor=self.editors.get(one["attack"]["editor"]))
+                damage = metrics.psnr(*(images.to_pixels(one) for one in (image, journal.image(sha256)))).item()
+                return journal.add(key, "attack", image, seconds=_since(started), psnr=_plain(damage))
 
             sha256 = (journal.found(key) or self._step(journal, case, one, "attack", [key], attack))["sha256"]
         return sha256
 
     def _immunize(self, journal, case, one, key):
-        found = immunize(case.picture, self.editors[one["source"]], words(self.asked, one["source"], case.record["prompts"][0]),
-                         method=one["method"], eps=self.asked["eps"], seed=self.asked["seed"], **one["settings"])
-        told = {name: found.report[name] for name in ("linf_steps", "budget_steps", "psnr", "ssim", "passes", "seconds",
+        told = words(self.asked, one["source"], case.record["prompts"][0])
+        found = immunize(journal.image(case.record["sha256"]), self.editors[one["source"]], told, method=one["method"],
+                         eps=self.asked["eps"], seed=self.asked["seed"], **one["settings"])
+        kept = {name: found.report[name] for name in ("linf_steps", "budget_steps", "psnr", "ssim", "passes", "seconds",
                                                       "loop_seconds", "peak_memory_bytes", "note", "options")}
         last = found.report["loss"][-1] if found.report["loss"] else None
-        return journal.add(key, "immunize", found.image.convert("RGB"), **_plain(told), last=_plain(last))
+        return journal.add(key, "immunize", found.image.convert("RGB"), **_plain(kept), last=_plain(last))
 
     def _edits(self, journal, case, one, sha256, prompts, seed):
         """The names of the edited pictures, in the prompts' order; those that are missing are made in one batch."""
@@ -378,10 +386,9 @@ class Runner:
 
             def edit(part=part):
                 started = time.perf_counter()
-                image = case.picture if sha256 == case.record["sha256"] else journal.image(sha256)
-                found = self.editors[one["target"]].edit([image] * len(part), [words(self.asked, one["target"], prompt)
-                                                                               for _, prompt in part],
-                                                         seed=seed, **self.asked["edit"])
+                told = [words(self.asked, one["target"], prompt) for _, prompt in part]
+                found = self.editors[one["target"]].edit([journal.image(sha256)] * len(part), told, seed=seed,
+                                                         **self.asked["edit"])
                 seconds = _since(started) / len(part)
                 for (key, _), image in zip(part, found, strict=True):
                     journal.add(key, "edit", image, seconds=round(seconds, 4))
@@ -507,6 +514,28 @@ def collect(path):
     return [_collected(folder, plans) for plans in groups.values()]
 
 
+def cells(folder, asked, case):
+    """What there is of one picture (the record of a Case): a dict per edit that was made or failed, see `collect`."""
+    rows = folder.rows(case["sha256"]) if case["sha256"] else {}
+    for one in asked["arms"]:
+        done = _immunized(asked, case, one, rows)
+        for seed in asked["seeds"]:
+            for prompt in prompts_of(asked, case):
+                if cell := _cell(asked, case, one, rows, done, prompt, seed):
+                    yield cell
+
+
+def keep_verdict(folder, sha256, name, records):
+    """Write a panel's isr.Records on one edit into the journal of its original; waits for whoever works on that picture."""
+    while True:
+        try:
+            with Journal(folder, sha256) as journal:
+                journal.add(name, "verdict", judges=said(records))
+            return
+        except Busy:
+            time.sleep(0.5)
+
+
 def _collected(folder, plans):
     cells, immunized, arms, missing, journals = {}, {}, {}, set(), {}
     for asked in plans:
@@ -544,26 +573,29 @@ def _immunized(asked, case, one, rows):
 def _cell(asked, case, one, rows, done, prompt, seed):
     """One edit as data, None where it is still to be made."""
     cell = {"target": one["target"], "source": one["source"], "arm": one["name"], "image_id": case["id"],
-            "category": case["category"], "prompt_id": prompt["id"], "prompt_type": prompt["type"], "seed": seed,
-            "prompt": words(asked, one["target"], prompt), "metrics": {}, "absent": {}, "judges": None, "failed": None,
-            "original": case["sha256"], "immunized": None, "edited_original": None, "edited": None}
+            "attack": (one["attack"] or {}).get("name"), "method": one["method"], "category": case["category"],
+            "prompt_id": prompt["id"], "prompt_type": prompt["type"], "seed": seed,
+            "prompt": prompt["instruct"], "metrics": {}, "absent": {}, "damage": None, "judges": None, "failed": None,
+            "original": case["sha256"], "immunized": None, "edited_original": None, "edited": None, "verdict": None}
     if done is None:
         return None
     if "failed" in done:
         return {**cell, "failed": done["failed"]}
     sha256 = done["sha256"]
-    if one["attack"]:
-        row = rows.get(attack_name(asked, one, sha256))
+    beside = case["sha256"]
+    for side in (sha256, beside) if (one["attack"] or {}).get("moves") else (sha256,) if one["attack"] else ():
+        row = rows.get(attack_name(asked, one, side))
         if row is None or "failed" in row:
             return {**cell, "failed": row["failed"]} if row else None
-        sha256 = row["sha256"]
+        cell["damage"] = float(row["psnr"])
+        sha256, beside = (row["sha256"] if name == side else name for name in (sha256, beside))
     row = rows.get(edit_name(asked, one, sha256, prompt, seed))
-    clean = rows.get(edit_name(asked, one, case["sha256"], prompt, seed))
+    clean = rows.get(edit_name(asked, one, beside, prompt, seed))
     for found in (row, clean):
         if found is None or "failed" in found:
             return {**cell, "failed": found["failed"]} if found else None
     cell |= {"immunized": sha256, "edited": row["sha256"], "edited_original": clean["sha256"]}
-    if one["name"] != CONTROL:
+    if sha256 != beside:
         names = [metrics_name(row["sha256"], clean["sha256"])]
         if asked["lpips"].get("sha256"):
             names.append(lpips_name(row["sha256"], clean["sha256"], asked["lpips"]["sha256"]))
@@ -572,5 +604,6 @@ def _cell(asked, case, one, rows, done, prompt, seed):
                 return {**cell, "failed": measured["failed"]}
             cell["metrics"] |= {key: None if value is None else float(value) for key, value in measured["values"].items()}
             cell["absent"] |= measured["absent"]
-    verdict = rows.get(verdict_name(asked, one, case, prompt, row["sha256"])) or {"judges": None}
+    cell["verdict"] = verdict_name(asked, one, case, prompt, row["sha256"])
+    verdict = rows.get(cell["verdict"]) or {"judges": None}
     return {**cell, "failed": verdict["failed"]} if "failed" in verdict else {**cell, "judges": verdict["judges"]}

@@ -92,10 +92,13 @@ def figures(cells, judges, arms):
 
 
 def _controlled(judged, arm):
-    if arm == "control" or "control" not in judged:
+    """Beside the controls that were edited as the arm was: where an attack came first, after the same attack."""
+    after = "".join(arm.partition(", ")[1:])
+    control, noise = f"control{after}", f"noise{after}"
+    if arm == control or control not in judged:
         return None
     try:
-        return isr.controlled(judged, arm, noise="noise" if "noise" in judged and arm != "noise" else None)
+        return isr.controlled(judged, arm, control, noise=noise if noise in judged and arm != noise else None)
     except ValueError:                                       # no pair that every judge decided
         return None
 
@@ -116,8 +119,11 @@ class Table:
         return {"title": self.title, "notes": self.notes, "rows": self.data}
 
 
-def tables(group):
-    """The Tables of one group: per editor (of transfer, per direction) the paper's, and what stands behind its rates."""
+def tables(group, people=()):
+    """The Tables of one group: per editor (of transfer, per direction) the paper's, and what stands behind its rates.
+
+    people: isr.Records of people who judged the same edits, for Table I.
+    """
     found = []
     asked, suite = group["plan"], group["plan"]["suite"]
     for target in dict.fromkeys(arm["target"] for arm in group["arms"]):
@@ -132,7 +138,14 @@ def tables(group):
         source = next((arm["source"] for arm in arms if arm["source"] != target), None)
         beside = _beside(suite, target, source, asked)
         notes = [*_provenance(group, target, cells, judges), *beside.notes]
-        found.append(_main(f"{_title(suite, target, source)}", arms, said, beside, suite, notes))
+        if suite == "consistency":
+            found.append(_agreement(_title(suite, target, source), cells, judges, people, notes))
+            continue
+        if suite == "robustness":
+            found.append(_robustness(_title(suite, target, source), arms, cells, said, notes))
+            found.append(_main(f"{_title(suite, target, source)}: distances", arms, said, beside, suite, notes))
+            continue
+        found.append(_main(_title(suite, target, source), arms, said, beside, suite, notes))
         found.append(_behind(f"{_title(suite, target, source)}: what stands behind the ISR", arms, said, judges))
     return found
 
@@ -140,7 +153,8 @@ def tables(group):
 def _title(suite, target, source):
     return {"white-box": f"White box: {target}", "transfer": f"Transfer: {source} → {target}",
             "ablation": f"The two terms of SIFM: {target}", "lambda": f"The weight of the distance term: {target}",
-            "robustness": f"Robustness: {target}"}.get(suite, f"{suite}: {target}")
+            "robustness": f"Robustness: {target}",
+            "consistency": f"Agreement of judges: {target}"}.get(suite, f"{suite}: {target}")
 
 
 @dataclass(frozen=True)
@@ -193,7 +207,7 @@ def _provenance(group, target, cells, judges):
     loops = {json.dumps(arm["settings"], sort_keys=True): [] for arm in group["arms"] if arm["settings"]}
     for arm in group["arms"]:
         if arm["settings"]:
-            loops[json.dumps(arm["settings"], sort_keys=True)].append(name_of(arm["name"]))
+            loops[json.dumps(arm["settings"], sort_keys=True)].append(name_of(arm["name"].partition(", ")[0]))
     told = "; ".join(f"{', '.join(dict.fromkeys(names))}: {_spelled(json.loads(loop))}" for loop, names in loops.items())
     judge = asked["judge"]
     who = "the oracles of the miniature's world" if judge["kind"] == "oracle" else f"panel {judge['id']} ({judge['date']})"
@@ -225,7 +239,9 @@ def _spelled(settings):
 
 
 def name_of(arm):
-    return NAMES.get(arm) or paper()["labels"].get(arm, arm)
+    """An arm's name as the paper has it; what is done to the picture first stays behind it."""
+    method, comma, attack = arm.partition(", ")
+    return (NAMES.get(method) or paper()["labels"].get(method, method)) + comma + attack
 
 
 def _main(title, arms, said, beside, suite, notes):
@@ -233,12 +249,15 @@ def _main(title, arms, said, beside, suite, notes):
     kinds = [kind for kind in PROMPTS if any((arm["name"], kind) in said for arm in arms)]
     columns = [("", "Method")] + [(PROMPTS[kind], f"{DISTANCES[m][0]} {DISTANCES[m][1]}" if m in DISTANCES else "ISR ↑")
                                   for kind in kinds for m in (*beside.order, "isr")]
+    if suite == "robustness":                                # its rates have a table of their own
+        notes = ["Distances of edits from those of the clean picture; where the attack moves the picture, of the clean one "
+                 "moved in the same way."]
     labels = {name: place for place, name in enumerate(paper()["labels"])}
 
     def place(arm):                                          # the controls, and then the paper's order
         return (-1 if arm["name"] in NAMES else labels.get(arm["name"], 0))
     rows, data = [], []
-    for arm in sorted(arms, key=place) if suite in ("white-box", "transfer", "robustness") else arms:
+    for arm in sorted(arms, key=place) if suite in ("white-box", "transfer") else arms:
         label = name_of(arm["name"])
         row = [label]
         for kind in kinds:
@@ -259,6 +278,84 @@ def _main(title, arms, said, beside, suite, notes):
     if undefined := sorted({m for figures in said.values() for m in figures.left_out}):
         notes = [*notes, f"Infinite or undefined values are left out of the means of {', '.join(undefined)}."]
     return Table(title, columns, rows, notes, data)
+
+
+WHO = {"people": "Human to human", "models": "Judge to judge", "people to models": "Human to judge"}
+
+
+def _agreement(title, cells, judges, people, notes):
+    """The paper's Table I: how often two of them say the same."""
+    labels = ("semantic_mismatch", "perceptual_degradation", "success")
+    own = list(records(cells, judges))
+    raters = list(dict.fromkeys(record.judge for record in people))
+    found = isr.consistency([*own, *people], people=raters, models=judges) if len(judges) > 1 or raters else {}
+    theirs = {row["who"]: row for row in paper()["tables"]["I"]["rows"]}
+    rows, data = [], []
+    for who, label in WHO.items():
+        agreements = {one: found.get(one, {}).get(who) for one in labels}
+        if any(agreements.values()):
+            rows.append([label, *(estimated(agreement.observed) if agreement else "-" for agreement in agreements.values()),
+                         *_kappa(agreements["success"])])
+            data.append({"table": title, "method": who, "who": "ours", **{one: agreement and agreement.observed.value
+                                                                          for one, agreement in agreements.items()}})
+        rows.append([f"{label}, paper", *(f"{100 * theirs[who][one]:.0f}%" for one in labels), "-", "-", "-"])
+        data.append({"table": title, "method": who, "who": "paper", **{one: theirs[who][one] for one in labels}})
+    columns = [("", "Agreement"), ("", "Semantic mismatch"), ("", "Perceptual degradation"), ("", "Final success (ISR)"),
+               ("Of success", "Cohen"), ("Of success", "AC1"), ("Of success", "n")]
+    notes = [*notes, "Rows of the paper: 150 samples, three people, Gemini 2.5 Pro and Flash."]
+    if not raters:
+        notes.append("People: `judge export-sheet` makes sheets from edits.jsonl in the folder, `judge import-ratings` reads "
+                     "them, and `evaluate table DIR --people RATINGS` puts them here.")
+    return Table(title, columns, rows, notes, data)
+
+
+def _kappa(agreement):
+    if not agreement:
+        return ["-"] * 3
+    values = (agreement.cohen, agreement.ac1)
+    return [*("-" if e is None or e.value is None else f"{e.value:.2f}" for e in values), str(agreement.items)]
+
+
+def _robustness(title, arms, cells, said, notes):
+    """ISR after each attack, and of the attack that is best for the attacker, picture by picture."""
+    plain = [arm["name"] for arm in arms if not arm["attack"]]
+    attacks = list(dict.fromkeys(arm["attack"]["name"] for arm in arms if arm["attack"]))
+    columns = [("", "Attack"), ("", "PSNR of the picture"), *(("ISR", name_of(name)) for name in plain)]
+    rows, data = [], []
+    for attack in (None, *attacks):
+        damage = [cell["damage"] for cell in cells if cell["attack"] == attack and not cell["method"] and cell["damage"]]
+        row = [attack or "none", _number(statistics.fmean(damage) if damage else None, 1)]
+        for name in plain:
+            found = said.get((f"{name}, {attack}" if attack else name, "original"))
+            row.append(_rate(found))
+            if found and found.rate:
+                estimate = found.rate.isr
+                data.append({"table": title, "method": name, "attack": attack or "none", "isr": estimate.value,
+                             "isr_low": estimate.low, "isr_high": estimate.high})
+        rows.append(row)
+    row = ["worst for each picture", "-"]
+    for name in plain:
+        estimate = worst([cell for cell in cells if cell["arm"].partition(", ")[0] == name])
+        row.append(estimated(estimate))
+        if estimate:
+            data.append({"table": title, "method": name, "attack": "worst", "isr": estimate.value, "isr_low": estimate.low,
+                         "isr_high": estimate.high})
+    return Table(title, columns, [*rows, row], [*notes, "worst: a picture counts as protected only if its edit is thwarted "
+                                                "without an attack and after every one. PSNR: of the clean picture after the "
+                                                "attack, to the clean picture."], data)
+
+
+def worst(cells):
+    """The Estimate of the share of pictures whose edits are thwarted whatever is done to the picture first."""
+    images = {}
+    for cell in cells:
+        verdicts = [isr.Verdict.of(*said[:2]) for said in (cell["judges"] or {}).values()]
+        images.setdefault(cell["image_id"], []).append(isr.Verdict.consensus(verdicts).success if verdicts else None)
+    decided = [isr.kleene_and(values) for values in images.values()]
+    decided = [value for value in decided if value is not None]
+    if not decided:
+        return None
+    return isr.Estimate(sum(decided) / len(decided), *isr.wilson(sum(decided), len(decided)), "Wilson")
 
 
 def _data(title, arm, label, kind, found):

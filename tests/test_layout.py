@@ -18,10 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
     6: "compare edit evaluate weights",                      # commands: nothing imports them
-    5.5: "protocol",                                         # many pictures
+    5.75: "suites",                                          # what an experiment is made of
+    5.5: "protocol",                                         # many pictures, step by step
     5: "immunize",                                           # one picture
     4: "baselines robustness sifm",                          # objectives, and what is done against them
     3.5: "manifest",                                         # the pictures of an experiment
+    3.25: "page",                                            # tables, charts and pictures as HTML
     3: "editors fetch judge miniature report",               # editors and verdicts
     2.5: "ratings verdicts",                                 # what judges stand on
     2: "canaries cli gemini images isr metrics panels pgd world",         # tools of ours
