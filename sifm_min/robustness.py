@@ -162,10 +162,11 @@ def bilateral(values, diameter, sigma_colour, sigma_space):
             if dy ** 2 + dx ** 2 > radius ** 2:
                 continue
             neighbour = padded[:, radius + dy:radius + dy + height, radius + dx:radius + dx + width]
-            distance = (neighbour - values).abs().sum(0, keepdim=True)
+            distance = (neighbour - values).abs_().sum(0, keepdim=True)
             near = (dy ** 2 + dx ** 2) / (2 * sigma_space ** 2)
-            weight = torch.exp(-distance.square() / (2 * sigma_colour ** 2) - near)
-            total, weights = total + weight * neighbour, weights + weight
+            weight = distance.square_().mul_(-1 / (2 * sigma_colour ** 2)).sub_(near).exp_()
+            total.addcmul_(weight, neighbour)
+            weights.add_(weight)
     return total / weights
 
 
