@@ -471,7 +471,10 @@ def left(folder, asked, cases):
         record = case.record
         if record["sha256"] is None:
             continue
-        rows = {key: row for key, row in folder.rows(record["sha256"]).items() if "failed" not in row}
+        try:
+            rows = {key: row for key, row in folder.rows(record["sha256"]).items() if "failed" not in row}
+        except ValueError:                                   # a damaged journal: the run will tell
+            continue
         missing, counted = 0, set()
         for one in asked["arms"]:
             sha256 = record["sha256"]
@@ -516,7 +519,10 @@ def collect(path):
 
 def cells(folder, asked, case):
     """What there is of one picture (the record of a Case): a dict per edit that was made or failed, see `collect`."""
-    rows = folder.rows(case["sha256"]) if case["sha256"] else {}
+    try:
+        rows = folder.rows(case["sha256"]) if case["sha256"] else {}
+    except ValueError:                                       # a damaged journal: the run has told
+        return
     for one in asked["arms"]:
         done = _immunized(asked, case, one, rows)
         for seed in asked["seeds"]:

@@ -1,0 +1,401 @@
+"""The paper's experiments, end to end on a tiny random editor: every step is done once, kept, found again, and told."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny_editor
+import torch
+from fake_gemini import FakeGemini, verdict
+from PIL import Image
+
+import sifm_min
+from sifm_min import canaries as canary_file
+from sifm_min import cli, editors, evaluate, manifest, miniature, panels, protocol, suites
+from sifm_min.ledger import Busy
+from sifm_min.models.checkpoints import Unavailable
+
+ROOT = Path(__file__).resolve().parents[1]
+ARMS = ("control", "noise", "photoguard-encoder")
+QUICK = ("--steps", "1", "--methods", "photoguard-encoder")
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_folder, tmp_path_factory):
+    """Two tiny editors of different weights, by the names that the command gets."""
+    other = tiny_editor.write(tmp_path_factory.mktemp("other"), seed=1)
+    return {str(tiny_folder): sifm_min.load_editor(tiny_folder), str(other): sifm_min.load_editor(other)}
+
+
+class Calls(list):
+    """What was immunized and edited: "immunize METHOD", and "edit N" for N prompts at once."""
+
+    def count_of(self, what):
+        return sum(call.startswith(what) for call in self)
+
+    @property
+    def edits(self):
+        return sum(int(call.split()[1]) for call in self if call.startswith("edit"))
+
+
+@pytest.fixture
+def calls():
+    return Calls()
+
+
+@pytest.fixture
+def run(loaded, tmp_path, monkeypatch, calls):
+    """Run the command in this process and in tmp_path, on editors that are loaded once, and count what they are asked."""
+    monkeypatch.setattr(editors, "load_editor", lambda source, **options: loaded[source])
+    monkeypatch.setattr(suites, "seconds_each", lambda asked, e, case, immunizations, edits, kept: (
+        dict.fromkeys(immunizations, 1.0), dict.fromkeys(edits, 1.0)))        # its own calls are not to be counted
+    immunize = protocol.immunize
+
+    def immunizing(image, editor, prompts, *, method, **options):
+        calls.append(f"immunize {method}")
+        return immunize(image, editor, prompts, method=method, **options)
+    monkeypatch.setattr(protocol, "immunize", immunizing)
+    for editor in loaded.values():
+        def edit(pictures, prompts, *, real=editor.edit, **options):
+            calls.append(f"edit {len(prompts)}")
+            return real(pictures, prompts, **options)
+        monkeypatch.setattr(editor, "edit", edit)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    first = next(iter(loaded))
+
+    def run(suite, *argv, editor=first, quick=True):
+        calls.clear()
+        quick = QUICK if quick and suite in suites.METHODS_OF else ("--steps", "1")
+        return evaluate.main(["run", suite, "--editor", editor, "--images", "2", *quick, "-o", "out", "--quiet", *argv])
+    return run
+
+
+def steps(folder="out"):
+    """{step: [row]} of all journals, in the order of writing."""
+    found = {}
+    for path in sorted(Path(folder, "steps").glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            found.setdefault(row["step"], []).append(row)
+    return found
+
+
+def table(capsys, *argv, folder="out"):
+    capsys.readouterr()
+    assert evaluate.main(["table", folder, *argv]) == cli.OK
+    return capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------- white box
+
+def test_every_step_is_done_once_and_a_second_run_does_nothing(run, calls, capsys):
+    assert run("white-box") == cli.OK
+    assert sorted(calls) == sorted(["immunize noise", "immunize photoguard-encoder", *["edit 6"] * 3] * 2)
+    made = steps()
+    assert {step: len(rows) for step, rows in made.items()} == {"immunize": 4, "edit": 36, "metrics": 24, "verdict": 36}
+    names = [row["name"] for rows in made.values() for row in rows]
+    assert len(set(names)) == len(names)
+    for row in made["immunize"] + made["edit"]:
+        image = Image.open(f"out/pictures/{row['sha256']}.png")
+        assert panels.picture_sha256(image) == row["sha256"]
+    first = table(capsys)
+    assert run("white-box") == cli.OK and calls == []
+    assert table(capsys) == first and "PhotoGE, paper" in first
+
+
+def test_results_are_what_the_library_says(run, loaded):
+    """One cell by hand: immunize, edit with another seed, distances, and both judges."""
+    from sifm_min import images, metrics
+    run("white-box", "--seeds", "3")
+    (group,) = protocol.collect("out")
+    cell = next(c for c in group["cells"] if c["arm"] == "photoguard-encoder" and c["prompt_id"] == "unseen-2")
+    sample, editor = miniature.samples(1, 0)[0], next(iter(loaded.values()))
+    immunized = sifm_min.immunize(sample.image, editor, sample.prompt, method="photoguard-encoder", steps=1).image
+    other = sample.unseen[1]
+    prompts = [sample.prompt, *sample.unseen_prompts]
+    edited, clean = (editor.edit([image] * 6, prompts, seed=3)[2] for image in (immunized, sample.image))
+    assert cell["prompt"] == other.prompt and cell["image_id"] == "miniature-000"
+    assert cell["edited"] == panels.picture_sha256(edited) and cell["edited_original"] == panels.picture_sha256(clean)
+    pixels = [images.to_pixels(image) for image in (edited, clean)]
+    for name in ("psnr", "ssim", "vifp", "fsim"):
+        assert cell["metrics"][name] == pytest.approx(getattr(metrics, name)(*pixels).item(), abs=1e-4)
+    for name, judge in miniature.judges.items():
+        said = judge(other, edited)
+        assert cell["judges"][name] == [said.semantic_mismatch, said.perceptual_degradation, "ok"]
+
+
+@pytest.mark.parametrize("argv, immunizations, edits", [
+    (("--eps", "0.05"), 4, 24),                              # other pictures; the clean edits are the same
+    (("--steps", "2"), 2, 12),                               # neither is noise
+    (("--edit-steps", "1"), 0, 36),
+    (("--seeds", "1,2"), 0, 36),
+    (("--images", "3"), 2, 18),
+    (("--methods", "photoguard-encoder,sds"), 2, 12),
+    (("--set", "variant=grey"), 2, 12),
+    (("--edit-batch", "2"), 0, 0),
+])
+def test_a_changed_option_redoes_what_it_touches(run, calls, argv, immunizations, edits):
+    run("white-box")
+    assert run("white-box", *argv) == cli.OK
+    assert (calls.count_of("immunize"), calls.edits) == (immunizations, edits)
+
+
+def test_a_default_that_is_spelled_out_is_the_default(run, calls):
+    run("white-box", "--methods", "sifm", quick=False)
+    assert run("lambda") == cli.OK
+    assert calls.count_of("immunize sifm") == 2 * (len(suites.LAMBDAS) - 1)  # 0.1 is what SIFM has anyway
+    assert run("ablation") == cli.OK
+    assert calls.count_of("immunize sifm") == 2 * 2 and calls.count_of("immunize noise") == 0
+
+
+def test_lpips_that_comes_later_is_all_that_is_measured(run, calls, capsys, monkeypatch):
+    from sifm_min import metrics
+    monkeypatch.setattr(metrics, "lpips_weights", _absent)
+    run("white-box")
+    assert "LPIPS is absent: there are none" in table(capsys)
+    monkeypatch.setattr(metrics, "lpips_weights", lambda network, file: SimpleNamespace(network="alex", sha256="0" * 64))
+    monkeypatch.setattr(metrics, "lpips", lambda dist, ref, *, network, weights: torch.full((len(dist),), 0.25))
+    before = {step: len(rows) for step, rows in steps().items()}
+    assert run("white-box") == cli.OK and calls == []
+    assert {step: len(rows) for step, rows in steps().items()} == {**before, "lpips": before["metrics"]}
+    (group,) = protocol.collect("out")
+    assert {cell["metrics"].get("lpips") for cell in group["cells"]} == {None, 0.25} and "absent" not in table(capsys)
+
+
+def _absent(network, file):
+    raise Unavailable("there are none")
+
+
+def test_a_lost_picture_is_made_again(run, calls):
+    run("white-box")
+    lost = steps()["edit"][0]["sha256"]
+    Path(f"out/pictures/{lost}.png").unlink()
+    assert run("white-box") == cli.OK and len(calls) == 1
+    assert Path(f"out/pictures/{lost}.png").exists()
+
+
+def test_noise_is_drawn_once_for_all_editors(run, calls, loaded):
+    run("white-box")
+    second = list(loaded)[1]
+    assert run("white-box", editor=second) == cli.OK
+    assert calls.count_of("immunize noise") == 0 and calls.count_of("immunize photoguard-encoder") == 2 and calls.edits == 36
+    assert len(protocol.collect("out")) == 2
+
+
+# ------------------------------------------------------------------------------------------------------- who does what
+
+def command(*argv):
+    return [sys.executable, "-m", "sifm_min.evaluate", "run", "white-box", "--images", "2", *QUICK, "-o", "out", *argv]
+
+
+def test_kill_9_and_two_processes_in_one_folder(run, calls, loaded, tmp_path):
+    """Two share the work without being told to; one is killed amid it. What they finished is not done again."""
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen(command("--editor", next(iter(loaded))), cwd=tmp_path, env=surroundings,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    until = time.monotonic() + 120
+    while time.monotonic() < until and len(list(Path("out/steps").glob("*.jsonl"))) < 2 and None in [p.poll() for p in both]:
+        time.sleep(0.02)
+    both[0].send_signal(signal.SIGKILL)
+    both[0].wait(), both[1].wait(timeout=120)
+    assert both[1].returncode == cli.OK
+    assert run("white-box") == cli.OK and calls == []        # the survivor took over what the other had begun
+    names = [row["name"] for rows in steps().values() for row in rows]
+    assert len(set(names)) == len(names) == 4 + 36 + 24 + 36
+
+
+def test_a_picture_that_another_process_holds_comes_last():
+    class Runner:
+        order = []
+
+        def run(self, case):
+            self.order.append(case)
+            if self.order.count(1) < 3 and case == 1:
+                raise Busy("held")
+    told = []
+    evaluate.carry_out(Runner(), [1, 2], remark=told.append)
+    assert Runner.order == [1, 2, 1, 1] and len(told) == 1
+
+
+def test_shares_and_ranks_give_the_table_of_one_process(run, calls, capsys, monkeypatch):
+    run("white-box")
+    whole = table(capsys, "--format", "csv")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        assert run("white-box", "-o", "ranks") == cli.OK
+        assert calls.count_of("immunize photoguard-encoder") == 1
+
+    def timeless(text):
+        rows = [line.split(",") for line in text.splitlines()]
+        return [[value for key, value in zip(rows[0], row, strict=True) if key != "seconds"] for row in rows]
+    assert timeless(table(capsys, "--format", "csv", folder="ranks")) == timeless(whole)
+
+
+@pytest.mark.parametrize("shard, environment, expected", [
+    ((0, 1), {}, (0, 1)), ((1, 3), {}, (1, 3)), ((0, 1), {"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
+    ((1, 2), {"RANK": "2", "WORLD_SIZE": "4"}, (6, 8)),
+])
+def test_share(shard, environment, expected):
+    assert evaluate.share(shard, environment) == expected
+
+
+# --------------------------------------------------------------------------------------------------------- what fails
+
+def test_a_step_that_fails_is_listed_and_tried_again(run, calls, capsys, monkeypatch):
+    real = protocol.immunize
+
+    def failing(image, editor, prompts, *, method, **options):
+        if method == "photoguard-encoder" and calls.count_of("immunize photoguard") == 0:
+            calls.append("immunize photoguard-encoder, in vain")
+            raise RuntimeError("CUDA out of memory")
+        return real(image, editor, prompts, method=method, **options)
+    monkeypatch.setattr(protocol, "immunize", failing)
+    assert run("white-box") == cli.SOME_FAILED
+    assert "miniature-000, photoguard-encoder, immunize: CUDA out of memory" in capsys.readouterr().err
+    assert calls.edits == 30                                 # all but those of the picture that is not there
+    assert "- 6 edits failed: CUDA out of memory." in table(capsys)
+    monkeypatch.setattr(protocol, "immunize", real)
+    assert run("white-box") == cli.OK
+    assert calls.count_of("immunize") == 1 and calls.edits == 6
+    assert "failed" not in table(capsys)
+
+
+def test_a_full_disk_fails_every_cell_before_work_is_spent_on_it(run, calls, capsys, monkeypatch):
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device", "out/pictures")
+    monkeypatch.setattr(protocol.Folder, "probe", full)
+    assert run("white-box") == cli.SOME_FAILED and calls == []
+    assert capsys.readouterr().err.count("no space left on device") == 2 * 6            # told when met, and at the end
+
+
+def test_a_broken_picture_and_a_damaged_journal(run, calls, capsys):
+    sample = miniature.samples(2)
+    items = []
+    for i, one in enumerate(sample):
+        one.image.save(f"{i}.png")
+        items.append(manifest.Item(
+            id=f"p{i}", image=f"{i}.png", category=one.category, prompt=one.prompt, unseen_prompts=tuple(one.unseen_prompts),
+            sha256=manifest.hashlib.sha256(Path(f"{i}.png").read_bytes()).hexdigest(),
+            origin={"world": {"seed": 0, "split": "held-out", "index": i}}, path=Path(f"{i}.png")))
+    manifest.write("manifest.jsonl", items)
+    assert run("white-box", "--manifest", "manifest.jsonl") == cli.OK and calls.edits == 36
+    whole = Path("1.png").read_bytes()
+    Path("1.png").write_bytes(b"not a picture")
+    assert run("white-box", "--manifest", "manifest.jsonl", "--seeds", "2") == cli.SOME_FAILED and calls.edits == 18
+    assert "p1, every arm, read: 1.png is not the file of the manifest" in capsys.readouterr().err
+    Path("1.png").write_bytes(whole)
+    assert run("white-box", "--manifest", "manifest.jsonl", "--seeds", "2") == cli.OK and calls.edits == 18
+    journal = sorted(Path("out/steps").glob("*.jsonl"))[0]
+    journal.write_text("{}x\n" + journal.read_text())
+    assert run("white-box", "--manifest", "manifest.jsonl", "--seeds", "5") == cli.SOME_FAILED and calls.edits == 18
+    assert "line 1: is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, sentence", [
+    (("white-box", "--methods", "sifm,psychic"), "--methods psychic: choose from sifm,"),
+    (("white-box", "--seeds", "0"), "is also --seed"),
+    (("white-box", "--set", "lamb=1"), "--set lamb: no method of this run has this option"),
+    (("transfer",), "transfer needs two editors"),
+    (("white-box", "--panel", "nobody"), "panel 'nobody': there is none of this name"),
+    (("ablation", "--methods", "sds"), "--methods is not for ablation"),
+    (("white-box", "--shard", "2/2"), "2/2 is no share"),
+    (("white-box", "--manifest", "absent.jsonl"), "absent.jsonl: no such file"),
+])
+def test_usage_errors_are_one_sentence(run, capsys, argv, sentence):
+    assert run(*argv, quick=False) == cli.USAGE
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert sentence in told and not Path("out").exists()
+
+
+def test_an_editor_that_is_no_miniature_needs_a_manifest(run, capsys, loaded, monkeypatch):
+    monkeypatch.setattr(next(iter(loaded.values())), "notice", "")
+    assert run("white-box") == cli.USAGE and "give --manifest FILE" in capsys.readouterr().err
+
+
+def test_a_folder_without_results(tmp_path, capsys):
+    assert evaluate.main(["table", str(tmp_path)]) == cli.USAGE
+    assert "holds no results" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------- other suites
+
+def test_transfer_goes_both_ways(run, calls, loaded, capsys):
+    second = list(loaded)[1]
+    assert run("transfer", "--other", second) == cli.OK
+    assert calls.count_of("immunize photoguard-encoder") == 4 and calls.count_of("immunize noise") == 2
+    assert calls.edits == 2 * 2 * 3                          # the original prompt alone
+    (group,) = protocol.collect("out")
+    pairs = {(cell["source"], cell["target"]) for cell in group["cells"] if cell["arm"] == "photoguard-encoder"}
+    names = [Path(name).name for name in loaded]
+    assert pairs == {tuple(names), tuple(names[::-1])}
+    assert f"Transfer: {names[0]} → {names[1]}" in table(capsys)
+
+
+def test_robustness_attacks_every_arm_and_leaves_out_what_does_not_apply(run, calls, capsys):
+    assert run("robustness", "--images", "1") == cli.OK
+    made = steps()
+    (group,) = protocol.collect("out")
+    attacks = {cell["attack"] for cell in group["cells"]}
+    assert {None, "jpeg-50", "adverse-cleaner", "vae"} <= attacks and not {"crop-0.75", "vae-other"} & attacks
+    assert len(made["attack"]) == 3 * (len(attacks) - 1) and calls.edits == 3 * len(attacks)
+    assert all(row["psnr"] for row in made["attack"])
+    text = table(capsys)
+    assert "| worst for each picture | - |" in text and "| jpeg-50 |" in text
+
+
+def test_consistency_shares_the_edits_and_lists_them_for_people(run, calls, capsys):
+    run("white-box")
+    assert run("consistency") == cli.OK and calls == []
+    listed = panels.read_manifest("out/edits.jsonl")
+    assert len(listed) == 36 and {sample.arm for sample in listed} == set(ARMS)
+    assert "| Judge to judge |" in table(capsys)
+
+
+def test_a_panel_judges_after_the_edits_and_buys_nothing_twice(run, calls, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(canary_file, "SIZE", 48)
+    monkeypatch.setenv("JUDGE_KEY", "AQ.sentinel-0123456789")
+    known = {(one.prompt, one.original.tobytes(), one.edited.tobytes()): one for one in canary_file.canaries()}
+
+    def knowing(call):
+        asked = json.loads(next(p for p in reversed(call.parts) if isinstance(p, str)).split("\n")[0].partition(" = ")[2])
+        one = known.get((asked, *(picture.convert("RGB").tobytes() for picture in call.pictures)))
+        return verdict(one.semantic_mismatch, one.perceptual_degradation) if one else verdict(True, False)
+    with FakeGemini() as server:
+        for model in ("gemini-2.5-pro", "gemini-2.5-flash"):
+            server.script(model, knowing)
+        Path("panel.json").write_text(json.dumps({"id": "test", "date": "2026-11-21", "judges": [
+            {"provider": "gemini", "model": model, "base_url": server.url(), "key_env": "JUDGE_KEY"}
+            for model in ("gemini-2.5-pro", "gemini-2.5-flash")]}))
+        assert run("ablation", "--panel", "panel.json", "--images", "1") == cli.OK
+        asked = len(server.calls)
+        edits = {row["sha256"] for row in steps()["edit"]}
+        assert len(steps()["verdict"]) == len(edits) and asked == 2 * (10 + len(edits))
+        assert run("ablation", "--panel", "panel.json", "--images", "1") == cli.OK
+        assert len(server.calls) == asked and calls == []
+    text = table(capsys)
+    assert "Judged by panel test (2026-11-21): gemini-2.5-pro, gemini-2.5-flash" in text and "| SIFM | " in text
+    (group,) = protocol.collect("out")
+    assert all(said == [True, False, "ok"] for cell in group["cells"] for said in cell["judges"].values())
+
+
+def test_the_estimate_stops_after_three_steps(loaded):
+    taken = []
+
+    def work(on_step):
+        for i in range(10):
+            time.sleep(0.01)
+            taken.append(i)
+            on_step(i)
+    estimate = suites._timed(work, 10)
+    assert len(taken) == 3 and 0.08 < estimate < 1
+    assert [suites.duration(s) for s in (5, 89, 90, 3600, 7200, 9000)] == ["5 s", "89 s", "2 min", "60 min", "2 h 00 min",
+                                                                          "2 h 30 min"]
