@@ -3,9 +3,14 @@
 Which arms and pictures a suite has is in suites.py, what is done with them and how it is kept in protocol.py.
 """
 
+import contextlib
 import json
 import os
+import subprocess
+import sys
 import time
+from argparse import SUPPRESS
+from pathlib import Path
 
 from . import cli, panels, protocol, suites
 from .immunize import PRESETS
@@ -96,6 +101,9 @@ def _parser():
     option("--edit-batch", type=cli.count, metavar="N", help="edits at once (default: all prompts of a picture)")
     option("--lpips-weights", type=cli.path, metavar="FILE",
            help="of LPIPS' AlexNet (default: what `weights download` fetched)")
+    option("--jobs", type=cli.count, metavar="N",
+           help="processes that share the work (default: one per core where the editor is a miniature on the CPU, else 1)")
+    option("--helper-of", type=cli.count, help=SUPPRESS)
     option("--shard", type=_shard, default=(0, 1), metavar="I/N", help="do the I-th of N shares of the pictures, I from 0")
     made.shared("device", "dtype", "seed")
     made, option = add("table", "Print the tables of a folder, with the paper's own figures beside.")
@@ -186,17 +194,28 @@ def _run(args):
     folder.add_plan(asked)
     mine = cases[index::count]
     about = f"{args.suite} on {', '.join(editors)}: {len(mine)} pictures" + (f" of {len(cases)}" if count > 1 else "")
+    jobs = _jobs(args, editors)
     with cli.progress(total=len(mine) * len(arms), what=args.suite, unit="arm", quiet=args.quiet) as bar:
-        _announce(folder, asked, editors, mine, about, args)
+        if not args.helper_of:
+            _announce(folder, asked, editors, mine, f"{about}, {jobs} processes" if jobs > 1 else about, jobs, args)
+
+        def done():
+            bar.update()
+            if args.helper_of and os.getppid() != args.helper_of:
+                raise KeyboardInterrupt                      # whom this process helps was killed
         runner = protocol.Runner(folder, asked, editors, judges=None if panel else miniature.judges_of, lpips=lpips,
-                                 batch=args.edit_batch, done=bar.update,
+                                 batch=args.edit_batch, done=done,
                                  fail=lambda failure, error: cli.fail(str(failure), error=error if args.debug else None))
-        carry_out(runner, mine, remark=lambda text: cli.say(text, quiet=args.quiet), finished=_Clock(len(mine), args.quiet))
+        with _helpers(jobs - 1, args.argv) as helpers:
+            carry_out(runner, mine, remark=lambda text: cli.say(text, quiet=args.quiet),
+                      finished=_Clock(folder, asked, mine, args.quiet))
+    if args.helper_of:
+        return cli.SOME_FAILED if runner.failures else cli.OK
     if runner.failures:
         cli.say(f"{len(runner.failures)} steps failed; the same command tries them again:")
         for failure in runner.failures:
             cli.say(f"  {failure}")
-    code = cli.SOME_FAILED if runner.failures else cli.OK
+    code = cli.SOME_FAILED if runner.failures or any(helper.returncode for helper in helpers) else cli.OK
     if panel:
         code = max(code, _judge(folder, asked, panel, mine, f"{index}of{count}", args))
     if args.suite == "consistency":
@@ -233,7 +252,43 @@ def _cases(args, editors, panel):
     return suites.miniature_cases(args.images or 20)
 
 
-def _announce(folder, asked, editors, cases, about, args):
+def _jobs(args, editors):
+    """How many processes share this run: as asked for, or one per core where the editors are small and run on the CPU."""
+    if args.helper_of:
+        return 1                                             # whoever helps has no helpers
+    if args.jobs:
+        return args.jobs
+    small = all(editor.working_size < 512 and editor.device.type == "cpu" for editor in editors.values())
+    if not small or args.shard != (0, 1) or "WORLD_SIZE" in os.environ:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _helpers(count, argv):
+    """`count` more processes of this command while the block runs, one thread each; whoever takes a picture works on it."""
+    if not count:
+        yield []
+        return
+    import torch
+    torch.set_num_threads(1)
+    command = [sys.executable, "-m", f"{__package__}.evaluate", *argv, "--quiet", "--helper-of", str(os.getpid())]
+    places = [str(Path(__file__).resolve().parents[__package__.count(".") + 1]), os.environ.get("PYTHONPATH")]
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    helpers = [subprocess.Popen(command, env=surroundings, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+               for _ in range(count)]
+    try:
+        yield helpers
+        for helper in helpers:
+            helper.wait()
+    finally:
+        for helper in helpers:
+            if helper.poll() is None:
+                helper.terminate()
+                helper.wait()
+
+
+def _announce(folder, asked, editors, cases, about, jobs, args):
     """Say what is to be done and how long it will take, before it begins."""
     immunizations, edits, finished, kept = protocol.left(folder, asked, cases)
     todo = f"{sum(immunizations.values())} immunizations and {sum(edits.values())} edits to do, {finished} pictures done"
@@ -250,7 +305,7 @@ def _announce(folder, asked, editors, cases, about, args):
     total += sum(by_target[target] * n for target, n in edits.items())
     each = ", ".join(f"{label} {seconds:.1f} s" for label, seconds in
                      (*by_method.items(), *((f"an edit by {target}", s) for target, s in by_target.items())))
-    cli.say(f"{about}; {todo}; about {suites.duration(total)} for this process ({each})", quiet=args.quiet)
+    cli.say(f"{about}; {todo}; about {suites.duration(total / jobs)} ({each})", quiet=args.quiet)
 
 
 def _export(folder, asked, args):
@@ -311,16 +366,25 @@ def _judge(folder, asked, panel, cases, part, args):
 
 
 class _Clock:
-    """Says after each picture how many are done and how long the rest will take."""
+    """Says after each picture how many are done, by whomever, and how long the rest will take."""
 
-    def __init__(self, total, quiet):
-        self.total, self.quiet, self.done, self.started = total, quiet, 0, time.perf_counter()
+    def __init__(self, folder, asked, cases, quiet):
+        self.folder, self.asked, self.cases, self.quiet = folder, asked, cases, quiet
+        self.started = self.told = time.perf_counter()
+        self.before = None
 
     def __call__(self, case):
-        self.done += 1
-        spent = time.perf_counter() - self.started
-        cli.say(f"{self.done} of {self.total} pictures, {suites.duration(spent)} so far, about "
-                f"{suites.duration(spent / self.done * (self.total - self.done))} left", quiet=self.quiet or spent < 5)
+        now = time.perf_counter()
+        if self.quiet or self.before is not None and now - self.told < 5:
+            return
+        done = protocol.left(self.folder, self.asked, self.cases)[2]
+        before, self.told = self.before, now
+        if before is None:                                   # pictures of an earlier run take no time
+            self.before = done - (now - self.started > 5)
+        elif done < len(self.cases) and done > before:
+            spent = now - self.started
+            cli.say(f"{done} of {len(self.cases)} pictures, {suites.duration(spent)} so far, about "
+                    f"{suites.duration(spent / (done - before) * (len(self.cases) - done))} left", quiet=self.quiet)
 
 
 def _collected(args):
@@ -360,7 +424,10 @@ def _body(args):
 
 
 def main(argv=None):
-    return cli.run(_body, _parser(), argv)
+    argv = sys.argv[1:] if argv is None else [str(part) for part in argv]
+    parser = _parser()
+    parser.set_defaults(argv=argv)
+    return cli.run(_body, parser, argv)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from .ledger import Busy, Ledger
 STEPS = {"immunize": 1, "attack": 1, "edit": 1, "metrics": 1, "lpips": 1, "verdict": 1}   # raised where code changes results
 METRICS = ("psnr", "ssim", "vifp", "fsim")
 CONTROL, NOISE = "control", "noise"
+REMEMBERED = 24                                              # decoded pictures of a journal: the edits of two arms
+MEASURED = 1 << 21                                           # pixels at once, of edits whose distances are measured
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)  # of one step; torch's out of memory is a RuntimeError
 
 
@@ -234,7 +236,7 @@ class Journal:
     def add(self, name, step, image=None, **result):
         if image is not None:
             result["sha256"] = self.folder.keep(image)
-            self._images[result["sha256"]] = image
+            self._remember(result["sha256"], image)
         row = {"name": name, "step": step, **result}
         self._ledger.append(row)
         self.rows[name] = row
@@ -248,8 +250,13 @@ class Journal:
     def image(self, sha256):
         from . import images
         if sha256 not in self._images:
-            self._images[sha256] = images.read(self.folder.picture(sha256)).image
+            self._remember(sha256, images.read(self.folder.picture(sha256)).image)
         return self._images[sha256]
+
+    def _remember(self, sha256, image):
+        self._images[sha256] = image
+        while len(self._images) > REMEMBERED:
+            del self._images[next(iter(self._images))]
 
 
 # -- carrying it out -------------------------------------------------------------------------------------------------------
@@ -317,11 +324,11 @@ class Runner:
         self.fail(failure, error)
         return reason
 
-    def _step(self, journal, case, one, step, names, make):
-        """make() -> fills the journal for these names, timed by itself; a failure is written under each of them."""
+    def _step(self, journal, case, one, step, names, make, *given):
+        """make(*given) adds these names to the journal; where it fails, the reason is written under each of them."""
         try:
             self.computed += 1
-            return make()
+            return make(*given)
         except FAILURES as error:
             reason = self._tell(case, one["name"], step, error)
             for missing in names:
@@ -350,22 +357,23 @@ class Runner:
         sha256 = case.record["sha256"]
         if one["method"]:
             key = immunize_name(self.asked, case.record, one)
-            row = journal.found(key) or self._step(journal, case, one, "immunize", [key],
-                                                   lambda: self._immunize(journal, case, one, key))
+            row = journal.found(key) or self._step(journal, case, one, "immunize", [key], self._immunize, journal, case, one,
+                                                   key)
             sha256 = row["sha256"]
         if one["attack"]:
-            from . import images, metrics, robustness
             key = attack_name(self.asked, one, sha256)
-
-            def attack(sha256=sha256):
-                started = time.perf_counter()
-                image = robustness.apply(one["attack"]["name"], journal.image(sha256), seed=self.asked["seed"],
-                                         editor=self.editors.get(one["attack"]["editor"]))
-                damage = metrics.psnr(*(images.to_pixels(one) for one in (image, journal.image(sha256)))).item()
-                return journal.add(key, "attack", image, seconds=_since(started), psnr=_plain(damage))
-
-            sha256 = (journal.found(key) or self._step(journal, case, one, "attack", [key], attack))["sha256"]
+            row = journal.found(key) or self._step(journal, case, one, "attack", [key], self._attack, journal, one, key, sha256)
+            sha256 = row["sha256"]
         return sha256
+
+    def _attack(self, journal, one, key, sha256):
+        from . import images, metrics, robustness
+        started = time.perf_counter()
+        before = journal.image(sha256)
+        image = robustness.apply(one["attack"]["name"], before, seed=self.asked["seed"],
+                                 editor=self.editors.get(one["attack"]["editor"]))
+        damage = metrics.psnr(images.to_pixels(image), images.to_pixels(before)).item()
+        return journal.add(key, "attack", image, seconds=_since(started), psnr=_plain(damage))
 
     def _immunize(self, journal, case, one, key):
         told = words(self.asked, one["source"], case.record["prompts"][0])
@@ -379,22 +387,18 @@ class Runner:
     def _edits(self, journal, case, one, sha256, prompts, seed):
         """The names of the edited pictures, in the prompts' order; those that are missing are made in one batch."""
         names = [edit_name(self.asked, one, sha256, prompt, seed) for prompt in prompts]
-        missing = [(key, prompt) for key, prompt in zip(names, prompts, strict=True) if not journal.found(key)]
+        missing = list({key: prompt for key, prompt in zip(names, prompts, strict=True) if not journal.found(key)}.items())
         size = self.batch or len(missing) or 1
-        for start in range(0, len(missing), size):
-            part = missing[start:start + size]
-
-            def edit(part=part):
-                started = time.perf_counter()
-                told = [words(self.asked, one["target"], prompt) for _, prompt in part]
-                found = self.editors[one["target"]].edit([journal.image(sha256)] * len(part), told, seed=seed,
-                                                         **self.asked["edit"])
-                seconds = _since(started) / len(part)
-                for (key, _), image in zip(part, found, strict=True):
-                    journal.add(key, "edit", image, seconds=round(seconds, 4))
-
-            self._step(journal, case, one, "edit", [key for key, _ in part], edit)
+        for part in (missing[start:start + size] for start in range(0, len(missing), size)):
+            self._step(journal, case, one, "edit", [key for key, _ in part], self._edit, journal, one, sha256, part, seed)
         return [journal.found(key)["sha256"] for key in names]
+
+    def _edit(self, journal, one, sha256, part, seed):
+        started = time.perf_counter()
+        told = [words(self.asked, one["target"], prompt) for _, prompt in part]
+        found = self.editors[one["target"]].edit([journal.image(sha256)] * len(part), told, seed=seed, **self.asked["edit"])
+        for (key, _), image in zip(part, found, strict=True):
+            journal.add(key, "edit", image, seconds=round(_since(started) / len(part), 4))
 
     def _distances(self, journal, case, one, edited, reference):
         """Of the edits of the immunized picture from those of the original: all that are missing, in one batch."""
@@ -405,40 +409,43 @@ class Runner:
             names = {pair: metrics_name(*pair) if step == "metrics" else lpips_name(*pair, weights.sha256) for pair in pairs}
             missing = [pair for pair in names if not journal.found(names[pair])]
             if missing:
-                self._step(journal, case, one, step, [names[pair] for pair in missing],
-                           lambda m=missing, n=names, s=step, w=wanted: self._measure(journal, m, n, s, w))
+                self._step(journal, case, one, step, [names[pair] for pair in missing], self._measure, journal, names, missing,
+                           step, wanted, self.editors[one["target"]].device)
 
-    def _measure(self, journal, pairs, names, step, wanted):
+    def _measure(self, journal, names, pairs, step, wanted, device):
+        """All of one size, as edits of one picture are; as many at once as MEASURED allows."""
         import torch
 
         from . import images, metrics
-        started = time.perf_counter()
-        dist, ref = (torch.cat([images.to_pixels(journal.image(pair[side])) for pair in pairs]) for side in (0, 1))
-        found, absent = {}, {}
-        for metric in wanted:
-            how = {"network": self.lpips.network, "weights": self.lpips} if metric == "lpips" else {}
-            try:
-                found[metric] = getattr(metrics, metric)(dist, ref, **how).tolist()
-            except ValueError as error:                      # the pictures are too small for it
-                absent[metric] = str(error)
-        for i, pair in enumerate(pairs):
-            journal.add(names[pair], step, values=_plain({metric: values[i] for metric, values in found.items()}),
-                        absent=absent, seconds=round(_since(started) / len(pairs), 4))
+        width, height = journal.image(pairs[0][0]).size
+        size = max(1, MEASURED // (width * height))
+        for part in (pairs[i:i + size] for i in range(0, len(pairs), size)):
+            started = time.perf_counter()
+            dist, ref = (torch.cat([images.to_pixels(journal.image(pair[side])) for pair in part]) for side in (0, 1))
+            if device.type == "cuda":
+                dist, ref = dist.to(device), ref.to(device)
+            found, absent = {}, {}
+            for metric in wanted:
+                how = {"network": self.lpips.network, "weights": self.lpips} if metric == "lpips" else {}
+                try:
+                    found[metric] = getattr(metrics, metric)(dist, ref, **how).tolist()
+                except ValueError as error:                  # the pictures are too small for it
+                    absent[metric] = str(error)
+            for i, pair in enumerate(part):
+                journal.add(names[pair], step, values=_plain({metric: values[i] for metric, values in found.items()}),
+                            absent=absent, seconds=round(_since(started) / len(part), 4))
 
     def _judge(self, journal, case, one, prompts, edited):
         judges = self.judges(self.editors[one["target"]])
         for prompt, sha256 in zip(prompts, edited, strict=True):
             key = verdict_name(self.asked, one, case.record, prompt, sha256)
-
-            def judge(key=key, sha256=sha256, prompt=prompt):
-                started = time.perf_counter()
-                sample = case.samples[prompt["id"]]
-                records = isr.ask(judges, [isr.Edit(sha256, case.record["id"], prompt["id"], one["name"], sample,
-                                                    journal.image(sha256))])
-                journal.add(key, "verdict", judges=said(records), seconds=round(_since(started), 4))
-
             if not journal.found(key):
-                self._step(journal, case, one, "verdict", [key], judge)
+                self._step(journal, case, one, "verdict", [key], self._verdict, journal, case, one, judges, prompt, sha256, key)
+
+    def _verdict(self, journal, case, one, judges, prompt, sha256, key):
+        started = time.perf_counter()
+        edit = isr.Edit(sha256, case.record["id"], prompt["id"], one["name"], case.samples[prompt["id"]], journal.image(sha256))
+        journal.add(key, "verdict", judges=said(isr.ask(judges, [edit])), seconds=round(_since(started), 4))
 
 
 def said(records):

@@ -74,7 +74,8 @@ def run(loaded, tmp_path, monkeypatch, calls):
     def run(suite, *argv, editor=first, quick=True):
         calls.clear()
         quick = QUICK if quick and suite in suites.METHODS_OF else ("--steps", "1")
-        return evaluate.main(["run", suite, "--editor", editor, "--images", "2", *quick, "-o", "out", "--quiet", *argv])
+        return evaluate.main(["run", suite, "--editor", editor, "--images", "2", "--jobs", "1", *quick, "-o", "out", "--quiet",
+                              *argv])
     return run
 
 
@@ -193,7 +194,8 @@ def test_noise_is_drawn_once_for_all_editors(run, calls, loaded):
 # ------------------------------------------------------------------------------------------------------- who does what
 
 def command(*argv):
-    return [sys.executable, "-m", "sifm_min.evaluate", "run", "white-box", "--images", "2", *QUICK, "-o", "out", *argv]
+    return [sys.executable, "-m", "sifm_min.evaluate", "run", "white-box", "--images", "2", "--jobs", "1", *QUICK, "-o", "out",
+            *argv]
 
 
 def test_kill_9_and_two_processes_in_one_folder(run, calls, loaded, tmp_path):
@@ -210,6 +212,20 @@ def test_kill_9_and_two_processes_in_one_folder(run, calls, loaded, tmp_path):
     assert run("white-box") == cli.OK and calls == []        # the survivor took over what the other had begun
     names = [row["name"] for rows in steps().values() for row in rows]
     assert len(set(names)) == len(names) == 4 + 36 + 24 + 36
+
+
+def test_jobs_share_the_work_and_a_helper_ends_with_whom_it_helps(run, calls, loaded, monkeypatch):
+    assert run("white-box", "--jobs", "2", "--images", "3") == cli.OK
+    names = [row["name"] for rows in steps().values() for row in rows]
+    assert len(set(names)) == len(names) == 6 + 54 + 36 + 54
+    assert run("white-box", "--helper-of", "1", "-o", "other") == cli.INTERRUPTED and calls.edits == 6
+    args = SimpleNamespace(jobs=None, helper_of=None, shard=(0, 1))
+    assert evaluate._jobs(SimpleNamespace(jobs=2, helper_of=7, shard=(0, 1)), loaded) == 1   # or there were no end of them
+    monkeypatch.setattr(evaluate.os, "sched_getaffinity", lambda process: {0, 1, 2})
+    assert evaluate._jobs(args, loaded) == 3
+    large = SimpleNamespace(working_size=512, device=torch.device("cpu"))
+    assert evaluate._jobs(args, {**loaded, "large": large}) == 1
+    assert evaluate._jobs(SimpleNamespace(**{**vars(args), "shard": (0, 2)}), loaded) == 1
 
 
 def test_a_picture_that_another_process_holds_comes_last():

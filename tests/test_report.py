@@ -24,7 +24,8 @@ def cell(arm, image, success, prompt="original", psnr=None, **rest):
     return {"target": "miniature", "source": "miniature", "arm": arm, "attack": None, "method": method, "category": "portrait",
             "image_id": image, "prompt_id": prompt, "prompt_type": prompt.partition("-")[0], "seed": 1,
             "prompt": "do <it> & go", "metrics": metrics, "absent": {}, "damage": None, "failed": None,
-            "judges": dict(zip(JUDGES, said, strict=True)), "original": "a", "immunized": "b", "edited_original": "c", "edited": "d", "verdict": "v", **rest}
+            "judges": dict(zip(JUDGES, said, strict=True)), "original": "a", "immunized": "b",
+            "edited_original": "c", "edited": "d", "verdict": "v", **rest}
 
 
 def arm(name):
