@@ -191,7 +191,7 @@ def charts(groups):
             yield chart(f"ISR against the budget: {target}", steps, series)
 
 
-WIDTH, HEIGHT, LEFT, TOP, FOOT = 640, 300, 46, 12, 70
+WIDTH, HEIGHT, LEFT, TOP, FOOT = 660, 310, 66, 12, 80
 
 
 def chart(title, places, series):

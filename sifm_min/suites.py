@@ -13,7 +13,7 @@ from .immunize import METHODS, immunize
 SUITES = ("white-box", "transfer", "ablation", "lambda", "consistency", "robustness")
 LAMBDAS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)       # the paper's Table VII
 ONLY_DISTANCE = 1e9              # a weight at which the norm's part of a float32 gradient is rounded away: the distance alone
-COMPARED = tuple(name for name in METHODS if name != protocol.NOISE)
+COMPARED = (*(name for name in METHODS if name not in (protocol.NOISE, "sifm")), "sifm")      # last, as in the paper
 WORLD_SEED = 0                                               # of the miniature's samples
 # Which prompts a suite edits with: outside of Tables II to IV the paper has the original one alone.
 PROMPTS = {"white-box": ("original", "unseen"), "consistency": ("original", "unseen")}

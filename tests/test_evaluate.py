@@ -317,7 +317,7 @@ def test_a_broken_picture_and_a_damaged_journal(run, calls, capsys):
 
 
 @pytest.mark.parametrize("argv, sentence", [
-    (("white-box", "--methods", "sifm,psychic"), "--methods psychic: choose from sifm,"),
+    (("white-box", "--methods", "sifm,psychic"), "--methods psychic: choose from photoguard-encoder,"),
     (("white-box", "--seeds", "0"), "is also --seed"),
     (("white-box", "--set", "lamb=1"), "--set lamb: no method of this run has this option"),
     (("transfer",), "transfer needs two editors"),
