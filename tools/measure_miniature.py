@@ -27,7 +27,7 @@ from sifm_min import images, isr, miniature, world  # noqa: E402
 
 def edits(args):
     editor = sifm_min.load_editor(args.editor)
-    name = Path(args.editor).name + ("" if args.noisy == "default" else f"-{args.noisy}")
+    name = Path(args.editor).name + ("" if args.noisy == "default" else f"-{args.noisy}") + f"-{args.edit_seed}"
     args.work.mkdir(parents=True, exist_ok=True)
     part, parts = (int(p) for p in args.shard.split("/"))
     path = args.work / f"{name}-{args.samples}-{args.seed}-{part}of{parts}.jsonl"
@@ -57,7 +57,8 @@ def measure(editor, sample, args):
               "linf": sifm.report["linf_steps"]}
     for arm, picture in arms.items():
         cases = asked if arm != "noise" else asked[:1]
-        outputs = editor.edit([picture] * len(cases), [miniature.prompt_of(case, editor) for case in cases])
+        outputs = editor.edit([picture] * len(cases), [miniature.prompt_of(case, editor) for case in cases],
+                              seed=args.edit_seed)
         record[arm] = [verdicts(case, output, editor) for case, output in zip(cases, outputs, strict=True)]
     return record
 
@@ -134,6 +135,8 @@ def main(argv=None):
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--edit-seed", type=int, default=1,
+                        help="of the attacker's noise; the default is not the one that SIFM draws its own noise from")
     parser.add_argument("--noisy", choices=("default", "paper", "deploy"), default="default")
     parser.add_argument("--shard", default="0/1")
     parser.add_argument("--threads", type=int, default=2)

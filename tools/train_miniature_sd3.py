@@ -40,7 +40,7 @@ TEXTS = ({**TEXT, "hidden_act": "quick_gelu"}, {**TEXT, "hidden_act": "gelu"})  
 MMDIT = {"_class_name": "SD3Transformer2DModel", "sample_size": 16, "patch_size": 2, "in_channels": 16, "out_channels": 16,
          "num_layers": 8, "attention_head_dim": 32, "num_attention_heads": 4, "caption_projection_dim": 128,
          "joint_attention_dim": 128, "pooled_projection_dim": 128, "pos_embed_max_size": 16}
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 
 
 SAID = [(category, name) for category, attributes in world.ATTRIBUTES.items() for name in attributes]
@@ -262,17 +262,17 @@ def main(argv=None):
     parser.add_argument("--pictures", type=int, default=48_000)
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--crop-share", type=float, default=0.75)
-    parser.add_argument("--tune-steps", type=int, default=450)
-    parser.add_argument("--tau", type=float, default=0.2)
+    parser.add_argument("--tune-steps", type=int, default=300)
+    parser.add_argument("--tau", type=float, default=0.47)
     parser.add_argument("--text-steps", type=int, default=500)
-    parser.add_argument("--mmdit-steps", type=int, default=5000)
+    parser.add_argument("--mmdit-steps", type=int, default=4400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.3,
                         help="the last share of the steps, over which the rate falls to zero")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps of an edit, by default")
-    parser.add_argument("--guidance", type=float, default=4.0, help="likewise")
-    parser.add_argument("--strength", type=float, default=0.8, help="likewise")
+    parser.add_argument("--guidance", type=float, default=3.0, help="likewise")
+    parser.add_argument("--strength", type=float, default=0.6, help="likewise")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
