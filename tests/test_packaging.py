@@ -209,7 +209,7 @@ def files(folder, *patterns):
 def shipped(project):
     """What a package holds of the project, under its installed names: code, and the data that setup.cfg names."""
     networks = {f"models/{name}" for name in files(project / "models", "**/*.py", "miniature*/**/*", "lpips/*")}
-    return files(project / "sifm_min", "**/*.py", "pages/*.html", "panels/*.json", "prompts/*") | networks
+    return files(project / "sifm_min", "**/*.py", "pages/*.html", "panels/*.json", "paper/*.json", "prompts/*") | networks
 
 
 def test_the_wheel_holds_the_two_folders_and_nothing_else(target, project):
@@ -225,7 +225,7 @@ def test_every_file_of_the_two_folders_is_shipped(project):
 
 
 def test_the_shipped_editors_are_in_the_wheel(target):
-    for name in ("miniature", "miniature-plain"):
+    for name in ("miniature", "miniature-plain", "miniature-sd3"):
         assert list(target.glob(f"sifm_min/models/{name}/vae/*.safetensors")), name
     assert list(target.glob("sifm_min/models/miniature/unet/*.safetensors"))
     assert (target / "sifm_min/models/miniature/tokenizer/vocab.json").is_file()
