@@ -24,7 +24,7 @@ def test_the_blocks_that_ci_runs_are_there():
     markers = [marker for marker, _, _ in BLOCKS]
     assert markers.count("ci:main-job") == markers.count("ci:tests") == 1
     assert all(marker in ("", "ci:main-job", "ci:tests", "needs: weights") for marker in markers)
-    assert len(README.splitlines()) <= 250
+    assert len(README.splitlines()) <= 270
 
 
 @pytest.mark.parametrize("line", command_lines("ci:main-job") + command_lines(""))
