@@ -81,6 +81,7 @@ def server(published, tmp_path, monkeypatch):
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         monkeypatch.setattr(backbones, "HOST", server.url)
         monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)      # whatever the environment says
         monkeypatch.setattr(fetch, "PAUSE", 0)
         monkeypatch.setattr(fetch, "BLOCK", 100_000)
         for name, value in {"sha256": checkpoints.sha256(path), "size": len(server.content), "exact": True}.items():
