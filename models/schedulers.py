@@ -395,7 +395,7 @@ class FlowPlan:
         return latent
 
     def step(self, velocity, i, latent, noise=None):
-        """The latent of step i + 1, in velocity's dtype (computed in at least float32). noise is not used."""
+        """The latent of step i + 1, in velocity's dtype (summed in at least float32). noise is not used."""
         latent = latent.to(torch.promote_types(latent.dtype, torch.float32))
         return (latent + (self.sigmas[i + 1] - self.sigmas[i]) * velocity).to(velocity.dtype)
 

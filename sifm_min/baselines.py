@@ -22,6 +22,7 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 from . import images
+from .editors import three_ways
 from .models import schedulers
 
 NOT_IN_THE_PAPER = ("the paper leaves this method out on Stable Diffusion 3, as incompatible with its transformer; "
@@ -336,8 +337,7 @@ def short_edit(editor, E, eta, context, nothing, steps):
         prediction = predict(E, context)
         if _guided(editor) and editor.kind == "instruct":
             image_only, neither = predict(E, nothing), predict(torch.zeros_like(E), nothing)
-            prediction = (neither + editor.defaults.guidance * (prediction - image_only)
-                          + editor.defaults.image_guidance * (image_only - neither))
+            prediction = three_ways(prediction, image_only, neither, editor.defaults.guidance, editor.defaults.image_guidance)
         elif _guided(editor):
             neither = predict(E, nothing)
             prediction = neither + editor.defaults.guidance * (prediction - neither)
@@ -377,7 +377,6 @@ def semantic_attack(editor, x_orig, contexts, *, generator, prompts, content=Non
         raise ValueError("semantic-attack needs at least one timestep, and one timestep in a batch")
     columns = [word_positions(editor, prompt) for prompt in prompts]
     batches = T.split(batch or len(T))
-    maps = (editor.unet if hasattr(editor, "unet") else editor.transformer).probs_names
     with torch.no_grad():
         E_orig = editor.encode(editor.resize(x_orig))
     bank = torch.randn((len(T), *E_orig.shape[1:]), generator=generator).to(E_orig).split(batch or len(T))
@@ -387,7 +386,7 @@ def semantic_attack(editor, x_orig, contexts, *, generator, prompts, content=Non
         """Att_t, (t,h,w)."""
         size = E.shape[-2:]
         E = E.expand(len(t), -1, -1, -1)
-        found = editor.features(E, editor.noise_latent(E, eta, t), t, contexts[n], taps=maps)
+        found = editor.features(E, editor.noise_latent(E, eta, t), t, contexts[n], taps=editor.probs_names)
         layers = [probs.to(E).mean(1)[..., columns[n]].sum(-1) for probs in found.values()]      # (t, tokens) each
         layers = [layer.unflatten(1, (1, *_grid(layer.shape[1], *size))) for layer in layers]
         return sum(F.interpolate(layer, size=size, mode="bicubic", align_corners=False) for layer in layers)[:, 0]

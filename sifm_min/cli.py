@@ -194,6 +194,17 @@ def place(args):
     return {"device": args.device, "dtype": args.dtype and getattr(torch, args.dtype)}
 
 
+def rank(environment):
+    """(index, count) of this process among those that torchrun started, as it says in their environment; else (0, 1)."""
+    if "WORLD_SIZE" not in environment:
+        return 0, 1
+    index, count = environment.get("RANK", ""), environment["WORLD_SIZE"]
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"RANK {index!r} of WORLD_SIZE {count!r} is no share of the work: leave both to torchrun, or "
+                         "unset them")
+    return int(index), int(count)
+
+
 # ------------------------------------------------------------------------------------------------ results and remarks
 
 def out(text):

@@ -78,7 +78,8 @@ def load_editor(source="miniature", *, device=None, dtype=None, revision=None, o
 class Editor:
     """What all editors have in common.
 
-    `tap_names` lists what `features` can return, `default_taps` what SIFM perturbs; `working_size` is the long side that
+    `tap_names` lists what `features` can return, and at a cost `probs_names`, the attention maps; `default_taps` is what SIFM
+    perturbs; `working_size` is the long side that
     pictures are edited at; `notice` is a sentence that belongs beside every result of a shipped miniature. `kind` is
     "instruct" where the picture is a condition beside a latent of pure noise, "img2img" where it is the noisy latent.
     """
@@ -258,6 +259,10 @@ class InstructPix2Pix(Editor):
         return unet.default_taps(self.unet.config)
 
     @property
+    def probs_names(self):
+        return self.unet.probs_names
+
+    @property
     def shift(self):
         return 0.0                                           # its pipeline knows none
 
@@ -309,17 +314,16 @@ class InstructPix2Pix(Editor):
             noisy = plan.scale_input(latent, i)
             prediction = self.predict(condition, torch.cat([noisy] * 3) if guided else noisy, timestep, context)
             if guided:
-                prediction = three_ways(prediction, guidance, image_guidance)
+                prediction = three_ways(*prediction.chunk(3), guidance, image_guidance)
             latent = plan.step(prediction, i, latent, draw() if plan.draws_noise else None)
             if on_step:
                 on_step(i, len(plan.timesteps))
         return self.decode(latent)
 
 
-def three_ways(prediction, guidance, image_guidance):
-    """Classifier-free guidance over text and picture (Brooks et al. 2023, equation 3): predictions (3B, ...) of the network
-    with both, with the picture alone, and with neither -> (B, ...)."""
-    full, image_only, neither = prediction.chunk(3)
+def three_ways(full, image_only, neither, guidance, image_guidance):
+    """Classifier-free guidance over text and picture (Brooks et al. 2023, equation 3), of the network's predictions with
+    both, with the picture alone, and with neither."""
     return neither + guidance * (full - image_only) + image_guidance * (image_only - neither)
 
 
@@ -454,6 +458,10 @@ class StableDiffusion3(Editor):
         return mmdit.default_taps(self.config)
 
     @property
+    def probs_names(self):
+        return self.transformer.probs_names
+
+    @property
     def multiple(self):
         return self.vae.factor * self.config.patch_size
 
@@ -554,7 +562,7 @@ class UltraEdit(StableDiffusion3):
         for i, timestep in enumerate(plan.timesteps):
             velocity = self.predict(condition, torch.cat([latent] * 3) if guided else latent, timestep, context)
             if guided:
-                velocity = three_ways(velocity, guidance, image_guidance)
+                velocity = three_ways(*velocity.chunk(3), guidance, image_guidance)
             latent = plan.step(velocity, i, latent)
             if on_step:
                 on_step(i, len(plan.timesteps))

@@ -20,14 +20,8 @@ from .ledger import Busy
 
 def share(shard, environment):
     """(index, count) of this process among all that share the work: --shard, and within it torchrun's ranks."""
-    index, count = shard
-    if "WORLD_SIZE" in environment:
-        rank, size = environment.get("RANK", ""), environment["WORLD_SIZE"]
-        if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
-            raise ValueError(f"RANK {rank!r} of WORLD_SIZE {size!r} is no share of the work: leave both to torchrun, or "
-                             "unset them")
-        index, count = index * int(size) + int(rank), count * int(size)
-    return index, count
+    (index, count), (rank, size) = shard, cli.rank(environment)
+    return index * size + rank, count * size
 
 
 def carry_out(runner, cases, remark=None, finished=None):

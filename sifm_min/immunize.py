@@ -285,7 +285,11 @@ def _body(args):
         raise ValueError("give at least one picture or folder, --prompt TEXT and -o DIR (--help shows examples)")
     if not listing:
         settings(args.method, args.preset, **_given(args))   # an option that the method has not is told before any work
-    pictures = [] if listing else _share(find(args.pictures, args.output, OUTPUTS))
+    pictures = []
+    if not listing:
+        pictures = find(args.pictures, args.output, OUTPUTS)
+        index, count = cli.rank(os.environ)
+        pictures = pictures[index::count]
     if args.mask:                                            # what is wrong with the mask itself is no picture's fault
         images.read_mask(args.mask, *images.read(args.mask).image.size)
     editor = load(args)
@@ -341,16 +345,6 @@ def find(names, output, endings):
     if lost := [inside[stem + ending] for stem in stems for ending in endings if stem + ending in inside]:
         raise ValueError(f"{lost[0]} would be overwritten by a result; choose another folder for the results")
     return list(stems.values())
-
-
-def _share(pictures):
-    """This process's share of the pictures: all of them, or under torchrun every n-th."""
-    if "WORLD_SIZE" not in os.environ:
-        return pictures
-    rank, size = os.environ.get("RANK", ""), os.environ["WORLD_SIZE"]
-    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
-        raise ValueError(f"RANK {rank!r} of WORLD_SIZE {size!r} is no share of the work: leave both to torchrun, or unset them")
-    return pictures[int(rank)::int(size)]
 
 
 def _one(path, editor, args):

@@ -1,7 +1,7 @@
 """The miniature: samples of the procedural world with their ground truth, and the two judges that know it.
 
-The miniature editors (`load_editor("miniature")`, `"miniature-plain"`) are for learning, testing and benchmarking. What
-is measured with them says nothing about protection against real editors.
+The miniature editors (`load_editor("miniature")`, `"miniature-plain"`, `"miniature-sd3"`) are for learning, testing and
+benchmarking. What is measured with them says nothing about protection against real editors.
 
 `judge(sample, edited)` is the strict consensus of two independent judges, each an OR of two findings as in the paper.
 `judges` holds both, callables like any other judges, so that `isr.ask` turns them into records:
