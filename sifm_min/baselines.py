@@ -15,6 +15,7 @@ in each step, forward and backward (1F 1B); what a run took in all is in its rep
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 from . import images
-from .editors import three_ways
+from .editors import three_ways, together
 from .models import schedulers
 
 NOT_IN_THE_PAPER = ("the paper leaves this method out on Stable Diffusion 3, as incompatible with its transformer; "
@@ -266,10 +267,10 @@ def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repea
     the image condition; on SD3 from the latent of x' noised with eta as far as the editor's strength says, and go down over
     K of the noise levels of an edit, evenly chosen. resample: eta is
     drawn anew at every step, as in the original; otherwise it is one bank of `repeats` draws. It targets the whole edit
-    at the prompt. Every evaluation of the denoiser is checkpointed, so that memory holds the activations of one, whatever
-    K and `repeats`. Cost, for each of `repeats`: decoder 1F 1B, and K guided steps (3 evaluations each, on SD3 2) of the
-    denoiser, each evaluation 2F 1B (checkpointing runs it again); but no picture goes into the first evaluation with
-    neither text nor picture, so that one is 1F; and once for all: encoder 1F 1B.
+    at the prompt. Every denoising step is checkpointed (except on a miniature, whose activations are small), so that memory
+    holds the activations of one, whatever K and `repeats`. Cost, for each of `repeats`: decoder 1F 1B, and K guided steps
+    (3 evaluations in a batch, on SD3 2) of the denoiser, each evaluation 2F 1B (checkpointing runs it again; 1F 1B on a
+    miniature); and once for all: encoder 1F 1B.
     native: the L-infinity call of its notebook: 200 iterations of 0.003 from zero, the mean of 5 draws. The notebook
     executes another, in the L2 norm with 10, and with an empty prompt.
     """
@@ -300,12 +301,10 @@ def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repea
         return value + ((E - E.detach()) * g).sum()
 
     def count(steps):
-        times, guided = steps * repeats, _guided(editor)
-        if editor.kind == "instruct":                        # the first evaluation without the picture has no backward
-            forward, backward = (6 * unroll - 1, 3 * unroll - 1) if guided else (2 * unroll, unroll)
-        else:
-            forward, backward = (4 * unroll, 2 * unroll) if guided else (2 * unroll, unroll)
-        return passes(encoder=(steps + 1, steps), denoiser=(times * forward, times * backward), decoder=(times, times))
+        times = steps * repeats
+        evaluations = times * unroll * ((3 if editor.kind == "instruct" else 2) if _guided(editor) else 1)
+        runs = evaluations * (1 if editor.is_miniature else 2)
+        return passes(encoder=(steps + 1, steps), denoiser=(runs, evaluations), decoder=(times, times))
 
     objective.passes = count
     return objective
@@ -315,7 +314,7 @@ def short_edit(editor, E, eta, context, nothing, steps):
     """What the editor makes of a picture given by its E (1,C,h,w), in a few deterministic steps: pixels, not clipped.
 
     eta: the noise it starts with, like E. context, nothing: of the prompt and of the empty one. Differentiable, and all
-    that is kept for the way back are the arguments of each evaluation of the denoiser, which is then run again.
+    that is kept for the way back are the arguments of each step's denoising, which is then run again; a miniature keeps all.
     """
     scheduler = editor.scheduler
     if scheduler.draws_noise:
@@ -328,18 +327,23 @@ def short_edit(editor, E, eta, context, nothing, steps):
         kept = torch.linspace(0, len(plan.timesteps), steps + 1).round().long()[:-1]
         plan.timesteps, plan.sigmas = plan.timesteps[kept], torch.cat([plan.sigmas[kept], plan.sigmas[-1:]])
         latent = editor.noise_latent(E, eta, plan.timesteps[:1])
+    run = editor.predict if editor.is_miniature else partial(checkpoint, editor.predict, use_reentrant=False,
+                                                             preserve_rng_state=False)
     for i, t in enumerate(plan.timesteps):
         noisy = plan.scale_input(latent, i)
 
-        def predict(condition, c, noisy=noisy, t=t):
-            return checkpoint(editor.predict, condition, noisy, t, c, use_reentrant=False, preserve_rng_state=False).to(E)
+        def predict(conditions, contexts, noisy=noisy, t=t):
+            conditions, noisy = torch.cat(conditions), noisy.expand(len(conditions), -1, -1, -1)
+            predicted = run(conditions, noisy, t, together(contexts))
+            return predicted.to(E).chunk(len(conditions))
 
-        prediction = predict(E, context)
-        if _guided(editor) and editor.kind == "instruct":
-            image_only, neither = predict(E, nothing), predict(torch.zeros_like(E), nothing)
-            prediction = three_ways(prediction, image_only, neither, editor.defaults.guidance, editor.defaults.image_guidance)
-        elif _guided(editor):
-            neither = predict(E, nothing)
+        if not _guided(editor):
+            prediction, = predict([E], [context])
+        elif editor.kind == "instruct":
+            prediction = three_ways(*predict([E, E, torch.zeros_like(E)], [context, nothing, nothing]),
+                                    editor.defaults.guidance, editor.defaults.image_guidance)
+        else:
+            prediction, neither = predict([E, E], [context, nothing])
             prediction = neither + editor.defaults.guidance * (prediction - neither)
         latent = plan.step(prediction, i, latent)
     return editor.decode(latent)

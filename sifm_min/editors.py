@@ -95,6 +95,10 @@ class Editor:
     def working_size(self):
         return self.defaults.size
 
+    @property
+    def is_miniature(self):
+        return self.defaults.size < 512
+
     def provenance(self):
         """What a report states of the editor: where its weights come from, their hashes, and how it samples."""
         checkpoint = self.checkpoint
@@ -111,8 +115,8 @@ class Editor:
     def frame(self, width, height, size=None):
         """(height, width) at which a picture of this size is edited: see `images.working_size`."""
         size = size or self.defaults.size
-        upscale = self.defaults.size < 512                   # a miniature sees nothing in less than its own size
-        width, height = images.working_size(width, height, limit=size, multiple=self.multiple, upscale=upscale)
+        width, height = images.working_size(width, height, limit=size, multiple=self.multiple,
+                                            upscale=self.is_miniature)     # which sees nothing in less than its own size
         return height, width
 
     @property
@@ -402,9 +406,11 @@ class TextEncoders:
         return network(torch.tensor(ids, device=self.device))
 
 
-def together(texts):
-    """Several `Text`, as one batch."""
-    return Text(*(torch.cat(parts) for parts in zip(*texts, strict=True)))
+def together(contexts):
+    """Several contexts, tensors or `Text`, as one batch."""
+    if isinstance(contexts[0], torch.Tensor):
+        return torch.cat(contexts)
+    return Text(*(torch.cat(parts) for parts in zip(*contexts, strict=True)))
 
 
 class StableDiffusion3(Editor):

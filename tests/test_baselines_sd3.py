@@ -215,14 +215,14 @@ def test_what_a_run_costs_is_what_it_says(method, options, steps, pair, contexts
 
 @pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
 @pytest.mark.parametrize("steps", [1, 4, 7])
-def test_the_unrolled_edit_starts_where_an_edit_does(steps, strength, pair, x_orig, monkeypatch):
+def test_the_unrolled_edit_starts_where_an_edit_does(steps, strength, pair, contexts, x_orig, monkeypatch):
     """At the noise level that the strength says, and with as many evaluations as asked for."""
     editor, seen = pair[1], []
     monkeypatch.setattr(editor, "defaults", replace(editor.defaults, strength=strength, guidance=1.0))
     monkeypatch.setattr(editor, "predict", lambda E, z_t, t, c: seen.append(t.item()) or torch.zeros_like(z_t))
     with torch.no_grad():
         E = editor.encode(x_orig)
-        baselines.short_edit(editor, E, torch.randn(E.shape, generator=seeded()).to(E), None, None, steps)
+        baselines.short_edit(editor, E, torch.randn(E.shape, generator=seeded()).to(E), *contexts[:2], steps)
     assert len(seen) == steps and seen[0] == editor.plan().timesteps[0] and np.all(np.diff(seen) < 0)
 
 
