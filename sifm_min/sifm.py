@@ -10,20 +10,23 @@ This file is phi and L; `pgd.py` is the loop. The distance drives the features f
 
 import torch
 
-REDUCTIONS = ("relative", "mean", "literal")
+REDUCTIONS = ("balanced", "relative", "mean", "literal")
+BALANCE = 10                                                 # 1 / 0.1: at the paper's lam both fractions count alike
 AGGREGATES = ("loss-mean", "feature-mean")
 NOISY = ("paper", "deploy")
 
 
-def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=None, reduction="relative",
+def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=None, reduction="balanced",
          aggregate="loss-mean", noisy="paper", resample=False, batch=None):
     """The objective of SIFM for one picture: a function (x_imu, step) -> (loss, {"norm": ..., "dist": ...}) to minimise.
 
     x_orig: (1,3,H,W) in [0,1], native size. contexts: one text context (1,L,C) per prompt; step n uses prompt n mod their
     number (the paper has one). timesteps: T, a count spread over what the editor visits, or the timesteps themselves.
-    reduction: "relative" (default: norm and squared distance as fractions of the original's, so that lam means the same
-      on every editor, size and layer), "literal" (L1 sum and MSE mean as printed; the distance term is then inert: at
-      lam 0.1 it is about 1e-6 of the norm term), or "mean" (both means).
+    reduction: "relative" (norm and squared distance as fractions of the original's, so that lam means the same on every
+      editor, size and layer), "balanced" (default: the same with the distance in tenths, so that both count alike at lam
+      0.1: the paper found its optimum there and does not say of what scale, and as plain fractions the norm drowns the
+      distance), "literal" (L1 sum and MSE mean as printed; the distance term is then inert: at lam 0.1 it is about 1e-6
+      of the norm term), or "mean" (both means).
     aggregate: "loss-mean" (default: U-Net layers differ in shape, and averaged activations can cancel) or "feature-mean",
       Eq. 3 to the letter, for taps of one shape.
     noisy: "paper" noises the immunized picture's latent; "deploy" the original's, because what an instruction editor
@@ -96,8 +99,8 @@ def terms(phi_imu, phi_orig, reduction):
     for a, b in zip(phi_imu, phi_orig, strict=True):
         a, b = a.flatten(1), b.flatten(1)
         l1, l2 = a.abs().sum(1), (a - b).square().sum(1)
-        if reduction == "relative":
-            l1, l2 = l1 / b.abs().sum(1), l2 / b.square().sum(1)
+        if reduction in ("relative", "balanced"):
+            l1, l2 = l1 / b.abs().sum(1), l2 / b.square().sum(1) * (BALANCE if reduction == "balanced" else 1)
         else:
             l2 = l2 / a.shape[1]
             l1 = l1 / a.shape[1] if reduction == "mean" else l1

@@ -97,8 +97,10 @@ class Paper:
             l1, mse = phi_imu.abs().sum(), torch.nn.functional.mse_loss(phi_imu, phi_orig)
             if self.reduction == "mean":
                 l1 = phi_imu.abs().mean()
-            if self.reduction == "relative":
+            if self.reduction in ("relative", "balanced"):
                 l1, mse = l1 / phi_orig.abs().sum(), (phi_imu - phi_orig).norm() ** 2 / phi_orig.norm() ** 2
+            if self.reduction == "balanced":
+                mse = 10 * mse
             norm, dist = norm + l1 / len(Phi_orig), dist + mse / len(Phi_orig)
         return norm - self.lam * dist, norm.item(), dist.item()
 
@@ -188,13 +190,13 @@ def test_noise_is_redrawn_where_asked(pair, contexts, x_orig):
 
 
 def test_the_defaults_are_those_of_the_design(pair, contexts, x_orig):
-    """10 timesteps over what the editor visits, the taps of its rule, relative, mean over losses, lam 0.1."""
+    """10 timesteps over what the editor visits, the taps of its rule, balanced, mean over losses, lam 0.1."""
     pipeline, editor = pair
     x = moved(x_orig).requires_grad_(True)
     loss, told = sifm(editor, x_orig, contexts[:1], generator=seeded(7))(x, 0)
     visited = [999, 894, 788, 683, 577, 472, 366, 261, 155, 50]
     eta = torch.randn((10, 4, 4, 4), generator=seeded(7)).split(1)
-    reference = Paper(pipeline, contexts[0], eta, T=visited, **OPTIONS | {"taps": EQUAL})
+    reference = Paper(pipeline, contexts[0], eta, T=visited, **OPTIONS | {"taps": EQUAL, "reduction": "balanced"})
     expected, value, norm, dist = reference.gradient(x.detach(), x_orig)
     assert (loss.item(), told["norm"], told["dist"]) == pytest.approx((value, norm, dist), rel=1e-3)
     assert list(editor.default_taps) == EQUAL
@@ -385,7 +387,7 @@ def test_nothing_is_left_on_the_weights(editor, contexts, x_orig):
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 WRONG = {
-    "reduction": ({"reduction": "median"}, "reduction 'median': choose one of relative, mean, literal"),
+    "reduction": ({"reduction": "median"}, "reduction 'median': choose one of balanced, relative, mean, literal"),
     "aggregate": ({"aggregate": "sum"}, "aggregate 'sum'"),
     "noisy": ({"noisy": "both"}, "noisy 'both'"),
     "tap": ({"taps": ["mid_block", "mid_blok"]}, "mid_blok"),
@@ -427,8 +429,9 @@ def test_half_precision_features_are_compared_in_single(editor, contexts, x_orig
 
 def test_terms_are_fractions_of_the_originals():
     phi = torch.full((2, 4, 40, 40), 60.0)
-    norm, dist = terms([phi, phi], [phi / 2, phi], "relative")
-    assert norm.tolist() == [1.5, 1.5] and dist.tolist() == [0.5, 0.5]
+    for reduction, tenths in (("relative", 1), ("balanced", 10)):
+        norm, dist = terms([phi, phi], [phi / 2, phi], reduction)
+        assert norm.tolist() == [1.5, 1.5] and dist.tolist() == [0.5 * tenths] * 2
 
 
 @pytest.mark.parametrize("reduction", method.REDUCTIONS)
