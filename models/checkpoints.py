@@ -344,24 +344,41 @@ class Checkpoint:
             self._hashes.setdefault(file, None)
         return network, found
 
-    def load(self, network_class, component, *, device="cpu", dtype=None):
+    def load(self, network_class, component, *, device="cpu", dtype=None, lazily=False):
         """The network of `component` (a folder name), its config and weights read, in eval mode and frozen.
 
         dtype None keeps what the file has (float8, in which nothing computes, becomes bfloat16, which holds each of its
         values). Tensors go from the mapped file to `device` and `dtype`, and those of convolutions to the channels-last
         layout, one at a time: the peak is the network plus one tensor, within `RENEWAL`. What needs no conversion stays
-        mapped on the CPU, which takes no memory of its own and wants the file left alone. Raises `Unfit` with the first differences in name, shape or kind, before anything is
-        read, where file and config disagree.
+        mapped on the CPU, which takes no memory of its own and wants the file left alone. lazily: each part is read when
+        it is first run, and on torch's meta device until then, so what never runs is never read. Raises `Unfit` with the
+        first differences in name, shape or kind, before anything is read, where file and config disagree.
         """
+        network, found = self._matched(network_class, component)
+        shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+        network.eval().requires_grad_(False)
+
+        def read(wanted):
+            return self._read(found, {name: shapes[name] for name in wanted}, device, dtype)
+
+        if lazily:
+            _at_first_use(network, read)
+        else:
+            network.load_state_dict(read(shapes), strict=True, assign=True)
+        return network
+
+    def _read(self, found, shapes, device, dtype):
+        """{name: tensor} of those in `shapes`."""
         import torch
 
-        network, found = self._matched(network_class, component)
-        shapes, state = {name: tensor.shape for name, tensor in network.state_dict().items()}, {}
+        state = {}
         for file, tensors in found.items():
             mapped = original = tensor = None       # nothing of the file before stays mapped
             read = 0
             for name, (stored, place) in tensors.items():
-                mapped = mapped or safe_open(file, framework="pt")
+                if name not in shapes:
+                    continue
+                mapped = mapped or _opened(file)
                 original = mapped.get_tensor(stored)
                 tensor = place.take(original).to(device)        # first to the device, which converts faster than the CPU
                 if tensor.is_floating_point() and (dtype or tensor.itemsize == 1):
@@ -373,8 +390,7 @@ class Checkpoint:
                 read += original.nbytes
                 if tensor.data_ptr() != original.data_ptr() and read > RENEWAL:
                     mapped, read = None, 0          # copied: with the mapping go the file's pages that were read
-        network.load_state_dict(state, strict=True, assign=True)
-        return network.eval().requires_grad_(False)
+        return state
 
     def _where(self, relative):
         """What a small file is called in an error."""
@@ -469,6 +485,27 @@ def header(file):
         raise Unavailable(f"{file} cannot be read: {error.strerror or error}") from None
 
 
+def _at_first_use(network, read):
+    """Has every part of the network, whole blocks as single layers, read what of it is still to be read, when it is run."""
+    unread, handles = set(network.state_dict()), {}
+
+    def fill(part, path):
+        wanted = {name for name in unread if name.startswith(f"{path}.")}
+        part.load_state_dict({name.removeprefix(f"{path}."): tensor for name, tensor in read(wanted).items()}, strict=False,
+                             assign=True)
+        unread.difference_update(wanted)
+        for name, _ in part.named_modules(prefix=path):         # with what it is made of, it is done
+            if name in handles:
+                handles.pop(name).remove()
+
+    for path, part in network.named_modules():
+        if path:                                                # the network as a whole runs its parts one by one
+            handles[path] = part.register_forward_pre_hook(lambda part, inputs, path=path: fill(part, path))
+    own = {name for name in unread if "." not in name}
+    unread.difference_update(own)
+    network.load_state_dict(read(own), strict=False, assign=True)
+
+
 def _match(network, headers, places, where):
     """{file: {name in the network: (name in the file, its place)}}, or `Unfit` with what is missing, unexpected, wrong."""
     rename = getattr(network, "rename", None) or (lambda name: name)
@@ -499,6 +536,14 @@ def _match(network, headers, places, where):
         raise Unfit(f"{where} does not fit {type(network).__name__} ({len(missing)} missing, {len(unexpected)} "
                     f"unexpected, {len(wrong)} wrong): {'; '.join(first)}{f'; and {rest} more' if rest else ''}")
     return found
+
+
+def _opened(file):
+    """The mapped file, whose header was read before: that it cannot be now is news."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise Unavailable(f"{file} can no longer be read ({error}); it changed after it was opened") from None
 
 
 def sha256(path):

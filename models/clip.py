@@ -198,8 +198,8 @@ class CLIPText(nn.Module):
         model, length = self.text_model, ids.shape[1]
         if length > self.config.max_position_embeddings:
             raise ValueError(f"{length} tokens, but this CLIP has {self.config.max_position_embeddings} positions")
-        embeddings = model["embeddings"]
-        x = embeddings["token_embedding"](ids) + embeddings["position_embedding"].weight[:length]        # (B, L, C)
+        embeddings, places = model["embeddings"], torch.arange(length, device=ids.device)
+        x = embeddings["token_embedding"](ids) + embeddings["position_embedding"](places)                # (B, L, C)
         for layer in model["encoder"]["layers"]:
             penultimate, x = x, layer(x)
         last = model["final_layer_norm"](x)

@@ -99,6 +99,18 @@ class Editor:
     def is_miniature(self):
         return self.defaults.size < 512
 
+    @property
+    def checkpointing(self):
+        """Whether the networks compute their activations again on the way back, instead of keeping them."""
+        return self.vae.checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, value):
+        self.denoiser.checkpointing = self.vae.checkpointing = value
+
+    def forget_text(self):
+        """Lets go of what reads prompts, until it is needed again."""
+
     def provenance(self):
         """What a report states of the editor: where its weights come from, their hashes, and how it samples."""
         checkpoint = self.checkpoint
@@ -230,10 +242,12 @@ class InstructPix2Pix(Editor):
     PIPELINES = ("StableDiffusionInstructPix2PixPipeline",)
     DEFAULTS = Defaults()
 
-    def __init__(self, *, unet, vae, text_encoder, tokenizer, scheduler, name, defaults=None, notice="", checkpoint=None):
-        weight = next(unet.parameters())
-        super().__init__(name=name, vae=vae, scheduler=scheduler, device=weight.device, dtype=weight.dtype,
-                         defaults=defaults or self.DEFAULTS, notice=notice, checkpoint=checkpoint)
+    def __init__(self, *, unet, vae, text_encoder, tokenizer, scheduler, name, device=None, dtype=None, defaults=None,
+                 notice="", checkpoint=None):
+        weight = next(unet.parameters())                     # says both, unless it is still to be read
+        super().__init__(name=name, vae=vae, scheduler=scheduler, device=device or weight.device,
+                         dtype=dtype or weight.dtype, defaults=defaults or self.DEFAULTS, notice=notice,
+                         checkpoint=checkpoint)
         self.unet, self.text_encoder, self.tokenizer = unet, text_encoder, tokenizer
         if unet.config.in_channels != 2 * vae.config.latent_channels:
             raise ValueError(f"{name}: the U-Net takes {unet.config.in_channels} channels; an instruction editor takes "
@@ -248,11 +262,11 @@ class InstructPix2Pix(Editor):
         scheduler = schedulers.load(checkpoint.text("scheduler/scheduler_config.json"), ancestral=name in DEFAULTS)
         if not isinstance(scheduler, schedulers.Scheduler):
             raise ValueError(f"{name}: scheduler_config.json is of rectified flow, which an InstructPix2Pix does not sample by")
-        return cls(unet=checkpoint.load(UNet, "unet", device=device, dtype=dtype),
-                   vae=checkpoint.load(AutoencoderKL, "vae", device=device, dtype=torch.float32),
-                   text_encoder=checkpoint.load(CLIPText, "text_encoder", device=device, dtype=dtype),
+        return cls(unet=checkpoint.load(UNet, "unet", device=device, dtype=dtype, lazily=True),
+                   vae=checkpoint.load(AutoencoderKL, "vae", device=device, dtype=torch.float32, lazily=True),
+                   text_encoder=checkpoint.load(CLIPText, "text_encoder", device=device, dtype=dtype, lazily=True),
                    tokenizer=CLIPTokenizer.from_folder(checkpoint.path("tokenizer")),
-                   scheduler=scheduler, name=name, checkpoint=checkpoint, **more)
+                   scheduler=scheduler, name=name, device=device, dtype=dtype, checkpoint=checkpoint, **more)
 
     @property
     def tap_names(self):
@@ -265,6 +279,15 @@ class InstructPix2Pix(Editor):
     @property
     def probs_names(self):
         return self.unet.probs_names
+
+    @property
+    def denoiser(self):
+        return self.unet
+
+    def forget_text(self):
+        if self.checkpoint:
+            self.text_encoder = self.checkpoint.load(CLIPText, "text_encoder", device=self.device, dtype=self.dtype,
+                                                     lazily=True)
 
     @property
     def shift(self):
@@ -423,7 +446,7 @@ class StableDiffusion3(Editor):
     DEFAULTS = SD3
 
     def __init__(self, *, checkpoint, name, device, dtype, defaults=None, notice=""):
-        super().__init__(name=name, vae=checkpoint.load(AutoencoderKL, "vae", device=device, dtype=torch.float32),
+        super().__init__(name=name, vae=checkpoint.load(AutoencoderKL, "vae", device=device, dtype=torch.float32, lazily=True),
                          scheduler=schedulers.load(checkpoint.text("scheduler/scheduler_config.json")),
                          device=device, dtype=dtype, defaults=defaults or self.DEFAULTS, notice=notice, checkpoint=checkpoint)
         self.config = config = checkpoint.check(MMDiT, "transformer")
@@ -453,7 +476,7 @@ class StableDiffusion3(Editor):
     @cached_property
     def transformer(self):
         """Read when it is first used, which is after the prompts were encoded: the text encoders are gone by then."""
-        return self.checkpoint.load(MMDiT, "transformer", device=self.device, dtype=self.dtype)
+        return self.checkpoint.load(MMDiT, "transformer", device=self.device, dtype=self.dtype, lazily=True)
 
     @property
     def tap_names(self):
@@ -466,6 +489,10 @@ class StableDiffusion3(Editor):
     @property
     def probs_names(self):
         return self.transformer.probs_names
+
+    @property
+    def denoiser(self):
+        return self.transformer
 
     @property
     def multiple(self):

@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 
 from . import cli
+from .memory import MEMORY
 
 
 class _Methods(Mapping):
@@ -85,7 +86,8 @@ class Result:
 
 
 def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, seed=0, step_size=None,
-             schedule=None, init=None, preset="protocol", mask=None, on_step=None, **options):
+             schedule=None, init=None, preset="protocol", mask=None, memory="auto",
+             on_step=None, **options):
     """Immunize one picture against one editor.
 
     image: a PIL picture, an `images.Picture`, or a path. prompts: the edit to defeat, or several that the steps cycle
@@ -94,13 +96,15 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
     "linear" decay), init ("random" in the budget, or "zero"): of the PGD loop; where not given, and for options not given,
     the preset decides: "protocol", the paper's (100 steps of 1/255, constant, random), or "native", a baseline as its
     original was run. No preset changes eps. mask: the path of a picture of the same size; only where it is bright is the
-    picture perturbed. on_step(step, loss, terms) is called after each step.
-    Raises ValueError, in one sentence, for whatever the caller can mend.
+    picture perturbed. memory: "fast", "low", or "auto", which gives way where memory ends and warns (see `memory.plans`);
+    the result is the same. on_step(step, loss, terms) is called after each step, and from the first again where a plan did
+    not fit. Raises ValueError, in one sentence, for whatever the caller can mend.
     """
     import torch
     from PIL import Image
 
     from . import images, metrics
+    from . import memory as plans
     from .pgd import pgd
 
     started = time.perf_counter()
@@ -122,23 +126,33 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
     original = images.to_pixels(picture.image).to(editor.device)
     with torch.no_grad():
         contexts = editor.contexts(prompts)
-    generator = torch.Generator().manual_seed(seed)
     texts = {"prompts": prompts} if "prompts" in inspect.signature(METHODS[method]).parameters else {}
-    objective = METHODS[method](editor, original, contexts, generator=generator, **texts, **options)
-    if objective is None:                                    # the noise control: the loop's random start as it is
-        loop |= {"steps": 0, "init": "random"}
     curve = []
-
-    def in_colour(x, step):                                  # a grey picture is perturbed as one channel, and stays grey
-        return objective(x.expand(-1, 3, -1, -1), step)
 
     def record(step, loss, terms):
         curve.append({"loss": loss, **terms})
         if on_step:
             on_step(step, loss, terms)
 
+    def perturb(plan):
+        """(delta, objective) under this memory plan; every one starts from the seed."""
+        curve.clear()
+        generator = torch.Generator().manual_seed(seed)
+        batch = {"batch": plan.batch} if "batch" in options_of(method) else {}
+        objective = METHODS[method](editor, original, contexts, generator=generator, **texts, **options | batch)
+
+        def in_colour(x, step):                              # a grey picture is perturbed as one channel, and stays grey
+            return objective(x.expand(-1, 3, -1, -1), step)
+
+        # The noise control has no objective: it is the loop's random start as it is.
+        control = {"steps": 0, "init": "random"} if objective is None else {}
+        return pgd(original[:, :picture.channels], in_colour, eps, **loop | control, mask=region, generator=generator,
+                   on_step=record), objective
+
     begun = time.perf_counter()
-    delta = pgd(original[:, :picture.channels], in_colour, eps, **loop, mask=region, generator=generator, on_step=record)
+    (delta, objective), plan = plans.run(perturb, memory, editor, **_timesteps_of(method, options))
+    if objective is None:
+        loop |= {"steps": 0, "init": "random"}
     looped = time.perf_counter() - begun
     immunized = images.quantize(picture, delta, eps)
     after, before = images.to_pixels(immunized), original.cpu()
@@ -154,11 +168,19 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
         "loss": curve,
         "passes": _passes(objective, len(curve)),
         "seconds": round(time.perf_counter() - started, 3), "loop_seconds": round(looped, 3),
-        "peak_memory_bytes": _peak(editor.device),
+        "memory": {"asked": memory, **plan._asdict()}, "peak_memory_bytes": _peak(editor.device),
         "versions": {"sifm_min": import_module(__package__).__version__, "torch": torch.__version__,
                      "python": platform.python_version()},
     }
     return Result(immunized, report)
+
+
+def _timesteps_of(method, options):
+    """What a method's memory depends on: how many timesteps it has, and how many at once it was asked for."""
+    if "batch" not in options_of(method):
+        return {}
+    timesteps = options.get("timesteps", inspect.signature(METHODS[method]).parameters["timesteps"].default)
+    return {"count": timesteps if isinstance(timesteps, int) else len(timesteps), "batch": options.get("batch")}
 
 
 def _spelled_out(method, editor, options):
@@ -251,7 +273,8 @@ def _parser():
     own("--timesteps", type=cli.timesteps,
         help="a count, or timesteps as 900,500,100 (sifm, semantic-attack; default: 10)")
     own("--taps", type=cli.commas(), help="activations to perturb, comma-separated; `list` prints what there is (sifm)")
-    own("--reduction", choices=("relative", "mean", "literal"), help="of activations to a number (sifm; default: relative)")
+    own("--reduction", choices=("balanced", "relative", "mean", "literal"),
+        help="of activations to a number (sifm; default: balanced)")
     own("--aggregate", choices=("loss-mean", "feature-mean"), help="of the taps (sifm; default: loss-mean)")
     own("--noisy", choices=("paper", "deploy"),
         help="whose latent is noised: the immunized picture's (default), or the original's (sifm)")
@@ -263,6 +286,8 @@ def _parser():
     own("--content", type=cli.prompt, metavar="TEXT", help="what to protect, as `man` (semantic-attack; default: the prompts)")
     own("--variant", help="which form of the loss: zero, grey (photoguard-encoder); eot, plain, released (editshield); minus, "
                           "plus (sds); fused, textural, semantic (mist); ace+, ace (ace); the first is the default")
+    add("--memory", choices=MEMORY, default="auto",
+        help="fast: whatever it takes; low: as little as possible, slower; auto (default): gives way where memory ends")
     add("--no-preview", action="store_true", help="skip the preview and its two edits")
     parser.shared("device", "dtype", "seed", "overwrite")
     return parser

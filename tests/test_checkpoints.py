@@ -115,6 +115,69 @@ def test_dtype_is_the_files_unless_asked_and_whole_numbers_stay(folder, stored, 
     assert state["norm.num_batches_tracked"].dtype == torch.int64
 
 
+class Blocks(nn.Module):
+    """Parts in parts, as the networks have them, and a parameter of its own."""
+
+    Config = TinyConfig
+
+    def __init__(self, config):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(config.width))
+        self.first = nn.Linear(config.width, config.width)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(config.width, config.width, 3), nn.GroupNorm(2, config.width))
+                                    for _ in range(3))
+
+    def forward(self, x, upto=3):                            # (B, width)
+        x = self.first(x) * self.scale
+        for block in self.blocks[:upto]:
+            x = block(x[:, :, None, None].expand(-1, -1, 3, 3)).flatten(1)
+        return x
+
+
+@pytest.fixture
+def blocks(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/config.json").write_text('{"width": 4}')
+    torch.manual_seed(0)
+    network = Blocks(TinyConfig(4))
+    nn.init.ones_(network.scale)
+    save_file(network.state_dict(), tmp_path / "unet" / PLAIN)
+    return open_checkpoint(tmp_path, ["unet"]), network.eval()
+
+
+def test_lazily_a_part_is_read_when_it_is_first_run_and_what_never_runs_is_not(blocks):
+    checkpoint, expected = blocks
+    network, x = checkpoint.load(Blocks, "unet", lazily=True), torch.rand(2, 4)
+    assert {name for name, tensor in network.state_dict().items() if not tensor.is_meta} == {"scale"}
+    torch.testing.assert_close(network(x, upto=1), expected(x, upto=1).detach())
+    meta = {name for name, tensor in network.state_dict().items() if tensor.is_meta}
+    assert meta == {name for name in network.state_dict() if name.startswith(("blocks.1.", "blocks.2."))}
+    network.blocks[1][0](torch.rand(1, 4, 3, 3))             # a layer alone, and then the block that it is in
+    for _ in range(2):
+        torch.testing.assert_close(network(x), expected(x).detach())
+    assert not any(weight.requires_grad for weight in network.parameters()) and not network.training
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in network.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_lazily_dtype_device_and_layout_are_as_asked(blocks):
+    network = blocks[0].load(Blocks, "unet", dtype=torch.bfloat16, lazily=True)
+    network(torch.rand(2, 4).bfloat16())
+    assert {weight.dtype for weight in network.parameters()} == {torch.bfloat16}
+    assert network.blocks[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_lazily_misfits_are_told_at_once_and_a_file_that_went_is_told_when_it_is_missed(blocks):
+    checkpoint, _ = blocks
+    network = checkpoint.load(Blocks, "unet", lazily=True)
+    (checkpoint.folder / "unet" / PLAIN).unlink()
+    with pytest.raises(Unavailable, match="can no longer be read .*changed after it was opened"):
+        network(torch.rand(2, 4))
+    save_file({"scale": torch.ones(4)}, checkpoint.folder / "unet" / PLAIN)
+    with pytest.raises(Unfit, match="missing first"):
+        checkpoint.load(Blocks, "unet", lazily=True)
+
+
 def test_load_puts_tensors_on_the_device(folder):
     assert {t.device.type for t in load(folder, device="meta").state_dict().values()} == {"meta"}
     if torch.cuda.is_available():

@@ -112,7 +112,7 @@ def test_three_files_and_what_the_report_holds(run, editor, tiny_folder, tmp_pat
     assert (found["preset"], found["note"]) == ({"name": "protocol"}, "")
     assert found["options"] == {
         "eps": 0.03, "steps": 2, "step_size": 1 / 255, "schedule": "constant", "init": "random", "seed": 3, "mask": None,
-        "lam": 0.1, "timesteps": [999, 50], "taps": list(editor.default_taps), "reduction": "relative",
+        "lam": 0.1, "timesteps": [999, 50], "taps": list(editor.default_taps), "reduction": "balanced",
         "aggregate": "loss-mean", "noisy": "paper", "resample": False, "batch": None}
     assert found["input"] == {"width": 40, "height": 30, "mode": "RGB", "format": "PNG", "frames": 1, "notes": []}
     assert found["seconds"] > found["loop_seconds"] > 0 and found["peak_memory_bytes"] > 1e7
@@ -686,7 +686,7 @@ def test_json_lines(run, capsys):
     for record in records:
         assert {"finished", "picture", "immunized", "input", "editor", "method", "note", "prompts", "preset", "options",
                 "linf_steps", "budget_steps", "psnr", "ssim", "passes", "seconds", "loop_seconds", "peak_memory_bytes",
-                "versions"} == record.keys()
+                "memory", "versions"} == record.keys()
     assert run("in", "--json", "--no-preview", "--quiet") == cli.OK
     out, err = capsys.readouterr()                           # a second run names them too: a script sees all its pictures
     assert err == "" and [json.loads(line) for line in out.splitlines()] == [

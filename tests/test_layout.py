@@ -26,10 +26,11 @@ FLOORS = {
     3.25: "page",                                            # tables, charts and pictures as HTML
     3: "editors fetch judge miniature report",               # editors and verdicts
     2.5: "ratings verdicts",                                 # what judges stand on
-    2: "canaries cli gemini images isr metrics panels pgd world",         # tools of ours
+    2: "canaries cli gemini images isr memory metrics panels pgd world",         # tools of ours
     1: "backbones ledger models.checkpoints wire",                  # loading; what a remote judge is told and tells
     0.5: "models.hub models.single_files models.sources",    # what loading stands on
     0: "models.clip models.mmdit models.schedulers models.t5 models.tokenizers models.unet models.vae",   # networks
+    -0.5: "models.lean",                                     # layers that networks share
     -1: "__init__",                                          # the package itself: __version__, and lazy names
     -2: "models.__init__",                                   # a docstring
 }
@@ -39,7 +40,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split(
 SIX = {"torch": "torch", "safetensors": "safetensors", "huggingface-hub": "huggingface_hub", "numpy": "numpy",
        "pillow": "PIL", "requests": "requests"}
 BY_NAME = ("__init__", "immunize")                           # whose lazy names a test below looks up
-NARROWER = {-2: set(), -1: set(), 0: {"torch"}, 0.5: {"huggingface_hub"}, 1: {"torch", "safetensors", "huggingface_hub"}}
+NARROWER = {-2: set(), -1: set(), -0.5: {"torch"}, 0: {"torch"}, 0.5: {"huggingface_hub"}, 1: {"torch", "safetensors", "huggingface_hub"}}
 
 
 # ------------------------------------------------------------------------------------------------------------ the rules

@@ -1,0 +1,90 @@
+"""Memory plans: how many timesteps a method runs at once, and whether activations are kept or computed again.
+
+Whatever the plan, the same gradients meet in the same latent: results agree up to the order in which floats are added.
+"""
+
+import gc
+import itertools
+import warnings
+from typing import NamedTuple
+
+MEMORY = ("auto", "fast", "low")
+AT_ONCE_ON_A_CPU = 4                                         # more in a batch is no faster there, and takes memory
+
+
+class Plan(NamedTuple):
+    """batch: timesteps at once, None where the method runs one, or all. checkpointing: whether the networks compute their
+    activations again on the way back instead of keeping them."""
+
+    batch: int | None
+    checkpointing: bool
+
+    def __str__(self):
+        at_once = {None: "", 1: "one timestep at a time"}.get(self.batch, f"{self.batch} timesteps at once")
+        again = "activations computed again on the way back" if self.checkpointing else ""
+        return ", ".join(part for part in (at_once, again) if part) or "everything at once"
+
+
+def plans(memory, editor, count=None, batch=None):
+    """The plans to try in turn.
+
+    count: of the method's timesteps, None where it takes no batch of them; batch: what the caller asked for, which then
+    stands. memory: "fast" is everything at once, "low" one timestep at a time, computed again on the way back, without a
+    text encoder in memory. "auto" starts with what is fastest and gives way, where the device's memory ends, by half and
+    at last to "low". Where a CPU's ends, the process ends; so there it starts with a few timesteps, except on a miniature.
+    """
+    if memory not in MEMORY:
+        raise ValueError(f"memory {memory!r}: choose one of {', '.join(MEMORY)}")
+    if count is None or batch is not None:
+        few = full = batch
+    else:
+        few, full = 1, count
+    if memory == "low":
+        return [Plan(few, True)]
+    if memory == "fast":
+        return [Plan(full, False)]
+    if few == full:
+        return [Plan(full, False), Plan(few, True)]
+    if editor.device.type == "cpu" and not editor.is_miniature:
+        full = min(full, AT_ONCE_ON_A_CPU)
+    halves = itertools.takewhile(lambda size: size > 0, (full >> n for n in itertools.count()))
+    return [*(Plan(size, False) for size in halves), Plan(few, True)]
+
+
+def run(work, memory, editor, count=None, batch=None):
+    """(what work(plan) returns, the plan) of the first plan whose memory suffices; each that does not is told as a warning.
+    Raises ValueError where none does."""
+    tried = plans(memory, editor, count, batch)
+    if memory == "low":
+        editor.forget_text()
+    for plan, following in itertools.zip_longest(tried, tried[1:]):
+        editor.checkpointing = plan.checkpointing
+        try:
+            return work(plan), plan
+        except (MemoryError, RuntimeError) as error:
+            if not is_short(error):
+                raise
+        finally:
+            editor.checkpointing = False
+        _release(editor)                                     # here, where the traceback that holds its tensors is gone
+        if following:
+            warnings.warn(f"out of memory with {plan}; going on with {following}", stacklevel=3)
+    better = "" if tried[-1].checkpointing else "memory low, "
+    raise ValueError(f"out of memory with {tried[-1]}; {better}a smaller picture or a narrower dtype may help")
+
+
+def is_short(error):
+    """Whether this exception is of memory that ended; torch has none of its own for a CPU."""
+    import torch
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in str(error) or "out of memory" in str(error).lower())
+
+
+def _release(editor):
+    """Gives back what the failed plan held, and the text encoder, so that the next one has it."""
+    editor.forget_text()
+    gc.collect()
+    if editor.device.type == "cuda":
+        import torch
+        torch.cuda.empty_cache()

@@ -1,0 +1,142 @@
+"""sifm_min/memory.py: which plans there are, that each gives the same picture, and what happens where memory ends."""
+
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+
+import sifm_min
+from sifm_min.memory import Plan, plans
+
+
+class Device:
+    """What of an editor the plans depend on."""
+
+    def __init__(self, kind, miniature=False):
+        self.device, self.is_miniature = torch.device(kind), miniature
+
+
+@pytest.mark.parametrize(("name", "device", "count", "batch", "expected"), [
+    ("fast", "cpu", 10, None, [(10, False)]),
+    ("low", "cpu", 10, None, [(1, True)]),
+    ("auto", "meta", 10, None, [(10, False), (5, False), (2, False), (1, False), (1, True)]),
+    ("auto", "meta", 1, None, [(1, False), (1, True)]),
+    ("auto", "cpu", 10, None, [(4, False), (2, False), (1, False), (1, True)]),
+    ("auto", "cpu", 3, None, [(3, False), (1, False), (1, True)]),
+    ("auto", "meta", 10, 3, [(3, False), (3, True)]),        # asked for, so it stands
+    ("low", "meta", 10, 3, [(3, True)]),
+    ("auto", "meta", None, None, [(None, False), (None, True)]),
+    ("fast", "meta", None, None, [(None, False)]),
+])
+def test_the_plans(name, device, count, batch, expected):
+    assert plans(name, Device(device), count, batch) == expected
+
+
+def test_a_miniature_runs_all_at_once_on_a_cpu():
+    assert plans("auto", Device("cpu", miniature=True), 10)[0] == (10, False)
+
+
+def test_an_unknown_plan_is_told():
+    with pytest.raises(ValueError, match="choose one of auto, fast, low"):
+        plans("tiny", Device("cpu"), 10)
+
+
+@pytest.mark.parametrize(("plan", "words"), [
+    (Plan(None, False), "everything at once"), (Plan(1, False), "one timestep at a time"),
+    (Plan(4, False), "4 timesteps at once"), (Plan(None, True), "activations computed again on the way back"),
+    (Plan(1, True), "one timestep at a time, activations computed again on the way back")])
+def test_plans_in_words(plan, words):
+    assert str(plan) == words
+
+
+@pytest.fixture(scope="module")
+def editor():
+    return sifm_min.load_editor("miniature")
+
+
+@pytest.fixture
+def picture():
+    return sifm_min.miniature.samples(1, 5)[0].image
+
+
+def immunized(picture, editor, method="sifm", **options):
+    return sifm_min.immunize(picture, editor, "make it night", method=method, steps=1, seed=3, **options)
+
+
+@pytest.mark.parametrize("method", ["sifm", "semantic-attack", "photoguard-diffusion", "mist"])
+def test_every_plan_gives_the_same_picture(method, editor, picture):
+    """One step of either: where a gradient is zero to rounding its sign may differ, and nowhere else."""
+    fast, low = (immunized(picture, editor, method, memory=name) for name in ("fast", "low"))
+    assert fast.report["loss"][0]["loss"] == pytest.approx(low.report["loss"][0]["loss"], rel=1e-5)
+    differ = sum(a != b for a, b in zip(fast.image.tobytes(), low.image.tobytes(), strict=True))
+    assert differ <= 1e-3 * len(fast.image.tobytes())
+    assert fast.report["memory"]["checkpointing"] is False and low.report["memory"]["checkpointing"] is True
+
+
+ENDED = {"cuda": lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+         "cpu": lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: out"),
+         "python": MemoryError}
+
+
+@pytest.mark.parametrize("error", ENDED.values(), ids=ENDED)
+def test_where_memory_ends_the_next_plan_is_taken_and_said(error, editor, picture, monkeypatch):
+    """Memory for three timesteps: ten and five fail, the latter in its second step; two will do, and it starts anew."""
+    whole, features, calls = immunized(picture, editor, batch=2), editor.features, []
+
+    def small(condition, noisy, timesteps, *rest, **more):
+        calls.append(len(timesteps))
+        if len(timesteps) > 3:
+            raise error()
+        return features(condition, noisy, timesteps, *rest, **more)
+
+    monkeypatch.setattr(editor, "features", small)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        result = immunized(picture, editor)
+    assert [str(w.message) for w in told] == [
+        "out of memory with 10 timesteps at once; going on with 5 timesteps at once",
+        "out of memory with 5 timesteps at once; going on with 2 timesteps at once"]
+    assert result.report["memory"] == {"asked": "auto", "batch": 2, "checkpointing": False}
+    assert result.image.tobytes() == whole.image.tobytes() and len(result.report["loss"]) == 1
+    assert calls[:2] == [10, 5]
+
+
+def test_where_no_plan_fits_it_is_one_sentence(editor, picture, monkeypatch):
+    def none(*inputs, **options):
+        assert editor.checkpointing == (len(inputs[2]) == 1 and len(seen) == 4)
+        seen.append(len(inputs[2]))
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    seen = []
+    monkeypatch.setattr(editor, "features", none)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="out of memory with one timestep at a time, .*a smaller picture") as caught:
+            immunized(picture, editor)
+    assert seen == [10, 5, 2, 1, 1] and "memory low" not in str(caught.value) and editor.checkpointing is False
+    seen.clear()
+    with pytest.raises(ValueError, match="10 timesteps at once; memory low, a smaller picture"):
+        immunized(picture, editor, memory="fast")
+
+
+def test_other_errors_are_not_of_memory(editor, picture, monkeypatch):
+    calls = []
+
+    def broken(*inputs, **options):
+        calls.append(1)
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(editor, "features", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        immunized(picture, editor)
+    assert len(calls) == 1 and editor.checkpointing is False
+
+
+def test_low_lets_go_of_the_text_encoder(editor, picture):
+    editor.context(["make it night"])
+    before = editor.text_encoder
+    assert not any(weight.is_meta for weight in before.parameters())
+    immunized(picture, editor, "photoguard-encoder", memory="low")
+    assert editor.text_encoder is not before and all(weight.is_meta for weight in editor.text_encoder.parameters())
+    assert editor.edit(Image.new("RGB", (64, 64)), "make it night", steps=1).size == (64, 64)     # and it is read again
