@@ -27,6 +27,8 @@ import warnings
 from fractions import Fraction
 from pathlib import Path
 
+from . import memory
+
 OK, SOME_FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
 # Errors of the place that results are written to: the next file would fail as this one did, after minutes of work.
@@ -292,7 +294,7 @@ def run(body, parser, argv=None):
 def guard(body, *, debug=False):
     """body() -> exit code or None. What may go wrong (not our own bugs) ends in one sentence and its code."""
     try:
-        with _terminable(), _plain_warnings():
+        with _terminable(), _plain_warnings(), memory.in_words():
             return body() or OK
     except KeyboardInterrupt:
         return fail("interrupted; what is finished is whole", INTERRUPTED)
@@ -320,7 +322,8 @@ def each_file(paths, work, *, unit="picture", quiet=False, debug=False, as_json=
         with progress(paths, what="files", unit=unit, quiet=quiet or len(paths) == 1) as bar:
             for path in bar:
                 try:
-                    work(path)
+                    with memory.in_words():
+                        work(path)
                 except (ValueError, OSError) as error:
                     hopeless = isinstance(error, (BrokenPipeError, _unavailable()))
                     if hopeless or getattr(error, "errno", None) in REMEDIES:

@@ -3,6 +3,7 @@
 Whatever the plan, the same gradients meet in the same latent: results agree up to the order in which floats are added.
 """
 
+import contextlib
 import gc
 import itertools
 import warnings
@@ -79,6 +80,18 @@ def is_short(error):
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in str(error) or "out of memory" in str(error).lower())
+
+
+@contextlib.contextmanager
+def in_words():
+    """An exception of memory that ended becomes a ValueError, a sentence for whoever chose sizes and device."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_short(error):
+            raise
+        raise ValueError("out of memory; a smaller picture or --size, a narrower --dtype or another --device may "
+                         "help") from error
 
 
 def _release(editor):

@@ -26,8 +26,8 @@ FLOORS = {
     3.25: "page",                                            # tables, charts and pictures as HTML
     3: "editors fetch judge miniature report",               # editors and verdicts
     2.5: "ratings verdicts",                                 # what judges stand on
-    2: "canaries cli gemini images isr memory metrics panels pgd world",         # tools of ours
-    1: "backbones ledger models.checkpoints wire",                  # loading; what a remote judge is told and tells
+    2: "canaries cli gemini images isr metrics panels pgd world",         # tools of ours
+    1: "backbones ledger memory models.checkpoints wire",                 # loading; what a remote judge is told and tells
     0.5: "models.hub models.single_files models.sources",    # what loading stands on
     0: "models.clip models.mmdit models.schedulers models.t5 models.tokenizers models.unet models.vae",   # networks
     -0.5: "models.lean",                                     # layers that networks share

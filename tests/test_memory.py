@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import sifm_min
+from sifm_min import edit, editors
 from sifm_min.memory import Plan, plans
 
 
@@ -140,3 +141,24 @@ def test_low_lets_go_of_the_text_encoder(editor, picture):
     immunized(picture, editor, "photoguard-encoder", memory="low")
     assert editor.text_encoder is not before and all(weight.is_meta for weight in editor.text_encoder.parameters())
     assert editor.edit(Image.new("RGB", (64, 64)), "make it night", steps=1).size == (64, 64)     # and it is read again
+
+
+@pytest.mark.parametrize("error", ENDED.values(), ids=ENDED)
+def test_a_command_tells_it_in_a_sentence_and_goes_on(error, tmp_path, monkeypatch, capsys):
+    """An edit at a size that memory does not suffice for; the next picture may be smaller."""
+    for name, size in (("a.png", 80), ("b.png", 64)):
+        Image.new("RGB", (size, size)).save(tmp_path / name)
+
+    def sample(self, pixels, *inputs, **options):
+        asked.append(1)
+        if len(asked) == 1:
+            raise error()
+        return pixels
+
+    asked = []
+    monkeypatch.setattr(editors.InstructPix2Pix, "sample", sample)
+    code = edit.main([str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--prompt", "make it night", "-o",
+                      str(tmp_path / "out")])
+    err = capsys.readouterr().err
+    assert code == 1 and "a.png: out of memory; a smaller picture or --size" in err and "Traceback" not in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b_edited.png"]
