@@ -3,6 +3,7 @@
     python tools/bench.py metrics                       the distances, beside piq: one pair, and a batch of 16, at 512x512
     python tools/bench.py metrics --threads 1 --repeat 9 --backward
     python tools/bench.py memory                        one SIFM step on Stable Diffusion 3 at full size, random weights
+    python tools/bench.py step                          one SIFM step, beside a naive one on diffusers; so are edit and load
     python tools/bench.py judge                         a run of 1,000 samples, 16 in flight, a service that takes 1 s a call
 
 A subcommand is a function that takes the parsed arguments, and an entry in `main`. Times are the least of --repeat calls
@@ -25,7 +26,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+import bench_editors  # noqa: E402
+
 from sifm_min import backbones, images, judge, metrics, panels  # noqa: E402
 from sifm_min.models import mmdit  # noqa: E402
 from sifm_min.models.mmdit import MMDiT, MMDiTConfig  # noqa: E402
@@ -276,7 +279,7 @@ class fused_attention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
@@ -299,7 +302,9 @@ def main():
     command.add_argument("--latency", type=float, default=1.0, metavar="SECONDS")
     command.add_argument("--concurrency", type=int, default=16)
     command.set_defaults(run=bench_judge)
-    args = parser.parse_args()
+    bench_editors.add(commands, shared)
+    args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     if args.threads:
         torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -307,4 +312,5 @@ def main():
 
 
 if __name__ == "__main__":
+    bench_editors.steady_memory()
     main()
