@@ -3,7 +3,9 @@
 Which arms and pictures a suite has is in suites.py, what is done with them and how it is kept in protocol.py.
 """
 
+import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -121,14 +123,14 @@ def _action(prog, description, **_):
 def _shard(text):
     first, slash, second = text.partition("/")
     if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
-        raise cli.argparse.ArgumentTypeError(f"{text} is no share: write 0/2 for the first half and 1/2 for the second")
+        raise argparse.ArgumentTypeError(f"{text} is no share: write 0/2 for the first half and 1/2 for the second")
     return int(first), int(second)
 
 
 def _setting(text):
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
-        raise cli.argparse.ArgumentTypeError(f"{text!r}: write NAME=VALUE, such as lam=0.5")
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=VALUE, such as lam=0.5")
     try:
         return key, json.loads(value)
     except ValueError:
@@ -190,15 +192,15 @@ def _run(args):
     about = f"{args.suite} on {', '.join(editors)}: {len(mine)} pictures" + (f" of {len(cases)}" if count > 1 else "")
     jobs = _jobs(args, editors)
     with cli.progress(total=len(mine) * len(arms), what=args.suite, unit="arm", quiet=args.quiet) as bar:
+        judging = {"judges": None if panel else miniature.judges_of, "lpips": lpips}
         if not args.helper_of:
-            _announce(folder, asked, editors, mine, f"{about}, {jobs} processes" if jobs > 1 else about, jobs, args)
+            _announce(folder, asked, editors, mine, f"{about}, {jobs} processes" if jobs > 1 else about, jobs, args, **judging)
 
         def done():
             bar.update()
             if args.helper_of and os.getppid() != args.helper_of:
                 raise KeyboardInterrupt                      # whom this process helps was killed
-        runner = protocol.Runner(folder, asked, editors, judges=None if panel else miniature.judges_of, lpips=lpips,
-                                 batch=args.edit_batch, done=done,
+        runner = protocol.Runner(folder, asked, editors, **judging, batch=args.edit_batch, done=done,
                                  fail=lambda failure, error: cli.fail(str(failure), error=error if args.debug else None))
         with _helpers(jobs - 1, args.argv) as helpers:
             carry_out(runner, mine, remark=lambda text: cli.say(text, quiet=args.quiet),
@@ -211,7 +213,7 @@ def _run(args):
             cli.say(f"  {failure}")
     code = cli.SOME_FAILED if runner.failures or any(helper.returncode for helper in helpers) else cli.OK
     if panel:
-        code = max(code, _judge(folder, asked, panel, mine, f"{index}of{count}", args))
+        code = max(code, _judge(folder, asked, panel, mine, (index, count), args))
     if args.suite == "consistency":
         _export(folder, asked, args)
     cli.result({"suite": args.suite, "output": str(args.output), "pictures": len(mine), "computed": runner.computed,
@@ -222,17 +224,29 @@ def _run(args):
 
 
 def _editors(args):
-    """{name: editor} of --editor and --other."""
+    """{name: editor} of --editor and --other; what only one of two knows is for that one, and --revision for --editor."""
     from .immunize import load
-    editors = {}
+    editors, known = {}, set()
     for source in filter(None, (args.editor, args.other)):
-        args.editor = source
         called = source.rstrip("/").rpartition("/")[2]
         if called in editors:
             raise ValueError(f"{source}: two editors are called {called}; give two that are told apart by name")
-        editors[called] = load(args)
-        if editors[called].notice:
-            cli.say(f"{called}: {editors[called].notice}", quiet=args.quiet)
+        given = argparse.Namespace(**{**vars(args), "editor": source, "strength": None})
+        if source == args.other:
+            given.revision = None
+        if args.other and not Path(source).is_file():        # --components are those of a single file
+            given.components = None
+        editor = editors[called] = load(given)
+        known |= editor.OPTIONS
+        if args.strength is not None and "strength" in editor.OPTIONS:
+            editor.plan(strength=args.strength)              # too little of too few steps is refused before any work
+            editor.defaults = dataclasses.replace(editor.defaults, strength=args.strength)
+        if editor.notice:
+            cli.say(f"{called}: {editor.notice}", quiet=args.quiet)
+    for option, who in (("strength", "img2img"), ("image_guidance", "instruction editors")):
+        if getattr(args, option) is not None and option not in known:
+            raise ValueError(f"--{option.replace('_', '-')} is for {who}, which {' and '.join(editors)} "
+                             f"{'are' if len(editors) > 1 else 'is'} not")
     return editors
 
 
@@ -282,36 +296,50 @@ def _helpers(count, argv):
                 helper.wait()
 
 
-def _announce(folder, asked, editors, cases, about, jobs, args):
+def _announce(folder, asked, editors, cases, about, jobs, args, **judging):
     """Say what is to be done and how long it will take, before it begins."""
-    immunizations, edits, finished, kept = protocol.left(folder, asked, cases)
-    todo = f"{sum(immunizations.values())} immunizations and {sum(edits.values())} edits to do, {finished} pictures done"
+    left = protocol.left(folder, asked, cases)
+    counted = {step: sum(n for (one, _), n in left.todo.items() if one == step) for step, _ in left.todo}
+    bought = counted.pop("verdict", 0) if args.panel else 0
+    later = f", and then {bought} verdicts by the panel" if bought else ""
+    todo = ", ".join(f"{n} {KINDS[step][n > 1]}" for step, n in counted.items()) or "nothing"
+    about = f"{about}; to do: {todo}; {left.finished} pictures done"
     readable = next((case for case in cases if case.record["sha256"]), None)
-    if not (immunizations or edits) or readable is None:
-        cli.say(f"{about}; {todo}", quiet=args.quiet)
+    if not counted or readable is None:
+        cli.say(f"{about}{later}", quiet=args.quiet)
         return
-    try:
-        by_method, by_target = suites.seconds_each(asked, editors, readable, immunizations, edits, kept)
-    except protocol.FAILURES as error:                       # what is wrong will be told where it belongs
-        cli.say(f"{about}; {todo}; no estimate: {cli.sentence(error)}", quiet=args.quiet)
-        return
-    total = sum(by_method[method] * n for method, n in immunizations.items())
-    total += sum(by_target[target] * n for target, n in edits.items())
-    each = ", ".join(f"{label} {seconds:.1f} s" for label, seconds in
-                     (*by_method.items(), *((f"an edit by {target}", s) for target, s in by_target.items())))
-    cli.say(f"{about}; {todo}; about {suites.duration(total / jobs)} ({each})", quiet=args.quiet)
+    seconds = suites.seconds_each(asked, editors, readable, left, **judging)
+    spent = {(step, what): seconds[step, what] * n for (step, what), n in left.todo.items()
+             if step in counted and seconds[step, what] is not None}
+    each = [f"{what if step == 'immunize' else f'an edit by {what}'} {_brief(seconds[step, what])}"
+            for step, what in spent if step in ("immunize", "edit")]
+    for step in dict.fromkeys(step for step, _ in spent if step not in ("immunize", "edit")):
+        share = sum(s for (one, _), s in spent.items() if one == step) / counted[step]
+        each.append(f"{KINDS[step][2]} {_brief(share)}")
+    each += [f"not counted: {what}, {step}, which failed" for (step, what), found in seconds.items() if found is None]
+    cli.say(f"{about}; about {suites.duration(sum(spent.values()) / jobs)}{later} ({', '.join(each)})", quiet=args.quiet)
+
+
+# What a step is called: one of them, several, and what takes so long.
+KINDS = {"immunize": ("immunization", "immunizations", ""), "attack": ("attack", "attacks", "an attack"),
+         "edit": ("edit", "edits", ""), "metrics": ("comparison", "comparisons", "the distances of an edit"),
+         "lpips": ("LPIPS", "LPIPS", "LPIPS"), "verdict": ("verdict", "verdicts", "a verdict")}
+
+
+def _brief(seconds):
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def _export(folder, asked, args):
     """Write the edits as a manifest of judge.py, for people to judge."""
-    from . import images
+    from . import images, report
     lines = []
     for case in asked["cases"]:
         for cell in protocol.cells(folder, asked, case):
             if cell["edited"]:
                 prompt = f"{cell['prompt_id']}, seed {cell['seed']}"
                 lines.append(json.dumps({
-                    "sample_id": f"{cell['image_id']}, {prompt}", "image_id": cell["image_id"], "prompt_id": prompt,
+                    "sample_id": report.sample_of(cell), "image_id": cell["image_id"], "prompt_id": prompt,
                     "arm": cell["arm"], "prompt": cell["prompt"], "original": f"pictures/{cell['original']}.png",
                     "edited": f"pictures/{cell['edited']}.png", "category": cell["category"], "method": cell["arm"],
                     "prompt_type": cell["prompt_type"], "editor": cell["target"]}, ensure_ascii=False) + "\n")
@@ -319,10 +347,13 @@ def _export(folder, asked, args):
     cli.say(f"{folder.path / 'edits.jsonl'} lists {len(lines)} edits for `judge export-sheet`", quiet=args.quiet)
 
 
-def _judge(folder, asked, panel, cases, part, args):
-    """Have a panel judge the edits of these pictures that have no verdict of it yet; returns an exit code."""
+def _judge(folder, asked, panel, cases, share, args):
+    """Have a panel judge the edits of these pictures that have no verdict of it yet; returns an exit code.
+
+    Each share of the pictures has its own folder of verdicts, and its part of what may be spent.
+    """
     from . import judge
-    samples, homes = [], {}
+    samples, homes, (index, count) = [], {}, share
     for case in filter(lambda case: case.record["sha256"], cases):
         for cell in protocol.cells(folder, asked, case.record):
             said = (cell["judges"] or {}).values()
@@ -339,7 +370,8 @@ def _judge(folder, asked, panel, cases, part, args):
     if not samples:
         return cli.OK
     with cli.progress(total=len(samples) * len(panel.judges), what=panel.id, unit="verdict", quiet=args.quiet) as bar:
-        found = judge.run(panel, samples, folder.path / "verdicts" / f"{panel.id}-{part}", max_cost=args.max_cost,
+        place = folder.path / "verdicts" / f"{panel.id}-{judge.identity(panel)[:8]}-{index}of{count}"
+        found = judge.run(panel, samples, place, max_cost=args.max_cost and args.max_cost / count,
                           notify=lambda text: cli.say(text, quiet=args.quiet), on_verdict=bar.update)
     answers = {}
     for record in found.records:
@@ -371,7 +403,8 @@ class _Clock:
         now = time.perf_counter()
         if self.quiet or self.before is not None and now - self.told < 5:
             return
-        done = protocol.left(self.folder, self.asked, self.cases)[2]
+        begun = [case for case in self.cases if case.record["sha256"] and self.folder.journal(case.record["sha256"]).exists()]
+        done = protocol.left(self.folder, self.asked, begun, again=False).finished
         before, self.told = self.before, now
         if before is None:                                   # pictures of an earlier run take no time
             self.before = done - (now - self.started > 5)

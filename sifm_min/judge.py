@@ -81,6 +81,12 @@ def judges(panel, *, budget=None, notify=None):
     return {name: Judge(name, Client(spec, budget=budget, notify=notify), panel) for name, spec in panel.judges.items()}
 
 
+def identity(panel, asked=None):
+    """The hash of all that shapes this panel's answers; its `asked` judges are made where they are not given."""
+    return panels.digest({"id": panel.id, "votes": panel.votes,
+                          "judges": {name: judge.fields(0) for name, judge in (asked or judges(panel)).items()}})
+
+
 def majority(votes):
     """(mismatch, degradation, status) of the votes (mismatch, degradation, status), an odd number of them.
 
@@ -131,6 +137,7 @@ class _Run:
         self.concurrency, self.retry, self.accept = concurrency, retry, accept
         self.notify, self.on_verdict = notify, on_verdict
         self.judges = judges(panel, budget=budget, notify=notify)
+        self.identity = identity(panel, self.judges)
         self.stops, self.failures, self.canaries = [], {}, {}
         self.best, self.queued, self.hashes = {}, set(), {}
         self.read = lru_cache(maxsize=4)(_read)
@@ -163,7 +170,7 @@ class _Run:
         before = verdicts.load(self.folder / "run.json")
         if self.ledger.rows and not before:
             raise ValueError(f"{self.folder} has a ledger of something else; choose another folder")
-        if before and (before.get("kind") != "models" or self.ledger.rows and before.get("identity") != self._identity()):
+        if before and (before.get("kind") != "models" or self.ledger.rows and before.get("identity") != self.identity):
             raise ValueError(f"{self.folder} holds verdicts of {verdicts.whose(before)}, which were asked otherwise; "
                              "choose another folder")
         for row in self.ledger.rows:
@@ -173,13 +180,9 @@ class _Run:
             self.budget.cost += row["unknown"] * (row["bound_usd"] or 0.0)       # calls that may have cost so much
             self.budget.unknown += row["unknown"]
 
-    def _identity(self):
-        return panels.digest({"id": self.panel.id, "votes": self.panel.votes,
-                              "judges": {name: judge.fields(0) for name, judge in self.judges.items()}})
-
     def _about(self):
         return {"kind": "models", "version": __version__, "time_utc": _now(), "panel": self.panel.record(),
-                "identity": self._identity(), "samples": len(self.samples), "canaries": self.canaries}
+                "identity": self.identity, "samples": len(self.samples), "canaries": self.canaries}
 
     def _row(self, sample):
         """A sample with its files as seen from here: manifest.jsonl is a manifest itself."""

@@ -49,13 +49,15 @@ class Ledger:
         self._file = self._lock = None
 
     def append(self, row):
-        """Write a JSON-ready dict and wait for the disk; raises OSError."""
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        """Write a JSON-ready dict and wait for the disk; raises OSError, and then no part of it is written."""
+        line, whole = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n", os.fstat(self._file).st_size
         try:
             while line:
                 line = line[os.write(self._file, line):]
             os.fsync(self._file)
         except OSError as error:
+            with contextlib.suppress(OSError):               # else the next row would be written behind half of this one
+                os.ftruncate(self._file, whole)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.rows.append(row)
 
@@ -96,8 +98,9 @@ def _locked(path, shown):
         os.close(file)
         raise Busy(f"{shown}: another run{f' (process {holder})' if holder else ''} writes into this folder; "
                    "wait for it, or choose another folder") from None
-    os.ftruncate(file, 0)
-    os.write(file, f"{os.getpid()}\n".encode())
+    with contextlib.suppress(OSError):                       # on a full disk the number is missing, and the lock holds
+        os.ftruncate(file, 0)
+        os.write(file, f"{os.getpid()}\n".encode())
     return file
 
 

@@ -18,12 +18,13 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from . import __version__, cli, isr, ledger, panels
 from .immunize import METHODS, PROTOCOL, immunize, options_of, settings
 from .ledger import Busy, Ledger
 
-STEPS = {"immunize": 1, "attack": 1, "edit": 1, "metrics": 1, "lpips": 1, "verdict": 1}   # raised where code changes results
+STEPS = {"immunize": 2, "attack": 1, "edit": 1, "metrics": 1, "lpips": 1, "verdict": 1}   # raised where code changes results
 METRICS = ("psnr", "ssim", "vifp", "fsim")
 CONTROL, NOISE = "control", "noise"
 REMEMBERED = 24                                              # decoded pictures of a journal: the edits of two arms
@@ -66,6 +67,11 @@ def arm(name, method=None, *, source, target, options=None, attack=None):
     {"name", "editor" (that it is done with, or None), "moves"}: see robustness.py.
     """
     return {"name": name, "method": method, "source": source, "target": target, "options": options or {}, "attack": attack}
+
+
+def unprotected(one):
+    """What an arm's edits are measured against: those of the clean picture, which an attack that moves it moves too."""
+    return {**one, "method": None, "attack": one["attack"] if (one["attack"] or {}).get("moves") else None}
 
 
 def controls(target):
@@ -135,9 +141,15 @@ def attack_name(asked, one, sha256):
                 editor=used and asked["editors"][used]["identity"])
 
 
+def edit_options(asked, editor):
+    """The options of an edit by this editor: of two editors, only one may know how much the picture weighs."""
+    return {name: value for name, value in asked["edit"].items()
+            if name != "image_guidance" or asked["editors"][editor]["kind"] == "instruct"}
+
+
 def edit_name(asked, one, sha256, prompt, seed):
-    return name("edit", picture=sha256, editor=asked["editors"][one["target"]]["identity"], options=asked["edit"],
-                prompt=words(asked, one["target"], prompt), seed=seed)
+    return name("edit", picture=sha256, editor=asked["editors"][one["target"]]["identity"],
+                options=edit_options(asked, one["target"]), prompt=words(asked, one["target"], prompt), seed=seed)
 
 
 def metrics_name(sha256, reference):
@@ -316,9 +328,7 @@ class Runner:
             self._tell(case, "every arm", "begin", error)
 
     def _tell(self, case, arm_name, step, error):
-        reason = cli.sentence(error)
-        if not str(error) and isinstance(error, MemoryError):
-            reason = "out of memory"
+        reason = reason_of(error, step)
         failure = Failure(case.record["id"], arm_name, step, reason)
         self.failures.append(failure)
         self.fail(failure, error)
@@ -340,8 +350,7 @@ class Runner:
         """Every step of one arm of one picture."""
         asked, record = self.asked, case.record
         sha256 = self._protected(journal, case, one)
-        # What its edits are measured against: those of the clean picture, which an attack that moves it has to move too.
-        clean = {**one, "method": None, "attack": one["attack"] if (one["attack"] or {}).get("moves") else None}
+        clean = unprotected(one)
         beside = self._protected(journal, case, clean)
         prompts = prompts_of(asked, record)
         for seed in asked["seeds"]:
@@ -396,7 +405,8 @@ class Runner:
     def _edit(self, journal, one, sha256, part, seed):
         started = time.perf_counter()
         told = [words(self.asked, one["target"], prompt) for _, prompt in part]
-        found = self.editors[one["target"]].edit([journal.image(sha256)] * len(part), told, seed=seed, **self.asked["edit"])
+        found = self.editors[one["target"]].edit([journal.image(sha256)] * len(part), told, seed=seed,
+                                                 **edit_options(self.asked, one["target"]))
         for (key, _), image in zip(part, found, strict=True):
             journal.add(key, "edit", image, seconds=round(_since(started) / len(part), 4))
 
@@ -416,21 +426,13 @@ class Runner:
         """All of one size, as edits of one picture are; as many at once as MEASURED allows."""
         import torch
 
-        from . import images, metrics
+        from . import images
         width, height = journal.image(pairs[0][0]).size
         size = max(1, MEASURED // (width * height))
         for part in (pairs[i:i + size] for i in range(0, len(pairs), size)):
             started = time.perf_counter()
             dist, ref = (torch.cat([images.to_pixels(journal.image(pair[side])) for pair in part]) for side in (0, 1))
-            if device.type == "cuda":
-                dist, ref = dist.to(device), ref.to(device)
-            found, absent = {}, {}
-            for metric in wanted:
-                how = {"network": self.lpips.network, "weights": self.lpips} if metric == "lpips" else {}
-                try:
-                    found[metric] = getattr(metrics, metric)(dist, ref, **how).tolist()
-                except ValueError as error:                  # the pictures are too small for it
-                    absent[metric] = str(error)
+            found, absent = distances(dist, ref, wanted, device, self.lpips)
             for i, pair in enumerate(part):
                 journal.add(names[pair], step, values=_plain({metric: values[i] for metric, values in found.items()}),
                             absent=absent, seconds=round(_since(started) / len(part), 4))
@@ -446,6 +448,29 @@ class Runner:
         started = time.perf_counter()
         edit = isr.Edit(sha256, case.record["id"], prompt["id"], one["name"], case.samples[prompt["id"]], journal.image(sha256))
         journal.add(key, "verdict", judges=said(isr.ask(judges, [edit])), seconds=round(_since(started), 4))
+
+
+def reason_of(error, step):
+    """Why a step failed, in one sentence that is the same for the same reason: allocators count bytes at length."""
+    text = cli.sentence(error)
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "DefaultCPUAllocator" in text:
+        return "out of memory" + ("; --edit-batch 1 edits one at a time" if step == "edit" else "")
+    return text
+
+
+def distances(dist, ref, wanted, device, lpips):
+    """({metric: values}, {metric: why there are none}) of pixels (B,3,H,W), computed where the editor computes."""
+    from . import metrics
+    if device.type == "cuda":
+        dist, ref = dist.to(device), ref.to(device)
+    found, absent = {}, {}
+    for metric in wanted:
+        how = {"network": lpips.network, "weights": lpips} if metric == "lpips" else {}
+        try:
+            found[metric] = getattr(metrics, metric)(dist, ref, **how).tolist()
+        except ValueError as error:                          # the pictures are too small for it
+            absent[metric] = str(error)
+    return found, absent
 
 
 def said(records):
@@ -468,46 +493,71 @@ def _plain(value):
 
 # -- how much is left ------------------------------------------------------------------------------------------------------
 
-def left(folder, asked, cases):
-    """({method: immunizations}, {target: edits}, pictures with nothing left, seconds of steps that are kept) of these cases.
+class Left(NamedTuple):
+    """todo: (step, what) -> how many are to be made; kept: (step, what) -> [seconds] of those that are there; finished: how
+    many pictures lack nothing but a panel's verdicts. what: a method, an attack, or the editor that edits."""
 
-    kept: (what, step) -> [seconds], with what a method or a target. An edit whose picture is yet to be made is to be made.
-    """
-    immunizations, edits, finished, kept = {}, {}, 0, {}
+    todo: dict
+    kept: dict
+    finished: int
+
+
+def left(folder, asked, cases, *, again=True):
+    """The `Left` of these cases. A step whose picture is yet to be made is to be made. again: so is what failed; otherwise it
+    is over, and with it what would have been made of it."""
+    todo, kept, finished = {}, {}, 0
     for case in cases:
         record = case.record
         if record["sha256"] is None:
             continue
         try:
-            rows = {key: row for key, row in folder.rows(record["sha256"]).items() if "failed" not in row}
-        except ValueError:                                   # a damaged journal: the run will tell
+            rows = folder.rows(record["sha256"])
+        except (ValueError, OSError):                        # a damaged journal: the run will tell
             continue
-        missing, counted = 0, set()
-        for one in asked["arms"]:
-            sha256 = record["sha256"]
-            if one["method"]:
-                key = immunize_name(asked, record, one)
-                if row := rows.get(key):
-                    kept.setdefault((one["method"], "immunize"), []).append(row["seconds"])
-                elif key not in counted:
-                    counted.add(key)
-                    missing += 1
-                    immunizations[one["method"]] = immunizations.get(one["method"], 0) + 1
-                sha256 = rows[key]["sha256"] if key in rows else f"{key} to come"
-            if one["attack"]:
-                row = rows.get(attack_name(asked, one, sha256))
-                sha256 = row["sha256"] if row else f"{one['name']} {sha256} to come"
-            for seed in asked["seeds"]:
-                for prompt in prompts_of(asked, record):
-                    key = edit_name(asked, one, sha256, prompt, seed)
-                    if row := rows.get(key):
-                        kept.setdefault((one["target"], "edit"), []).append(row["seconds"])
-                    elif key not in counted:
-                        counted.add(key)
-                        missing += 1
-                        edits[one["target"]] = edits.get(one["target"], 0) + 1
-        finished += not missing
-    return immunizations, edits, finished, kept
+        failed = {key for key, row in rows.items() if "failed" in row}
+        rows = {key: row for key, row in rows.items() if key not in failed}
+        steps = dict.fromkeys(_steps(asked, record, rows, () if again else failed))
+        for step, what, key in steps:
+            if key not in rows:
+                todo[step, what] = todo.get((step, what), 0) + 1
+            elif "seconds" in rows[key]:
+                kept.setdefault((step, what), []).append(rows[key]["seconds"])
+        asking = asked["judge"]["kind"] != "oracle"
+        finished += all(key in rows or asking and step == "verdict" for step, _, key in steps)
+    return Left(todo, kept, finished)
+
+
+def _steps(asked, case, rows, failed):
+    """(step, what, name) of all that is done with a picture but what failed and what follows from it; some come twice."""
+    def made(step, what, key):
+        """The picture that a step makes, by name; by that of the step where it is still to be made; None where it failed."""
+        if key in failed:
+            return None
+        found.append((step, what, key))
+        return rows[key].get("sha256") if key in rows else f"{key} to come"
+
+    def protected(one):
+        sha256 = case["sha256"]
+        if one["method"]:
+            sha256 = made("immunize", one["method"], immunize_name(asked, case, one))
+        if one["attack"] and sha256:
+            sha256 = made("attack", one["attack"]["name"], attack_name(asked, one, sha256))
+        return sha256
+    for one in asked["arms"]:
+        found, target = [], one["target"]
+        sha256, beside = protected(one), protected(unprotected(one))
+        for seed in asked["seeds"]:
+            for prompt in prompts_of(asked, case):
+                reference, edited = (picture and made("edit", target, edit_name(asked, one, picture, prompt, seed))
+                                     for picture in (beside, sha256))
+                if edited is None or reference is None:
+                    continue
+                if sha256 != beside:
+                    made("metrics", target, metrics_name(edited, reference))
+                    if asked["lpips"].get("sha256"):
+                        made("lpips", target, lpips_name(edited, reference, asked["lpips"]["sha256"]))
+                made("verdict", target, verdict_name(asked, one, case, prompt, edited))
+        yield from found
 
 
 # -- what came of it -------------------------------------------------------------------------------------------------------
@@ -528,7 +578,7 @@ def cells(folder, asked, case):
     """What there is of one picture (the record of a Case): a dict per edit that was made or failed, see `collect`."""
     try:
         rows = folder.rows(case["sha256"]) if case["sha256"] else {}
-    except ValueError:                                       # a damaged journal: the run has told
+    except (ValueError, OSError):                            # a damaged journal: the run has told
         return
     for one in asked["arms"]:
         done = _immunized(asked, case, one, rows)
@@ -550,12 +600,16 @@ def keep_verdict(folder, sha256, name, records):
 
 
 def _collected(folder, plans):
-    cells, immunized, arms, missing, journals = {}, {}, {}, set(), {}
+    cells, immunized, arms, missing, journals, damaged = {}, {}, {}, set(), {}, {}
     for asked in plans:
         for case in asked["cases"]:
             sha256 = case["sha256"]
             if sha256 is not None and sha256 not in journals:
-                journals[sha256] = folder.rows(sha256)
+                try:
+                    journals[sha256] = folder.rows(sha256)
+                except (ValueError, OSError) as error:
+                    journals[sha256], damaged[sha256] = {}, {"sha256": None, "reason": cli.sentence(error)}
+            case = case | damaged.get(sha256, {})
             for one in asked["arms"]:
                 arms.setdefault((one["target"], one["source"], one["name"]), one)
                 rows = journals.get(sha256, {})

@@ -58,8 +58,13 @@ def records(cells, judges):
         prompt = f"{cell['prompt_id']}, seed {cell['seed']}"
         for judge in judges:
             without = [None, None, "failed" if cell["failed"] else "not_judged"]
-            yield isr.Record(f"{cell['image_id']}, {prompt}", cell["image_id"], prompt, cell["arm"], judge,
+            yield isr.Record(sample_of(cell), cell["image_id"], prompt, cell["arm"], judge,
                              *(cell["judges"] or {}).get(judge, without))
+
+
+def sample_of(cell):
+    """What an edit is called where people judge it: by its pixels, too, so that nobody's word is taken for another's edit."""
+    return f"{cell['image_id']}, {cell['prompt_id']}, seed {cell['seed']}, {(cell['edited'] or 'not made')[:12]}"
 
 
 def judges_of(cells):
@@ -131,11 +136,14 @@ def tables(group, people=()):
         cells = [cell for cell in group["cells"] if cell["target"] == target]
         judges = judges_of(cells)
         order = [arm["name"] for arm in arms]
+        source = next((arm["source"] for arm in arms if arm["source"] != target), None)
         said = figures(cells, judges, order)
         arms = [arm for arm in arms if any((arm["name"], kind) in said for kind in PROMPTS)]
         if not arms:
             continue
-        source = next((arm["source"] for arm in arms if arm["source"] != target), None)
+        if suite in ("white-box", "transfer"):               # the controls, and then the paper's order
+            labels = {name: place for place, name in enumerate(paper()["labels"])}
+            arms.sort(key=lambda arm: -1 if arm["name"] in NAMES else labels.get(arm["name"], 0))
         beside = _beside(suite, target, source, asked)
         notes = [*_provenance(group, target, cells, judges), *beside.notes]
         if suite == "consistency":
@@ -175,9 +183,9 @@ def _beside(suite, target, source, asked):
         rows = {row["method"]: row for row in known[number]["rows"]}
         which = f"Table {number}, {known[number]['editor']}"
     elif suite == "transfer":
-        way = ("instruct-pix2pix to sd3", "sd3 to instruct-pix2pix")[kinds[source] == "img2img"]
-        if source is None or kinds[source] == kinds[target]:
+        if kinds[source] == kinds[target]:
             return Beside({}, tuple(DISTANCES), [])
+        way = ("instruct-pix2pix to sd3", "sd3 to instruct-pix2pix")[kinds[source] == "img2img"]
         number, which = "V", f"Table V, {way}"
         rows = {row["method"]: {"original": row[way]} for row in known["V"]["rows"]}
     elif suite == "ablation":
@@ -211,11 +219,13 @@ def _provenance(group, target, cells, judges):
     told = "; ".join(f"{', '.join(dict.fromkeys(names))}: {_spelled(json.loads(loop))}" for loop, names in loops.items())
     judge = asked["judge"]
     who = "the oracles of the miniature's world" if judge["kind"] == "oracle" else f"panel {judge['id']} ({judge['date']})"
-    defaults = {**about["identity"]["defaults"], **asked["edit"]}
+    strange = {"instruct": {"strength"}, "img2img": {"image_guidance"}}[about["kind"]]        # no option of this editor
+    strange |= set() if about["identity"]["scheduler"].startswith("FlowMatch") else {"text_length"}
+    defaults = {key: value for key, value in {**about["identity"]["defaults"], **asked["edit"]}.items() if key not in strange}
     lines = [
         f"Judged by {who}: {', '.join(judges) or 'nobody yet'}; a success is what all of them call one.",
         f"Editor {target} ({about['identity']['scheduler']}, {about['identity']['dtype']}; "
-        f"{', '.join(f'{key} {value}' for key, value in defaults.items())}); weights by SHA-256: {weights}.",
+        f"{_spelled(defaults)}); weights by SHA-256: {weights}.",
         f"Pictures: {len(used)} ({', '.join(f'{n} {category}' for category, n in counted.items())}); budget {eps:.4g} = "
         f"{math.floor(255 * eps + 1e-9)}/255 on the 8-bit picture; seed {asked['seed']} of the perturbation, "
         f"{', '.join(map(str, sorted({cell['seed'] for cell in cells})))} of the edits; sifm_min {asked['version']}.",
@@ -252,12 +262,8 @@ def _main(title, arms, said, beside, suite, notes):
     if suite == "robustness":                                # its rates have a table of their own
         notes = ["Distances of edits from those of the clean picture; where the attack moves the picture, of the clean one "
                  "moved in the same way."]
-    labels = {name: place for place, name in enumerate(paper()["labels"])}
-
-    def place(arm):                                          # the controls, and then the paper's order
-        return (-1 if arm["name"] in NAMES else labels.get(arm["name"], 0))
     rows, data = [], []
-    for arm in sorted(arms, key=place) if suite in ("white-box", "transfer") else arms:
+    for arm in arms:
         label = name_of(arm["name"])
         row = [label]
         for kind in kinds:
@@ -287,6 +293,8 @@ def _agreement(title, cells, judges, people, notes):
     """The paper's Table I: how often two of them say the same."""
     labels = ("semantic_mismatch", "perceptual_degradation", "success")
     own = list(records(cells, judges))
+    known = {(cell["arm"], sample_of(cell)) for cell in cells}             # of other editors and budgets they say nothing
+    people = [record for record in people if (record.arm, record.sample_id) in known]
     raters = list(dict.fromkeys(record.judge for record in people))
     found = isr.consistency([*own, *people], people=raters, models=judges) if len(judges) > 1 or raters else {}
     theirs = {row["who"]: row for row in paper()["tables"]["I"]["rows"]}
@@ -303,7 +311,10 @@ def _agreement(title, cells, judges, people, notes):
     columns = [("", "Agreement"), ("", "Semantic mismatch"), ("", "Perceptual degradation"), ("", "Final success (ISR)"),
                ("Of success", "Cohen"), ("Of success", "AC1"), ("Of success", "n")]
     notes = [*notes, "Rows of the paper: 150 samples, three people, Gemini 2.5 Pro and Flash."]
-    if not raters:
+    if raters:
+        rated = {(record.arm, record.sample_id) for record in people}
+        notes.append(f"People: {', '.join(raters)}, {len(rated)} of {len(known)} edits; all rows are of these.")
+    else:
         notes.append("People: `judge export-sheet` makes sheets from edits.jsonl in the folder, `judge import-ratings` reads "
                      "them, and `evaluate table DIR --people RATINGS` puts them here.")
     return Table(title, columns, rows, notes, data)

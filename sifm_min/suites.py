@@ -7,7 +7,7 @@ picture in between. Every suite has the clean picture and random noise of the sa
 import statistics
 import time
 
-from . import panels, protocol
+from . import isr, panels, protocol
 from .immunize import METHODS, immunize
 
 SUITES = ("white-box", "transfer", "ablation", "lambda", "consistency", "robustness")
@@ -53,7 +53,7 @@ def _attacked(plain, editors, moving):
         if attack.needs and used is None:
             remarks.append(f"{name} is left out: it needs another editor, which --other NAME adds")
         elif why := attack.refusal(editors.get(used)):
-            remarks.append(f"{name} is left out: {why}")
+            remarks.append(f"left out: {why}")
         elif attack.moves and not moving:
             remarks.append(f"{name} is left out: it moves the picture, and the ground truth of the oracles stays where it is")
         else:
@@ -111,34 +111,67 @@ class _Enough(Exception):
     """Raised out of a run that is only timed."""
 
 
-def seconds_each(asked, editors, case, immunizations, edits, kept):
-    """({method: seconds of an immunization}, {target: seconds of an edit}): the median of what was done before, else timed
-    on the first three steps of each."""
-    by_method, by_target = {}, {}
+def seconds_each(asked, editors, case, left, *, judges=None, lpips=None):
+    """{(step, what): seconds} of what a protocol.Left has to do: the median of what was done before, else timed now. Of
+    what goes step by step the first three are, of the rest one; None where that fails. A panel is not waited for."""
+    found = {}
     for one in asked["arms"]:
-        method, target = one["method"], one["target"]
-        if method in immunizations and method not in by_method:
-            before = kept.get((method, "immunize"))
-            by_method[method] = statistics.median(before) if before else _timed_immunization(asked, editors, case, one)
-        if target in edits and target not in by_target:
-            before = kept.get((target, "edit"))
-            by_target[target] = statistics.median(before) if before else _timed_edit(asked, editors, case, one)
-    return by_method, by_target
+        target, attack = one["target"], one["attack"]
+        ways = {("immunize", one["method"]): _timed_immunization, ("edit", target): _timed_edit,
+                ("metrics", target): _timed_distances, ("lpips", target): _timed_distances}
+        if attack:
+            ways["attack", attack["name"]] = _timed_attack
+        if judges:
+            ways["verdict", target] = _timed_verdict
+        for place, way in ways.items():
+            if place in left.todo and place not in found:
+                before = left.kept.get(place)
+                try:
+                    found[place] = statistics.median(before) if before else way(
+                        asked, editors, case, one, step=place[0], judges=judges, lpips=lpips)
+                except protocol.FAILURES:                    # what is wrong will be told where it belongs
+                    found[place] = None
+    return found
 
 
-def _timed_immunization(asked, editors, case, one):
+def _timed_immunization(asked, editors, case, one, **_):
     steps = one["settings"].get("steps", 1)
     return _timed(lambda on_step: immunize(
         case.read(), editors[one["source"]], protocol.words(asked, one["source"], case.record["prompts"][0]),
         method=one["method"], eps=asked["eps"], seed=asked["seed"], on_step=on_step, **one["settings"]), steps)
 
 
-def _timed_edit(asked, editors, case, one):
+def _timed_edit(asked, editors, case, one, **_):
     prompts = [protocol.words(asked, one["target"], prompt) for prompt in protocol.prompts_of(asked, case.record)]
     editor = editors[one["target"]]
     steps = len(editor.plan(asked["edit"].get("steps")).timesteps)
-    return _timed(lambda on_step: editor.edit([case.read()] * len(prompts), prompts, seed=asked["seeds"][0],
-                                              on_step=on_step, **asked["edit"]), steps) / len(prompts)
+    return _timed(lambda on_step: editor.edit([case.read()] * len(prompts), prompts, seed=asked["seeds"][0], on_step=on_step,
+                                              **protocol.edit_options(asked, one["target"])), steps) / len(prompts)
+
+
+def _timed_attack(asked, editors, case, one, **_):
+    from . import robustness
+    image, started = case.read(), time.perf_counter()
+    robustness.apply(one["attack"]["name"], image, editor=editors.get(one["attack"]["editor"]), seed=asked["seed"])
+    return time.perf_counter() - started
+
+
+def _timed_distances(asked, editors, case, one, *, step, lpips, **_):
+    """Of the picture from itself mirrored, as many at once as a run takes."""
+    from . import images
+    pixels = images.to_pixels(case.read())
+    count = min(len(protocol.prompts_of(asked, case.record)), max(1, protocol.MEASURED // pixels[0, 0].numel()))
+    pixels, started = pixels.expand(count, -1, -1, -1), time.perf_counter()
+    protocol.distances(pixels, pixels.flip(3), protocol.METRICS if step == "metrics" else ("lpips",),
+                       editors[one["target"]].device, lpips)
+    return (time.perf_counter() - started) / count
+
+
+def _timed_verdict(asked, editors, case, one, *, judges, **_):
+    asking = judges(editors[one["target"]])
+    image, started = case.read(), time.perf_counter()
+    list(isr.ask(asking, [isr.Edit("timed", "timed", "timed", one["name"], case.samples["original"], image)]))
+    return time.perf_counter() - started
 
 
 def _timed(work, steps):

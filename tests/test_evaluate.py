@@ -1,8 +1,11 @@
 """The paper's experiments, end to end on a tiny random editor: every step is done once, kept, found again, and told."""
 
+import contextlib
+import csv
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +21,7 @@ from PIL import Image
 
 import sifm_min
 from sifm_min import canaries as canary_file
-from sifm_min import cli, editors, evaluate, manifest, miniature, panels, protocol, suites
+from sifm_min import cli, editors, evaluate, judge, manifest, miniature, panels, protocol, report, suites
 from sifm_min.ledger import Busy
 from sifm_min.models.checkpoints import Unavailable
 
@@ -54,8 +57,7 @@ def calls():
 def run(loaded, tmp_path, monkeypatch, calls):
     """Run the command in this process and in tmp_path, on editors that are loaded once, and count what they are asked."""
     monkeypatch.setattr(editors, "load_editor", lambda source, **options: loaded[source])
-    monkeypatch.setattr(suites, "seconds_each", lambda asked, e, case, immunizations, edits, kept: (
-        dict.fromkeys(immunizations, 1.0), dict.fromkeys(edits, 1.0)))        # its own calls are not to be counted
+    monkeypatch.setattr(suites, "seconds_each", lambda asked, editors, case, left, **judging: dict.fromkeys(left.todo, 1.0))
     immunize = protocol.immunize
 
     def immunizing(image, editor, prompts, *, method, **options):
@@ -128,8 +130,8 @@ def test_results_are_what_the_library_says(run, loaded):
     pixels = [images.to_pixels(image) for image in (edited, clean)]
     for name in ("psnr", "ssim", "vifp", "fsim"):
         assert cell["metrics"][name] == pytest.approx(getattr(metrics, name)(*pixels).item(), abs=1e-4)
-    for name, judge in miniature.judges.items():
-        said = judge(other, edited)
+    for name, oracle in miniature.judges.items():
+        said = oracle(other, edited)
         assert cell["judges"][name] == [said.semantic_mismatch, said.perceptual_degradation, "ok"]
 
 
@@ -272,13 +274,13 @@ def test_a_step_that_fails_is_listed_and_tried_again(run, calls, capsys, monkeyp
     def failing(image, editor, prompts, *, method, **options):
         if method == "photoguard-encoder" and calls.count_of("immunize photoguard") == 0:
             calls.append("immunize photoguard-encoder, in vain")
-            raise RuntimeError("CUDA out of memory")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(image, editor, prompts, method=method, **options)
     monkeypatch.setattr(protocol, "immunize", failing)
     assert run("white-box") == cli.SOME_FAILED
-    assert "miniature-000, photoguard-encoder, immunize: CUDA out of memory" in capsys.readouterr().err
+    assert "miniature-000, photoguard-encoder, immunize: out of memory" in capsys.readouterr().err
     assert calls.edits == 30                                 # all but those of the picture that is not there
-    assert "- 6 edits failed: CUDA out of memory." in table(capsys)
+    assert "- 6 edits failed: out of memory." in table(capsys)
     monkeypatch.setattr(protocol, "immunize", real)
     assert run("white-box") == cli.OK
     assert calls.count_of("immunize") == 1 and calls.edits == 6
@@ -291,6 +293,53 @@ def test_a_full_disk_fails_every_cell_before_work_is_spent_on_it(run, calls, cap
     monkeypatch.setattr(protocol.Folder, "probe", full)
     assert run("white-box") == cli.SOME_FAILED and calls == []
     assert capsys.readouterr().err.count("no space left on device") == 2 * 6            # told when met, and at the end
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of two megabytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("mounting a file system is for root")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_disk_that_is_really_full(run, calls, capsys, small_disk):
+    """Whatever write is the one that does not fit, what is there is whole, and room is all that the next run needs."""
+    filler = small_disk / "filler"
+    for room in (160_000, 100_000, 70_000, 0):               # the end comes at a picture, at a journal, at the probe
+        filler.unlink(missing_ok=True)
+        with contextlib.suppress(OSError), filler.open("wb") as file:
+            file.write(bytes(shutil.disk_usage(small_disk).free - room))
+        assert run("white-box", "-o", "disk/out") == cli.SOME_FAILED
+        assert "no space left on device; free some space" in capsys.readouterr().err
+    filler.unlink()
+    before = {row["name"] for rows in steps("disk/out").values() for row in rows if "failed" not in row}
+    assert run("white-box", "-o", "disk/out") == cli.OK
+    made = [row["name"] for rows in steps("disk/out").values() for row in rows if "failed" not in row]
+    assert len(made) == len(set(made)) == 4 + 36 + 24 + 36 and before < set(made)
+
+
+@pytest.mark.parametrize("broken", ["journal", "original"])
+def test_what_cannot_be_read_is_listed_and_the_rest_goes_on(run, calls, capsys, broken):
+    """A folder stands where a file should: not even root can read that."""
+    run("white-box")
+    journal = sorted(Path("out/steps").glob("*.jsonl"))[0]
+    place = journal if broken == "journal" else next(
+        path for path in Path("out/pictures").iterdir() if path.stem == next(
+            cell["original"] for cell in protocol.collect("out")[0]["cells"] if cell["original"].startswith(journal.stem)))
+    kept = place.read_bytes()
+    place.unlink()
+    place.mkdir()
+    assert run("white-box", "--seeds", "2") == cli.SOME_FAILED and calls.edits == 18
+    told = capsys.readouterr().err
+    assert "is a directory" in told or "is a folder, not a picture" in told
+    assert "edits failed: " in table(capsys)
+    place.rmdir()
+    place.write_bytes(kept)
+    assert run("white-box", "--seeds", "2") == cli.OK and calls.edits == 18 and calls.count_of("immunize") == 0
 
 
 def test_a_broken_picture_and_a_damaged_journal(run, calls, capsys):
@@ -314,6 +363,7 @@ def test_a_broken_picture_and_a_damaged_journal(run, calls, capsys):
     journal.write_text("{}x\n" + journal.read_text())
     assert run("white-box", "--manifest", "manifest.jsonl", "--seeds", "5") == cli.SOME_FAILED and calls.edits == 18
     assert "line 1: is damaged" in capsys.readouterr().err
+    assert "line 1: is damaged" in table(capsys)
 
 
 @pytest.mark.parametrize("argv, sentence", [
@@ -374,6 +424,42 @@ def test_consistency_shares_the_edits_and_lists_them_for_people(run, calls, caps
     listed = panels.read_manifest("out/edits.jsonl")
     assert len(listed) == 36 and {sample.arm for sample in listed} == set(ARMS)
     assert "| Judge to judge |" in table(capsys)
+
+
+def test_people_stand_beside_the_judges_of_the_edits_that_they_rated(run, capsys, loaded):
+    """From the exported sheet to Table I, its shares by counting; edits of another editor hear nothing of them."""
+    second = list(loaded)[1]
+    assert run("consistency") == cli.OK == run("consistency", editor=second, quick=True)
+    assert run("consistency") == cli.OK                      # the list of edits is that of the last run
+    assert judge.main(["export-sheet", "out/edits.jsonl", "--raters", "ann,ben", "-o", "study", "--items", "20", "--seed", "1",
+                       "--attention", "2", "--quiet"]) == cli.OK
+    with open("study/keep/study_items.csv", newline="") as file:
+        items = {row["item_id"]: row for row in csv.DictReader(file) if row["is_attention"] == "0"}
+    said = {}                                                # rater -> item -> mismatch
+    for rater in ("ann", "ben"):
+        with open(f"study/sheet/{rater}.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            found = rater == "ann" or int(row["item_id"], 16) % 3 == 0
+            said.setdefault(rater, {})[row["item_id"]] = found
+            row |= {"semantic_mismatch": int(found), "perceptual_degradation": 0}
+        with open(f"{rater}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    assert judge.main(["import-ratings", "study/keep", "ann.csv", "ben.csv", "-o", "people", "--quiet"]) == cli.OK
+    text = table(capsys, "--people", "people")
+    mine, theirs = (text[text.index(f"Agreement of judges: {Path(name).name}"):].split("### ")[0] for name in loaded)
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in mine.splitlines() if line.startswith("| ")}
+    assert rows["Human to human"][1].startswith(f"{sum(said['ben'][item] for item in items) / len(items):.0%}")
+    group = next(group for group in protocol.collect("out") if Path(next(iter(loaded))).name in group["plan"]["editors"])
+    cells = {(cell["arm"], report.sample_of(cell)): cell for cell in group["cells"]}
+    agree = [said[rater][item] == finding[0] for item, row in items.items() for rater in said
+             for finding in cells[row["arm"], row["sample_id"]]["judges"].values()]
+    assert rows["Human to judge"][1].startswith(f"{sum(agree) / len(agree):.0%}")
+    assert rows["Human to human"][-1].strip(" |") == rows["Judge to judge"][-1].strip(" |") == "20"
+    assert "People: ann, ben, 20 of 36 edits" in mine
+    assert "| Human to human |" not in theirs and "evaluate table DIR --people RATINGS" in theirs
 
 
 def test_a_panel_judges_after_the_edits_and_buys_nothing_twice(run, calls, capsys, monkeypatch, tmp_path):
