@@ -15,6 +15,9 @@ from dataclasses import MISSING, dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .lean import Conv2d, Prepared, gated_gelu, norm_silu
 
 # Keys of the published config.json that are not fields below: they change nothing at inference ...
 IGNORED = {
@@ -193,16 +196,19 @@ class ResidualBlock(nn.Module):
         super().__init__()
         groups, eps = config.norm_num_groups, config.norm_eps
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x, temb):                                             # (B, in, h, w) -> (B, out, h, w)
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = y + self.time_emb_proj(temb)[:, :, None, None]
-        y = self.conv2(F.silu(self.norm2(y)))
+    def prepare(self, temb):                                                # (T, 4C) -> (T, out, 1, 1)
+        """What the timestep adds."""
+        return self.time_emb_proj(temb)[:, :, None, None]
+
+    def forward(self, x, shift):                                            # (B, in, h, w) -> (B, out, h, w)
+        y = self.conv1(norm_silu(x, self.norm1))
+        y = self.conv2(norm_silu(y + shift, self.norm2))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -224,10 +230,10 @@ class Attention(nn.Module):
         """What of the attention depends on what is looked at alone."""
         return self.split(self.to_k(context)), self.split(self.to_v(context))
 
-    def forward(self, x, context, *, want_probs=False):                     # (B, tokens, C), (B or 1, L, D)
+    def forward(self, x, keys_values, *, want_probs=False):                 # (B, tokens, C), (B or 1, heads, L, head_dim)
         """What was seen, (B, tokens, C), and where if that is wanted: probs (B, heads, tokens, L) or None."""
         q = self.split(self.to_q(x))
-        k, v = (part.expand(len(x), -1, -1, -1) for part in self.keys_values(context))
+        k, v = (part.expand(len(x), -1, -1, -1) for part in keys_values)
         probs = None
         if want_probs:                              # fused attention does not give them
             probs = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(dim=-1)
@@ -247,8 +253,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * out)
 
     def forward(self, x):
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        return gated_gelu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -274,10 +279,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x, context, want_probs=False):                        # (B, tokens, C) -> the same, probs or None
+    def forward(self, x, text, want_probs=False):                           # (B, tokens, C) -> the same, probs or None
         y = self.norm1(x)
-        x = x + self.attn1(y, y)[0]
-        seen, probs = self.attn2(self.norm2(x), context, want_probs=want_probs)
+        x = x + self.attn1(y, self.attn1.keys_values(y))[0]
+        seen, probs = self.attn2(self.norm2(x), text, want_probs=want_probs)
         x = x + seen
         return x + self.ff(self.norm3(x)), probs
 
@@ -294,19 +299,23 @@ class Transformer(nn.Module):
     def __init__(self, width: int, heads: int, layers: int, config: UNetConfig):
         super().__init__()
         self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=TRANSFORMER_NORM_EPS)
-        self.proj_in = nn.Linear(width, width) if config.use_linear_projection else nn.Conv2d(width, width, 1)
+        self.proj_in = nn.Linear(width, width) if config.use_linear_projection else Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(width, config.cross_attention_dim, heads) for _ in range(layers))
-        self.proj_out = nn.Linear(width, width) if config.use_linear_projection else nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Linear(width, width) if config.use_linear_projection else Conv2d(width, width, 1)
 
-    def forward(self, x, context, path, wanted):
+    def prepare(self, context):                                             # (B or 1, L, D)
+        """The text's keys and values in each block."""
+        return [block.attn2.keys_values(context) for block in self.transformer_blocks]
+
+    def forward(self, x, texts, path, wanted):
         """x (B, C, h, w) -> the same; and name -> probs (B, heads, h*w, L) of those that are wanted here, at `path`."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (B, C, h, w) -> (B, h*w, C)
         tokens = per_token(self.proj_in, tokens)
         found = {}
-        for k, block in enumerate(self.transformer_blocks):
+        for k, (block, text) in enumerate(zip(self.transformer_blocks, texts, strict=True)):
             want_probs = (name := f"{path}.transformer_blocks.{k}.attn2.probs") in wanted
-            tokens, probs = block(tokens, context, want_probs)
+            tokens, probs = block(tokens, text, want_probs)
             if want_probs:
                 found[name] = probs
         tokens = per_token(self.proj_out, tokens)
@@ -318,7 +327,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x):
         return self.conv(x)
@@ -329,7 +338,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, size):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
@@ -345,9 +354,13 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """The published UNet2DConditionModel, as far as SD 1.x and its descendants use it."""
+    """The published UNet2DConditionModel, as far as SD 1.x and its descendants use it.
+
+    `checkpointing`: recompute residual blocks and transformers in the backward pass, for memory.
+    """
 
     Config = UNetConfig
+    checkpointing = False
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -359,7 +372,7 @@ class UNet(nn.Module):
             heads, depth = config.attention_head_dim[level], config.transformer_layers_per_block[level]
             return (Transformer(widths[level], heads, depth, config) for _ in range(count))
 
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(config)
 
         self.down_blocks = nn.ModuleList()
@@ -385,7 +398,7 @@ class UNet(nn.Module):
             self.up_blocks.append(block)
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     @property
     def tap_names(self) -> tuple[str, ...]:
@@ -397,29 +410,43 @@ class UNet(nn.Module):
         them: fused attention, which they take the place of, has none, and they cost memory and time."""
         return tuple(f"{path}.probs" for path, _ in self.named_modules() if path.endswith(".attn2"))
 
-    def walk(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor, *,
+    def prepare_timestep(self, timestep) -> Prepared:
+        """Timesteps to be passed as `timestep` to many calls: what they add to every residual block is computed once."""
+        return Prepared.for_many(self, self.time_embedding(timestep))
+
+    def prepare_context(self, context: torch.Tensor) -> Prepared:
+        """A text to be passed as `context` to many calls: its keys and values are computed once."""
+        return Prepared.for_many(self, context)
+
+    def walk(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor | Prepared, *,
              wanted: Iterable[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """Run the network, yielding (name, activation) in execution order; the last item is ("out", prediction).
 
         noisy_latent: (B, in_channels, h, w), as the scheduler scales it, with the image condition's channels appended
         where the checkpoint has them. timestep: a number, or a tensor with one or B of them. context: (B, L, C), or
-        (1, L, C) for one text. wanted: which of `probs_names` to yield too, each before its transformer's output:
-        (B, heads, h*w, L), how much each position looks at each text token. Names are module paths of the published
-        layout. Activations are live: graph attached, never detached or cast. This is a generator so that `features` can
-        stop early without a second block loop.
+        (1, L, C) for one text. Either may be prepared, by the two methods above. wanted: which of `probs_names` to yield
+        too, each before its transformer's output: (B, heads, h*w, L), how much each position looks at each text token.
+        Names are module paths of the published layout. Activations are live: graph attached, never detached or cast.
+        This is a generator so that `features` can stop early without a second block loop.
         """
-        temb = self.time_embedding(timestep)                                        # (1 or B, 4 * widths[0])
+        temb = timestep if isinstance(timestep, Prepared) else Prepared(self.time_embedding(timestep))      # (1 or B, 4C)
+        text = context if isinstance(context, Prepared) else Prepared(context)
+
+        def run(block, *inputs):
+            recompute = self.checkpointing and torch.is_grad_enabled()
+            return checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+
         x = self.conv_in(noisy_latent)                                              # (B, widths[0], h, w)
         yield "conv_in", x
 
         skips = [x]
         for i, block in enumerate(self.down_blocks):
             for j, resnet in enumerate(block.resnets):
-                x = resnet(x, temb)
+                x = run(resnet, x, temb[resnet])
                 yield f"down_blocks.{i}.resnets.{j}", x
                 if block.attentions:
-                    path = f"down_blocks.{i}.attentions.{j}"
-                    x, probs = block.attentions[j](x, context, path, wanted)
+                    path, attention = f"down_blocks.{i}.attentions.{j}", block.attentions[j]
+                    x, probs = run(attention, x, text[attention], path, wanted)
                     yield from probs.items()
                     yield path, x
                 skips.append(x)
@@ -428,37 +455,38 @@ class UNet(nn.Module):
                 yield f"down_blocks.{i}.downsamplers.0", x
                 skips.append(x)
 
-        x = self.mid_block.resnets[0](x, temb)
+        first, attention, second = self.mid_block.resnets[0], self.mid_block.attentions[0], self.mid_block.resnets[1]
+        x = run(first, x, temb[first])
         yield "mid_block.resnets.0", x
-        x, probs = self.mid_block.attentions[0](x, context, "mid_block.attentions.0", wanted)
+        x, probs = run(attention, x, text[attention], "mid_block.attentions.0", wanted)
         yield from probs.items()
         yield "mid_block.attentions.0", x
-        x = self.mid_block.resnets[1](x, temb)
+        x = run(second, x, temb[second])
         yield "mid_block.resnets.1", x
         yield "mid_block", x
 
         for i, block in enumerate(self.up_blocks):
             for j, resnet in enumerate(block.resnets):
-                x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
+                x = run(resnet, torch.cat([x, skips.pop()], dim=1), temb[resnet])
                 yield f"up_blocks.{i}.resnets.{j}", x
                 if block.attentions:
-                    path = f"up_blocks.{i}.attentions.{j}"
-                    x, probs = block.attentions[j](x, context, path, wanted)
+                    path, attention = f"up_blocks.{i}.attentions.{j}", block.attentions[j]
+                    x, probs = run(attention, x, text[attention], path, wanted)
                     yield from probs.items()
                     yield path, x
             if block.upsamplers:
                 x = block.upsamplers[0](x, skips[-1].shape[-2:])
                 yield f"up_blocks.{i}.upsamplers.0", x
 
-        yield "out", self.conv_out(F.silu(self.conv_norm_out(x)))                   # (B, out_channels, h, w)
+        yield "out", self.conv_out(norm_silu(x, self.conv_norm_out))                # (B, out_channels, h, w)
 
-    def forward(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor) -> torch.Tensor:
+    def forward(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor | Prepared) -> torch.Tensor:
         """The prediction, (B, out_channels, h, w): noise or velocity, as the checkpoint's scheduler config says."""
         for _, activation in self.walk(noisy_latent, timestep, context):
             prediction = activation                                                 # the last one stays
         return prediction
 
-    def features(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor, *,
+    def features(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor | Prepared, *,
                  taps: Iterable[str]) -> dict[str, torch.Tensor]:
         """The tapped activations, name -> tensor. Stops after the last one: later blocks are never run.
 

@@ -14,6 +14,9 @@ from dataclasses import MISSING, dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .lean import Conv2d, norm_silu
 
 # Keys of the published config.json that are not fields below: they change nothing at inference ...
 IGNORED = {
@@ -93,14 +96,14 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=NORM_EPS)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x):                                                   # (B, in, h, w) -> (B, out, h, w)
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
+        y = self.conv1(norm_silu(x, self.norm1))
+        y = self.conv2(norm_silu(y, self.norm2))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -122,6 +125,13 @@ class Attention(nn.Module):
         return x + tokens.transpose(1, 2).unflatten(2, x.shape[-2:])        # (B, h*w, C) -> (B, C, h, w)
 
 
+def run(layers, x, checkpointing):
+    """x through one layer after another; `checkpointing`: each is run again on the way back, for memory."""
+    for layer in layers:
+        x = checkpoint(layer, x, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else layer(x)
+    return x
+
+
 class MidBlock(nn.Module):
     """Residual block, attention (unless the config says without), residual block, at the coarsest resolution."""
 
@@ -130,11 +140,9 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(ResidualBlock(channels, channels, groups) for _ in range(2))
         self.attentions = nn.ModuleList([Attention(channels, groups)] if add_attention else [])
 
-    def forward(self, x):
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
+    def forward(self, x, checkpointing):
+        first, second = self.resnets
+        return run((first, *self.attentions, second), x, checkpointing)
 
 
 class Downsample(nn.Module):
@@ -142,7 +150,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):                                                   # (B, C, h, w) -> (B, C, h // 2, w // 2)
         return self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -153,7 +161,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):                                                   # (B, C, h, w) -> (B, C, 2h, 2w)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -168,9 +176,10 @@ class DownBlock(nn.Module):
             ResidualBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(layers))
         self.downsamplers = nn.ModuleList([Downsample(out_channels)] if downsample else [])
 
-    def forward(self, x):
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
+    def forward(self, x, checkpointing):
+        x = run(self.resnets, x, checkpointing)
+        for downsample in self.downsamplers:
+            x = downsample(x)
         return x
 
 
@@ -183,9 +192,10 @@ class UpBlock(nn.Module):
             ResidualBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(layers))
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 
-    def forward(self, x):
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
+    def forward(self, x, checkpointing):
+        x = run(self.resnets, x, checkpointing)
+        for upsample in self.upsamplers:
+            x = upsample(x)
         return x
 
 
@@ -195,20 +205,20 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownBlock(widths[max(i - 1, 0)], width, config.layers_per_block, groups, downsample=i < len(widths) - 1)
             for i, width in enumerate(widths))
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def forward(self, x):                                                   # (B, 3, H, W) -> (B, 2 * latent, h, w)
+    def forward(self, x, checkpointing=False):                              # (B, 3, H, W) -> (B, 2 * latent, h, w)
         x = self.conv_in(x)
         for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+            x = block(x, checkpointing)
+        x = self.mid_block(x, checkpointing)
+        return self.conv_out(norm_silu(x, self.conv_norm_out))
 
 
 class Decoder(nn.Module):
@@ -217,25 +227,29 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups          # coarsest first
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
         self.up_blocks = nn.ModuleList(
             UpBlock(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, upsample=i < len(widths) - 1)
             for i, width in enumerate(widths))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
-    def forward(self, x):                                                   # (B, latent, h, w) -> (B, 3, H, W)
-        x = self.mid_block(self.conv_in(x))
+    def forward(self, x, checkpointing=False):                              # (B, latent, h, w) -> (B, 3, H, W)
+        x = self.mid_block(self.conv_in(x), checkpointing)
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+            x = block(x, checkpointing)
+        return self.conv_out(norm_silu(x, self.conv_norm_out))
 
 
 class AutoencoderKL(nn.Module):
-    """The two halves and the optional 1x1 convolutions between them and the latent."""
+    """The two halves and the optional 1x1 convolutions between them and the latent.
+
+    `checkpointing`: recompute residual blocks and attention in the backward pass, for memory.
+    """
 
     Config = VAEConfig
+    checkpointing = False
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -243,8 +257,8 @@ class AutoencoderKL(nn.Module):
         latent = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if config.use_quant_conv else None
-        self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
+        self.quant_conv = Conv2d(2 * latent, 2 * latent, 1) if config.use_quant_conv else None
+        self.post_quant_conv = Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
 
     @property
     def factor(self) -> int:
@@ -256,7 +270,7 @@ class AutoencoderKL(nn.Module):
 
         Neither is scaled or shifted. A sample is mean + exp(logvar / 2) * noise, with the caller's noise.
         """
-        moments = self.encoder(pixels)
+        moments = self.encoder(pixels, self.checkpointing)
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         mean, logvar = moments.chunk(2, dim=1)
@@ -266,7 +280,7 @@ class AutoencoderKL(nn.Module):
         """Pixels, (B, 3, h * factor, w * factor), nominally in [-1, 1] and not clamped, of an unscaled latent."""
         if self.post_quant_conv is not None:
             latent = self.post_quant_conv(latent)
-        return self.decoder(latent)
+        return self.decoder(latent, self.checkpointing)
 
     @staticmethod
     def rename(name: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sifm_min.models import unet
+from sifm_min.models import lean, unet
 from sifm_min.models.unet import UNet, UNetConfig, default_taps, tap_names
 
 diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")
@@ -140,10 +140,10 @@ def halves_swapped(self, x):
     return x * F.gelu(gate)
 
 
-def not_normed_for_text(self, x, context, want_probs=False):
+def not_normed_for_text(self, x, text, want_probs=False):
     y = self.norm1(x)
-    x = x + self.attn1(y, y)[0]
-    seen, probs = self.attn2(x, context, want_probs=want_probs)
+    x = x + self.attn1(y, self.attn1.keys_values(y))[0]
+    seen, probs = self.attn2(x, text, want_probs=want_probs)
     x = x + seen
     return x + self.ff(self.norm3(x)), probs
 
@@ -156,7 +156,8 @@ def skips_first(parts, dim):
 FAULTS = {                                          # each is one plausible mistake: where, what, and its wrong value
     "the transformer's epsilon": (unet, "TRANSFORMER_NORM_EPS", 1e-5),
     "another activation": (unet, "F", Wrong(F, silu=F.gelu)),
-    "approximate GELU": (unet, "F", Wrong(F, gelu=lambda x: F.gelu(x, approximate="tanh"))),
+    "activation of the residual blocks": (unet, "norm_silu", lambda x, norm: F.gelu(norm(x))),
+    "approximate GELU": (lean, "F", Wrong(F, gelu=lambda x: F.gelu(x, approximate="tanh"))),
     "halves of the gate swapped": (unet.GEGLU, "forward", halves_swapped),
     "a norm forgotten": (unet.TransformerBlock, "forward", not_normed_for_text),
     "unscaled attention": (unet, "F", Wrong(F, scaled_dot_product_attention=lambda q, k, v: (

@@ -101,7 +101,7 @@ class Wrong:
 
 FAULTS = {                                          # each is one plausible mistake: where, what, and its wrong value
     "another epsilon": (vae, "NORM_EPS", 1e-5),
-    "another activation": (vae, "F", Wrong(silu=F.gelu)),
+    "another activation": (vae, "norm_silu", lambda x, norm: F.gelu(norm(x))),
     "symmetric padding": (vae.Downsample, "forward", lambda self, x: self.conv(F.pad(x, (1, 0, 1, 0)))),
     "bilinear upsampling": (vae.Upsample, "forward", lambda self, x: self.conv(
         F.interpolate(x, scale_factor=2.0, mode="bilinear"))),

@@ -1,0 +1,134 @@
+"""Layers that keep little for the way back where weights are frozen, and what need not be computed at every step.
+
+Training asks for the gradients of the weights, and for those a layer's input is kept. Whoever moves a picture under
+frozen weights asks for the picture's gradient alone: a convolution then needs nothing that depends on its input, and
+what is cheap is computed again from what is kept anyhow. Each function here does so where no parameter of the layer
+wants a gradient and its input does, and is the plain layer everywhere else; the values are the same to the bit.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+def only_the_input(x, *parameters):
+    """Whether a gradient will be asked for, and for none but x's."""
+    return torch.is_grad_enabled() and x.requires_grad and not any(parameter.requires_grad for parameter in parameters)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution with zero padding; where its weights are frozen it keeps nothing but them."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding: int = 0):
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding)
+
+    def forward(self, x):
+        if only_the_input(x, self.weight, self.bias):
+            return _Convolution.apply(x, self.weight, self.bias, self.stride, self.padding)
+        return super().forward(x)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.save_for_backward(weight)
+        ctx.stride, ctx.padding, ctx.size = stride, padding, x.shape[2:]
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        # The rows and columns at the end that no step of the stride reached: they have a gradient too, of zero.
+        left = [(size + 2 * pad - kernel) % step for size, pad, kernel, step in
+                zip(ctx.size, ctx.padding, weight.shape[2:], ctx.stride, strict=True)]
+        # This is the input's gradient, by the kernel that autograd would call, which would want to see the input.
+        x_gradient = F.conv_transpose2d(gradient, weight.to(gradient.dtype), None, ctx.stride, ctx.padding, left)
+        return x_gradient, None, None, None, None
+
+
+def norm_silu(x: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
+    """SiLU(norm(x)), x (B, C, h, w). Kept are x and two numbers per group, where plain layers keep two more of x's size."""
+    if only_the_input(x, norm.weight, norm.bias):
+        return _NormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+    return F.silu(norm(x))
+
+
+class _NormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps):
+        ctx.groups = groups
+        y, mean, rstd = torch.native_group_norm(x.contiguous(memory_format=_layout(x)), weight, bias, *_sizes(x), groups, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return F.silu(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        layout = _layout(x)
+        mean_c, rstd_c = (part.repeat_interleave(x.shape[1] // ctx.groups, dim=1) for part in (mean, rstd))     # (B, C)
+        scale = rstd_c * weight
+        shift = bias - mean_c * scale
+        y = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])              # norm(x)
+        gradient = torch.ops.aten.silu_backward(gradient, y).contiguous(memory_format=layout)
+        x = x.contiguous(memory_format=layout)
+        x_gradient, _, _ = torch.ops.aten.native_group_norm_backward(
+            gradient, x, mean, rstd, weight, *_sizes(x), ctx.groups, (True, False, False))
+        return x_gradient, None, None, None, None
+
+
+def _sizes(x):
+    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+
+
+def _layout(x):
+    """The memory format in which group_norm runs: channels-last exists on CPUs only."""
+    last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def gated_gelu(x: torch.Tensor) -> torch.Tensor:
+    """One half of the channels, (..., C), gated by the GELU of the other, (..., C). Kept is x alone, and not what becomes
+    of the gate: half as much again."""
+    return _GatedGELU.apply(x) if only_the_input(x) else _gated_gelu(x)
+
+
+def _gated_gelu(x):
+    x, gate = x.chunk(2, dim=-1)
+    return x * F.gelu(gate)
+
+
+class _GatedGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return _gated_gelu(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, gate = ctx.saved_tensors[0].chunk(2, dim=-1)
+        return torch.cat([gradient * F.gelu(gate), torch.ops.aten.gelu_backward(gradient * x, gate)], dim=-1)
+
+
+class Prepared:
+    """What the blocks of a network make of a timestep or a text, whatever the picture: `prepared[block]` is
+    `block.prepare(value)`, computed when it is first asked for and then kept."""
+
+    def __init__(self, value):
+        self.value, self.known = value, {}
+
+    def __getitem__(self, block):
+        if block not in self.known:
+            self.known[block] = block.prepare(self.value)
+        return self.known[block]
+
+    @classmethod
+    def for_many(cls, network, value):
+        """One that outlives a walk. ValueError where a gradient would have to pass through it: its graph would not."""
+        if value.requires_grad or any(parameter.requires_grad for parameter in network.parameters()):
+            raise ValueError("what is prepared serves many calls, so no gradient can pass through it: freeze the network's "
+                             "weights and detach the text, or pass timestep and text as they are")
+        return cls(value)
