@@ -232,3 +232,4 @@ def test_the_page_in_a_browser(written, tmp_path):
         assert not [e for e in opened.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
         opened._call("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
         assert opened.run("document.documentElement.scrollWidth") <= 390
+        assert opened.run("document.querySelector('svg text').getBoundingClientRect().height") > 9    # it scrolls by itself
