@@ -6,6 +6,7 @@ Which arms and pictures a suite has is in suites.py, what is done with them and 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -162,7 +163,7 @@ def _run(args):
         panel = panels.Panel.load(args.panel)
         judge.judges(panel)
 
-    editors = _editors(args)
+    editors, again = _editors(args)
     cases = _cases(args, editors, panel)
     lpips, about_lpips = None, {}
     try:
@@ -191,7 +192,8 @@ def _run(args):
     mine = cases[index::count]
     about = f"{args.suite} on {', '.join(editors)}: {len(mine)} pictures" + (f" of {len(cases)}" if count > 1 else "")
     jobs = _jobs(args, editors)
-    with cli.progress(total=len(mine) * len(arms), what=args.suite, unit="arm", quiet=args.quiet) as bar:
+    turns = _turns(args.suite, editors)
+    with cli.progress(total=len(mine) * len(arms) * len(turns), what=args.suite, unit="arm", quiet=args.quiet) as bar:
         judging = {"judges": None if panel else miniature.judges_of, "lpips": lpips}
         if not args.helper_of:
             _announce(folder, asked, editors, mine, f"{about}, {jobs} processes" if jobs > 1 else about, jobs, args, **judging)
@@ -203,8 +205,14 @@ def _run(args):
         runner = protocol.Runner(folder, asked, editors, **judging, batch=args.edit_batch, done=done,
                                  fail=lambda failure, error: cli.fail(str(failure), error=error if args.debug else None))
         with _helpers(jobs - 1, args.argv) as helpers:
-            carry_out(runner, mine, remark=lambda text: cli.say(text, quiet=args.quiet),
-                      finished=_Clock(folder, asked, mine, args.quiet))
+            clock = _Clock(folder, asked, mine, args.quiet)
+            if turns != [None]:                              # the estimate has used both
+                editors.update({called: load() for called, load in again.items()})
+            for turn in turns:
+                if runner.only not in (None, turn):          # its networks are let go, and read again when they are used
+                    editors[runner.only] = again[runner.only]()
+                runner.only = turn
+                carry_out(runner, mine, remark=lambda text: cli.say(text, quiet=args.quiet), finished=clock)
     if args.helper_of:
         return cli.SOME_FAILED if runner.failures else cli.OK
     if runner.failures:
@@ -224,9 +232,17 @@ def _run(args):
 
 
 def _editors(args):
-    """{name: editor} of --editor and --other; what only one of two knows is for that one, and --revision for --editor."""
+    """({name: editor}, {name: function that loads it anew}) of --editor and --other. What only one of two knows is for that
+    one, and --revision for --editor."""
     from .immunize import load
-    editors, known = {}, set()
+
+    def loaded(given):
+        editor = load(given)
+        if args.strength is not None and "strength" in editor.OPTIONS:
+            editor.plan(strength=args.strength)              # too little of too few steps is refused before any work
+            editor.defaults = dataclasses.replace(editor.defaults, strength=args.strength)
+        return editor
+    editors, again, known = {}, {}, set()
     for source in filter(None, (args.editor, args.other)):
         called = source.rstrip("/").rpartition("/")[2]
         if called in editors:
@@ -236,18 +252,16 @@ def _editors(args):
             given.revision = None
         if args.other and not Path(source).is_file():        # --components are those of a single file
             given.components = None
-        editor = editors[called] = load(given)
+        again[called] = functools.partial(loaded, given)
+        editor = editors[called] = loaded(given)
         known |= editor.OPTIONS
-        if args.strength is not None and "strength" in editor.OPTIONS:
-            editor.plan(strength=args.strength)              # too little of too few steps is refused before any work
-            editor.defaults = dataclasses.replace(editor.defaults, strength=args.strength)
         if editor.notice:
             cli.say(f"{called}: {editor.notice}", quiet=args.quiet)
     for option, who in (("strength", "img2img"), ("image_guidance", "instruction editors")):
         if getattr(args, option) is not None and option not in known:
             raise ValueError(f"--{option.replace('_', '-')} is for {who}, which {' and '.join(editors)} "
                              f"{'are' if len(editors) > 1 else 'is'} not")
-    return editors
+    return editors, again
 
 
 def _cases(args, editors, panel):
@@ -266,10 +280,23 @@ def _jobs(args, editors):
         return 1                                             # whoever helps has no helpers
     if args.jobs:
         return args.jobs
-    small = all(editor.working_size < 512 and editor.device.type == "cpu" for editor in editors.values())
-    if not small or args.shard != (0, 1) or "WORLD_SIZE" in os.environ:
+    if not _small(editors) or args.shard != (0, 1) or "WORLD_SIZE" in os.environ:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _small(editors):
+    """Whether these are miniatures on the CPU."""
+    return all(editor.working_size < 512 and editor.device.type == "cpu" for editor in editors.values())
+
+
+def _turns(suite, editors):
+    """Whose turn it is, one after the other, None for both: two large editors do not share the memory. What the first
+    protects the second edits, and what the second protects the first edits when it comes again."""
+    if suite != "transfer" or _small(editors):
+        return [None]
+    first, second = editors
+    return [first, second, first, None]                      # at last what another process left, which is mostly nothing
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from . import __version__, cli, isr, ledger, panels
+from . import __version__, cli, isr, ledger, memory, panels
 from .immunize import METHODS, PROTOCOL, immunize, options_of, settings
 from .ledger import Busy, Ledger
 
@@ -67,6 +67,11 @@ def arm(name, method=None, *, source, target, options=None, attack=None):
     {"name", "editor" (that it is done with, or None), "moves"}: see robustness.py.
     """
     return {"name": name, "method": method, "source": source, "target": target, "options": options or {}, "attack": attack}
+
+
+def label(one):
+    """What an arm is called where it may be of several editors."""
+    return one["name"] + (f", made for {one['source']}" if one["source"] != one["target"] else "")
 
 
 def unprotected(one):
@@ -290,18 +295,22 @@ class _Failed(Exception):
     """A step failed and was written down; the arm cannot go on."""
 
 
+class _Later(_Failed):
+    """A step needs an editor whose turn it is not."""
+
+
 class Runner:
     """Carries out a plan, a picture at a time.
 
     editors: name -> a loaded editor; judges: editor -> {name: judge}, or None where a panel judges later; lpips: a
     `metrics.LPIPSWeights` or None; batch: how many edits at once; fail(Failure, error) hears of what fails; done() is called
-    when an arm of a picture is over.
+    when an arm of a picture is over. `only`, where it is set, is the one editor that may be used: what needs another waits.
     """
 
     def __init__(self, folder, asked, editors, *, judges=None, lpips=None, batch=None, fail=None, done=None):
         self.folder, self.asked, self.editors, self.judges, self.lpips = folder, asked, editors, judges, lpips
         self.batch, self.fail, self.done = batch, fail or (lambda *_: None), done or (lambda: None)
-        self.failures, self.computed = [], 0
+        self.failures, self.computed, self.only, self._in_vain = [], 0, None, set()
 
     def run(self, case):
         """All arms of one picture. Raises Busy where another process works on it."""
@@ -320,7 +329,7 @@ class Runner:
                     except _Failed:
                         pass
                     except OSError as error:                 # not even that a step failed can be written down
-                        self._tell(case, one["name"], "write", error)
+                        self._tell(case, label(one), "write", error)
                     self.done()
         except Busy:
             raise
@@ -330,21 +339,29 @@ class Runner:
     def _tell(self, case, arm_name, step, error):
         reason = reason_of(error, step)
         failure = Failure(case.record["id"], arm_name, step, reason)
-        self.failures.append(failure)
-        self.fail(failure, error)
+        if failure not in self.failures:                     # every turn meets a picture that cannot be read
+            self.failures.append(failure)
+            self.fail(failure, error)
         return reason
 
     def _step(self, journal, case, one, step, names, make, *given):
         """make(*given) adds these names to the journal; where it fails, the reason is written under each of them."""
+        if self._in_vain.issuperset(names):                  # the next run tries again, not the next turn of this one
+            raise _Failed
         try:
             self.computed += 1
             return make(*given)
         except FAILURES as error:
-            reason = self._tell(case, one["name"], step, error)
+            reason = self._tell(case, label(one), step, error)
+            self._in_vain.update(names)
             for missing in names:
                 if not journal.found(missing):
                     journal.add(missing, step, failed=reason)
             raise _Failed from None
+
+    def _needs(self, editor):
+        if self.only not in (None, editor):
+            raise _Later
 
     def _arm(self, journal, case, one):
         """Every step of one arm of one picture."""
@@ -366,8 +383,10 @@ class Runner:
         sha256 = case.record["sha256"]
         if one["method"]:
             key = immunize_name(self.asked, case.record, one)
-            row = journal.found(key) or self._step(journal, case, one, "immunize", [key], self._immunize, journal, case, one,
-                                                   key)
+            row = journal.found(key)
+            if not row:
+                self._needs(one["source"])
+                row = self._step(journal, case, one, "immunize", [key], self._immunize, journal, case, one, key)
             sha256 = row["sha256"]
         if one["attack"]:
             key = attack_name(self.asked, one, sha256)
@@ -397,6 +416,8 @@ class Runner:
         """The names of the edited pictures, in the prompts' order; those that are missing are made in one batch."""
         names = [edit_name(self.asked, one, sha256, prompt, seed) for prompt in prompts]
         missing = list({key: prompt for key, prompt in zip(names, prompts, strict=True) if not journal.found(key)}.items())
+        if missing:
+            self._needs(one["target"])
         size = self.batch or len(missing) or 1
         for part in (missing[start:start + size] for start in range(0, len(missing), size)):
             self._step(journal, case, one, "edit", [key for key, _ in part], self._edit, journal, one, sha256, part, seed)
@@ -452,10 +473,9 @@ class Runner:
 
 def reason_of(error, step):
     """Why a step failed, in one sentence that is the same for the same reason: allocators count bytes at length."""
-    text = cli.sentence(error)
-    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "DefaultCPUAllocator" in text:
+    if memory.is_short(error):
         return "out of memory" + ("; --edit-batch 1 edits one at a time" if step == "edit" else "")
-    return text
+    return cli.sentence(error)
 
 
 def distances(dist, ref, wanted, device, lpips):

@@ -5,6 +5,7 @@ import csv
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -251,11 +252,57 @@ def test_shares_and_ranks_give_the_table_of_one_process(run, calls, capsys, monk
         monkeypatch.setenv("RANK", rank)
         assert run("white-box", "-o", "ranks") == cli.OK
         assert calls.count_of("immunize photoguard-encoder") == 1
-
-    def timeless(text):
-        rows = [line.split(",") for line in text.splitlines()]
-        return [[value for key, value in zip(rows[0], row, strict=True) if key != "seconds"] for row in rows]
     assert timeless(table(capsys, "--format", "csv", folder="ranks")) == timeless(whole)
+
+
+def timeless(text):
+    """The rows of a CSV without the column of seconds."""
+    rows = [line.split(",") for line in text.splitlines()]
+    return [[value for key, value in zip(rows[0], row, strict=True) if key != "seconds"] for row in rows]
+
+
+def test_torchrun_gives_the_table_of_one_process(run, capsys, loaded, tmp_path):
+    """Two ranks by torch's own launcher, started as its users start it."""
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run([*launcher, *command("--editor", next(iter(loaded)))[2:]], cwd=tmp_path, env=surroundings,
+                          capture_output=True, text=True)
+    assert done.returncode == cli.OK, done.stderr
+    assert done.stdout.count("white-box on tiny0: 1 pictures of 2 done") == 2
+    run("white-box", "-o", "whole")
+    assert timeless(table(capsys, "--format", "csv")) == timeless(table(capsys, "--format", "csv", folder="whole"))
+
+
+def test_killed_again_and_again_at_any_moment(run, calls, capsys):
+    """Two processes at work, both killed without warning, four times over: the table is that of a run that nobody disturbed,
+    and nothing was done twice."""
+    assert run("white-box", "-o", "whole") == cli.OK
+    whole, moments = table(capsys, "--format", "csv", folder="whole"), random.Random(5)
+    for goal in sorted(moments.sample(range(3, 70), 4)):     # of 100 steps
+        both = [os.fork() for _ in range(2)]
+        if 0 in both:
+            try:
+                torch.set_num_threads(1)                     # a fork has none of its parent's threads
+                run("white-box")
+            finally:
+                os._exit(0)
+        while len(lines()) < goal and not any(os.waitpid(child, os.WNOHANG)[0] for child in both):
+            time.sleep(0.002)
+        time.sleep(moments.random() / 50)
+        for child in both:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+        assert goal <= len(lines()) < 100
+    assert run("white-box") == cli.OK and run("white-box") == cli.OK and calls == []
+    names = [row["name"] for rows in steps().values() for row in rows]
+    assert len(set(names)) == len(names) == 4 + 36 + 24 + 36
+    assert timeless(table(capsys, "--format", "csv")) == timeless(whole)
+
+
+def lines(folder="out"):
+    """All that journals hold, whole or not."""
+    return [line for path in Path(folder, "steps").glob("*.jsonl") for line in path.read_bytes().split(b"\n") if line]
 
 
 @pytest.mark.parametrize("shard, environment, expected", [
@@ -404,6 +451,46 @@ def test_transfer_goes_both_ways(run, calls, loaded, capsys):
     names = [Path(name).name for name in loaded]
     assert pairs == {tuple(names), tuple(names[::-1])}
     assert f"Transfer: {names[0]} → {names[1]}" in table(capsys)
+
+
+def test_large_editors_take_turns_in_transfer(run, capsys, loaded, monkeypatch):
+    """No editor is used between two uses of another but once, it is let go of in between, and the table is the same."""
+    first, second = loaded
+    assert run("transfer", "--other", second) == cli.OK
+    expected, used = table(capsys, "--format", "csv"), []
+    monkeypatch.setattr(evaluate, "_small", lambda editors: False)
+    monkeypatch.setattr(editors, "load_editor", lambda source, **options: used.append(f"load {source}") or loaded[source])
+    immunize = protocol.immunize
+
+    def immunizing(image, editor, prompts, *, method, **options):
+        if method != protocol.NOISE:
+            used.append(editor.name)
+        return immunize(image, editor, prompts, method=method, **options)
+    monkeypatch.setattr(protocol, "immunize", immunizing)
+    for editor in loaded.values():
+        monkeypatch.setattr(editor, "edit", lambda *given, name=editor.name, edit=editor.edit, **options: (
+            used.append(name), edit(*given, **options))[1])
+    assert run("transfer", "--other", second, "-o", "turns") == cli.OK
+    order = [name for name, before in zip(used, [None, *used], strict=False) if name != before]
+    load = [f"load {name}" for name in (first, second)]
+    assert order == [*load, *load, first, load[0], second, load[1], first, load[0]]
+    assert timeless(table(capsys, "--format", "csv", folder="turns")) == timeless(expected)
+    Path("turns/steps").rename("turns/before")
+    monkeypatch.setattr(protocol, "immunize", broken := Broken())
+    assert run("transfer", "--other", second, "-o", "turns") == cli.SOME_FAILED
+    assert broken.tried == 2 * 3                             # noise, and the method for either editor; each once
+    told = capsys.readouterr().err
+    assert told.count("miniature-001, photoguard-encoder, made for") == 2 * 2
+
+
+class Broken:
+    """An immunization for which there is no memory."""
+
+    tried = 0
+
+    def __call__(self, *_, **__):
+        self.tried += 1
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
 def test_robustness_attacks_every_arm_and_leaves_out_what_does_not_apply(run, calls, capsys):
