@@ -8,11 +8,11 @@ The two sides take turns in one process; a ratio is ours over theirs within a ro
 the rounds. Memory is what a call holds at its worst moment over what rested before it. What is not measured says so.
 """
 
+import argparse
 import contextlib
-import gc
 import json
 import os
-import statistics
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -20,232 +20,80 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
-from torch.utils import flop_counter
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from bench_peers import DTYPES, PROMPTS, Naive, Ours, peer_lacks, picture, weights  # noqa: E402
+from bench_measuring import (  # noqa: E402
+    KINDS,
+    Stages,
+    Watch,
+    agreement,
+    cells,
+    clock,
+    compared,
+    count_flops,
+    figure,
+    heads,
+    mebibytes,
+    meter,
+    one_round,
+    over,
+    peak_rates,
+    percent,
+    profile,
+    read_from_disk,
+    save,
+    status,
+    table,
+)
+from bench_peers import (  # noqa: E402
+    DTYPES,
+    PROMPTS,
+    Naive,
+    Ours,
+    peer_lacks,
+    picture,
+    pipeline_class,
+    pipeline_contexts,
+    pipeline_networks,
+    read_networks,
+    weights,
+)
 
+from sifm_min import memory  # noqa: E402
 from sifm_min.editors import load_editor  # noqa: E402
-
-# ----------------------------------------------------------------------------------------------------------- measuring
-
-def status(*keys):
-    """Bytes of this process by /proc, in that order; None where there is no such file."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return [int(lines[key].split()[0]) * 1024 for key in keys]
-    except (OSError, KeyError):
-        return [None] * len(keys)
-
-
-def measured(call, device):
-    """{"wall", "cpu": seconds, "memory": bytes at the worst moment over those at rest, or None; "value"} of a call."""
-    gc.collect()
-    cuda, rest = device.startswith("cuda"), None
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        rest = torch.cuda.memory_allocated()
-    else:
-        with contextlib.suppress(OSError):                   # elsewhere than on Linux
-            Path("/proc/self/clear_refs").write_text("5")    # the peak begins anew
-            (rest,) = status("VmRSS")
-    wall, cpu = time.perf_counter(), time.process_time()
-    value = call()
-    if cuda:
-        torch.cuda.synchronize()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    peak = torch.cuda.max_memory_allocated() if cuda else status("VmHWM")[0]
-    return {"wall": wall, "cpu": cpu, "memory": None if None in (rest, peak) else peak - rest, "value": value}
-
-
-def clock(args):
-    """Which of the two times is looked at: a thread's own on a shared CPU, else the wall's."""
-    return "cpu" if args.device == "cpu" and args.threads == 1 else "wall"
-
-
-def meter(args):
-    if args.device.startswith("cuda"):
-        return lambda: torch.cuda.synchronize() or time.perf_counter()
-    return time.process_time if clock(args) == "cpu" else time.perf_counter
-
-
-def peak_rates(args, dtype):
-    """FLOP/s of this machine as it is now: the best of a few large matrix products, and of a few 3x3 convolutions."""
-    cuda = args.device.startswith("cuda")
-    side, batch = (8192, 16) if cuda else (1536, 1)
-    make = partial(torch.ones, device=args.device, dtype=dtype)
-    now, best = meter(args), {"mm": 0.0, "conv": 0.0}
-    cases = [("mm", torch.mm, make(side, side), make(side, side), 2 * side**3)]
-    for channels, size in ((128, 128), (256, 64), (512, 32)):
-        for layout in (torch.contiguous_format, torch.channels_last):
-            cases.append(("conv", partial(F.conv2d, padding=1), make(batch, channels, size, size).to(memory_format=layout),
-                          make(channels, channels, 3, 3).to(memory_format=layout), 18 * batch * (channels * size) ** 2))
-    with torch.no_grad():
-        for kind, call, a, b, flops in cases:
-            for _ in range(6):
-                start = now()
-                call(a, b)
-                best[kind] = max(best[kind], flops / max(now() - start, 1e-9))
-    return best
-
-
-class Stages:
-    """While it is entered, splits a step of ours over its stages, by what `meter` counts: seconds, or FLOPs."""
-
-    def __init__(self, ours, meter):
-        self.ours, self.meter, self.spent, self.stage = ours, meter, {}, "other"
-
-    def during(self, stage, call):
-        def run(*args, **options):
-            name = stage or ("VAE backward" if self.stage == "other" else "denoiser backward")
-            before = self.enter(name)
-            try:
-                return call(*args, **options)
-            finally:
-                self.enter(before)
-        return run
-
-    def enter(self, stage):
-        now = self.meter()
-        self.spent[self.stage] = self.spent.get(self.stage, 0) + now - self.at
-        before, self.at, self.stage = self.stage, now, stage
-        return before
-
-    def __enter__(self):
-        ours, editor = self.ours, self.ours.editor
-        self.before = torch.autograd.grad, ours.objective
-        editor.encode, editor.features = (self.during(name, call) for name, call in (
-            ("VAE forward", editor.encode), ("denoiser forward", editor.features)))
-        ours.objective = self.during("objective", ours.objective)
-        torch.autograd.grad = self.during(None, torch.autograd.grad)     # inside the objective the denoiser's, then the VAE's
-        self.at = self.meter()
-        return self
-
-    def __exit__(self, *error):
-        self.enter("other")
-        torch.autograd.grad, self.ours.objective = self.before
-        del self.ours.editor.encode, self.ours.editor.features
-        self.spent["other"] += self.spent.pop("objective", 0)
-
-
-def count_flops(ours, x):
-    """{stage: FLOPs} of one step: matrix products, convolutions and attention, as torch counts them."""
-    aten = torch.ops.aten
-    fused = {}                                               # which torch counts on GPUs alone
-    if hasattr(aten, "_scaled_dot_product_flash_attention_for_cpu"):
-        def forward(q, k, v, *args, out_shape=None, **options):
-            return flop_counter.sdpa_flop_count(q, k, v)
-
-        def backward(gradient, q, k, v, *args, out_shape=None, **options):
-            return flop_counter.sdpa_backward_flop_count(gradient, q, k, v)
-
-        fused = {aten._scaled_dot_product_flash_attention_for_cpu: forward,
-                 aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}
-    with flop_counter.FlopCounterMode(display=False, custom_mapping=fused) as counter, \
-            Stages(ours, counter.get_total_flops) as stages:
-        ours(x, 0)
-    return stages.spent
-
-
-KINDS = {"attention": ("attention", "flash", "softmax"), "convolution": ("conv",), "matrix product": ("mm", "linear"),
-         "normalisation": ("norm",), "copies and layout": ("copy", "clone", "cat", "fill", "zero", "pad", "empty")}
-
-
-def profile(ours, x, device):
-    """({kind of operation: share of the time}, [(operation that is no convolution or matrix product, share), ...])."""
-    from torch.profiler import ProfilerActivity
-    cuda = device.startswith("cuda")
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU] +
-                                [ProfilerActivity.CPU] * cuda) as found:
-        ours(x, 0)
-    spent = {}
-    for event in found.key_averages():
-        name = event.key.removeprefix("aten::")
-        spent[name] = spent.get(name, 0) + (event.self_device_time_total if cuda else event.self_cpu_time_total)
-    total, shares, lost = sum(spent.values()) or 1, dict.fromkeys((*KINDS, "element-wise and other"), 0.0), []
-    for name, time_spent in sorted(spent.items(), key=lambda item: -item[1]):
-        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "element-wise and other")
-        shares[kind] += time_spent / total
-        if kind not in ("attention", "convolution", "matrix product"):
-            lost.append((name, time_spent / total))
-    return shares, lost[:8]
-
-
-def agreement(a, b):
-    """(cosine, share of equal signs) of two gradients."""
-    a, b = (g.double().flatten().cpu() for g in (a, b))
-    return F.cosine_similarity(a, b, dim=0).item(), (a.sign() == b.sign()).double().mean().item()
-
-
-def table(head, rows):
-    """Print rows as Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    print("\n" + "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines), flush=True)
-
-
-def figure(value, digits=2):
-    return "not measured" if value is None else f"{value:.{digits}f}"
-
-
-def mebibytes(value):
-    return figure(None if value is None else value / 2**20, 0)
-
-
-def percent(value):
-    return "not measured" if value is None else f"{100 * value:.1f} %"
-
-
-def middle(values):
-    """The median; None where something was not measured."""
-    values = list(values)
-    return None if not values or None in values else statistics.median(values)
-
-
-def over(a, b):
-    return a / b if a is not None and b else None
-
-
-def save(args, found):
-    found |= {"command": " ".join(["python", "tools/bench.py", *args.argv]), "torch": torch.__version__,
-              "threads": torch.get_num_threads(), "device": torch.cuda.get_device_name() if "cuda" in args.device else "cpu",
-              "malloc_mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_")}
-    if args.device == "cpu":
-        print("\nNothing here was measured on a GPU.")
-    if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
-    return found
 
 # ---------------------------------------------------------------------------------------------------------------- step
 
 def bench_step(args):
     with weights(args) as (folder, name):
         editor, lacking, peer = open_sides(args, folder)
-        pixels, x = (each.to(args.device) for each in picture(sides_of(editor, args)))
-        taps = list(args.taps or (["mid_block"] if "mid_block" in editor.tap_names else editor.default_taps))
+        pixels, x = (each.to(args.device) for each in picture(size_of(editor, args)))
+        taps = taps_of(editor, args)
         if not lacking and (odd := [tap for tap in taps if tap.endswith(".probs")]):
             lacking = f"{odd[0]} is no module of diffusers'"
         with torch.no_grad():
             contexts = editor.contexts([PROMPTS[i % len(PROMPTS)] + i // len(PROMPTS) * " again" for i in range(args.prompts)])
         rates = {dtype: peak_rates(args, dtype) for dtype in {editor.dtype, editor.vae_dtype}}
-        pairs = {}
+        pairs, options = {}, dict(args.option)
+        batch = options.pop("batch", None)
         for count in args.timesteps:
             T = editor.timesteps(count)
-            pairs[count] = [Ours(editor, pixels, contexts, T, taps, **dict(args.option))]
+
+            def ours(plan, T=T):
+                made = Ours(editor, pixels, contexts, T, taps, plan, **options)
+                for n in range(args.prompts):                # the original's activations, which later steps have
+                    made(x, n)
+                return made
+
+            pairs[count] = [memory.run(ours, args.memory, editor, len(T), batch)[0]]
             if not lacking:
                 pairs[count].append(Naive(*peer).prepare(pixels, contexts, T, taps))
-            for n in range(args.prompts):                    # the original's activations, which later steps have
-                pairs[count][0](x, n)
-            if count == args.timesteps[0]:
-                for side in pairs[count][1:]:
-                    side(x, 0)
+                if count == args.timesteps[0]:
+                    pairs[count][1](x, 0)
         rounds = {count: [] for count in args.timesteps}
         for i in range(args.repeat):
             for count, pair in pairs.items():
-                turn = pair if i % 2 == 0 else pair[::-1]
-                found = {side: measured(partial(side, x, i), args.device) for side in turn}
-                rounds[count].append([found[side] for side in pair])
+                rounds[count].append(one_round([partial(side, x, i) for side in pair], i, args))
         found = {"bench": "step", "editor": name, "size": pixels.shape[-1], "taps": taps, "prompts": args.prompts,
                  "dtype": args.dtype, "options": dict(args.option), "peer": lacking or f"naive, {args.peer_dtype}",
                  "clock": clock(args), "peak_gflops": {str(dtype).removeprefix("torch."): {
@@ -254,29 +102,31 @@ def bench_step(args):
         return tell_step(args, found)
 
 
-def sides_of(editor, args):
+def size_of(editor, args):
     """The side of the picture: of a miniature its own, whatever was asked for."""
     if args.size and not editor.is_miniature:
         editor.defaults = replace(editor.defaults, size=max(args.size, 512))
     return max(editor.frame(*[args.size or editor.working_size] * 2))
 
 
-def open_sides(args, folder):
-    """(our editor, why there is no peer or "", the arguments of `Naive`)."""
+def taps_of(editor, args):
+    return list(args.taps or (["mid_block"] if "mid_block" in editor.tap_names else editor.default_taps))
+
+
+def open_sides(args, folder, networks=True):
+    """(our editor, why there is no peer or "", the arguments of `Naive` if they are wanted and there is one)."""
     editor = load_editor(folder, device=args.device, dtype=DTYPES[args.dtype])
     lacking = "asked for ours alone" if args.alone else peer_lacks(editor)
     if lacking:
-        print(f"ours alone: {lacking}")
-    return editor, lacking, None if lacking else Naive.networks(folder, DTYPES[args.peer_dtype], args.device)
+        print(f"Ours alone: {lacking}.")
+    return editor, lacking, None if lacking or not networks else read_networks(folder, DTYPES[args.peer_dtype], args.device)
 
 
 def one_count(args, ours, x, rounds, rates):
     """What was found for one number of timesteps."""
     own = clock(args)
-    found = {side: {key: middle(pair[i][key] for pair in rounds) for key in ("cpu", "wall", "memory")}
-             for i, side in enumerate(("ours", "peer")[:len(rounds[0])])}
+    found = {"plan": str(ours.plan), **compared(rounds)}
     if "peer" in found:
-        found["ratio"] = {key: middle(over(a[key], b[key]) for a, b in rounds) for key in ("cpu", "wall", "memory")}
         found["cosine"], found["same_sign"] = agreement(*(one["value"] for one in rounds[0]))
     if args.profile:
         with Stages(ours, meter(args)) as stages:
@@ -292,21 +142,15 @@ def one_count(args, ours, x, rounds, rates):
 
 
 def tell_step(args, found):
-    own = found["clock"]
     print(f"\n{found['editor']}, {found['size']}x{found['size']}, taps {', '.join(found['taps'])}, {found['prompts']} "
           f"prompt(s), {found['dtype']} (VAE float32); peer: {found['peer']}")
     print("this machine's peak, GFLOP/s: " + "; ".join(
         f"{dtype} matrix product {best['mm']:.0f}, 3x3 convolution {best['conv']:.0f}"
         for dtype, best in found["peak_gflops"].items()))
-    rows = []
-    for count, one in found["timesteps"].items():
-        ratio = one.get("ratio", {})
-        rows.append([count, figure(one["ours"][own]), *(figure(value) for value in (
-            one.get("peer", {}).get(own), ratio.get(own), ratio.get("wall"))), mebibytes(one["ours"]["memory"]),
-            mebibytes(one.get("peer", {}).get("memory")), figure(ratio.get("memory")), figure(one.get("cosine"), 6),
-            figure(one.get("same_sign"), 5)])
-    table(["timesteps", f"ours, {own} s", "peer", "ratio", "ratio, wall", "ours, MiB over the weights", "peer", "ratio",
-           "cosine", "same sign"], rows)
+    own = found["clock"]
+    table(["timesteps", *heads(own), "cosine", "same sign", "ours runs"], [
+        [count, *cells(one, own), figure(one.get("cosine"), 6), figure(one.get("same_sign"), 5), one["plan"]]
+        for count, one in found["timesteps"].items()])
     if args.profile:
         names = ["VAE forward", "denoiser forward", "denoiser backward", "VAE backward", "other"]
         table(["timesteps", *names, "GFLOP", "floor, s", "of it reached"],
@@ -318,6 +162,130 @@ def tell_step(args, found):
                 ", ".join(f"{name} {percent(share)}" for name, share in one["lost_to"])]
                for count, one in found["timesteps"].items()])
     return save(args, found)
+
+
+# ---------------------------------------------------------------------------------------------------------------- edit
+
+def bench_edit(args):
+    with weights(args) as (folder, name):
+        editor, lacking, _ = open_sides(args, folder, networks=False)
+        pixels, options = picture(size_of(editor, args))[0], {"guidance": editor.defaults.guidance}
+        for option in ("image_guidance", "strength"):
+            if option in editor.OPTIONS:
+                options[option] = getattr(editor.defaults, option)
+
+        def ours():
+            with torch.no_grad():
+                return editor.sample(pixels, PROMPTS[:1], seeds=[0], steps=args.steps, **options).clamp(0, 1)
+
+        pair = [ours] + ([] if lacking else [pipeline_edit(folder, args, pixels, options)])
+        values = [call() for call in pair]                   # which warms both up
+        rounds = [one_round(pair, i, args) for i in range(args.repeat)]
+        found = {"bench": "edit", "editor": name, "size": pixels.shape[-1], "steps": args.steps, **options,
+                 "dtype": args.dtype, "peer": lacking or f"diffusers' pipeline, {args.peer_dtype}", "clock": clock(args),
+                 "rounds": args.repeat, **compared(rounds)}
+        if not lacking:
+            found["apart"] = (values[0].float().cpu() - values[1].float().cpu()).abs().max().item()
+        print(f"\n{name}, {found['size']}x{found['size']}, {args.steps} steps, {args.dtype} (VAE float32); "
+              f"peer: {found['peer']}")
+        table([*heads(clock(args)), "pictures differ by"], [[*cells(found, clock(args)), figure(found.get("apart"), 6)]])
+        return save(args, found)
+
+
+def pipeline_edit(folder, args, pixels, options):
+    """The same edit by diffusers' pipeline, ready to be called."""
+    import diffusers
+    kind = "StableDiffusion3Img2ImgPipeline" if "strength" in options else "StableDiffusionInstructPix2PixPipeline"
+    pipeline = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=DTYPES[args.peer_dtype]).to(args.device)
+    pipeline.set_progress_bar_config(disable=True)
+    named = {"guidance": "guidance_scale", "image_guidance": "image_guidance_scale"}
+    options = {named.get(name, name): value for name, value in options.items()}
+    if "strength" in options:
+        options |= {"height": pixels.shape[2], "width": pixels.shape[3]}
+    return lambda: pipeline(PROMPTS[0], image=pixels, num_inference_steps=args.steps, output_type="pt",
+                            generator=torch.Generator().manual_seed(0), **options).images
+
+
+# ---------------------------------------------------------------------------------------------------------------- load
+
+def bench_load(args):
+    if args.side:
+        return one_side(args)
+    with weights(args) as (folder, name):
+        editor, lacking, _ = open_sides(args, folder, networks=False)
+        args.size, taps, timestep = size_of(editor, args), taps_of(editor, args), editor.timesteps(1).item()
+        del editor                                           # nothing of the files may stay in memory
+        sides, rounds = ["ours"] if lacking else ["ours", "peer"], []
+        for i in range(args.repeat):
+            order = sides if i % 2 == 0 else sides[::-1]
+            found = {side: in_new_process(args, folder, side, taps, timestep) for side in order}
+            rounds.append([found[side] for side in sides])
+        keys = list(rounds[0][0])
+        found = {"bench": "load", "editor": name, "size": args.size, "taps": taps, "dtype": args.dtype, "rounds": args.repeat,
+                 "peer": lacking or f"from_pretrained of the pipeline and one naive step, {args.peer_dtype}",
+                 **compared(rounds, keys)}
+        print(f"\n{name}: cold files to the first SIFM step, one timestep at {args.size}x{args.size}, taps {', '.join(taps)}, "
+              f"{args.dtype}, every side in a new process; peer: {found['peer']}")
+        table(["", *sides, *([] if lacking else ["ratio"])], [
+            [key if key.startswith("seconds") else f"{key}, MiB",
+             *(figure(found[side][key]) if key.startswith("seconds") else mebibytes(found[side][key]) for side in sides),
+             *([] if lacking else [figure(found["ratio"][key])])] for key in keys])
+        return save(args, found)
+
+
+def in_new_process(args, folder, side, taps, timestep):
+    """What `one_side` finds, after the files' pages were dropped from memory, and the seconds with Python's own start."""
+    if hasattr(os, "posix_fadvise"):
+        for path in (path for path in Path(folder).rglob("*") if path.is_file()):
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    options = {"side": side, "editor": folder, "size": args.size, "dtype": args.dtype, "peer-dtype": args.peer_dtype,
+               "device": args.device, "threads": args.threads, "taps": ",".join(taps), "timestep": timestep}
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name("bench.py")), "load",
+                           *(f"--{name}={value}" for name, value in options.items())], text=True, stdout=subprocess.PIPE)
+    if done.returncode:
+        raise SystemExit(f"the process of {side} ended with {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1]) | {"seconds with imports": time.perf_counter() - started}
+
+
+def one_side(args):
+    """In a process of its own: load the editor in args.editor, take one SIFM step, and print what that cost as JSON."""
+    folder, T = Path(args.editor), torch.tensor([args.timestep])
+    pixels, x = (each.to(args.device) for each in picture(args.size))
+    if args.side == "ours":
+        def load():
+            return load_editor(folder, device=args.device, dtype=DTYPES[args.dtype])
+
+        def step(editor):
+            size_of(editor, args)
+            with torch.no_grad():
+                contexts = editor.contexts(PROMPTS[:1])
+            (plan, *_) = memory.plans("auto", editor, 1)
+            return Ours(editor, pixels, contexts, T, args.taps, plan)(x, 0)
+    else:
+        kind = pipeline_class(folder)
+
+        def load():
+            return kind.from_pretrained(folder, torch_dtype=DTYPES[args.peer_dtype]).to(args.device)
+
+        def step(pipeline):
+            return Naive(*pipeline_networks(pipeline, folder)).prepare(pixels, pipeline_contexts(pipeline, PROMPTS[0]), T,
+                                                                       args.taps)(x, 0)
+    imported, read = status("VmHWM")[0], read_from_disk()
+    with Watch() as watch:
+        started, cpu = time.perf_counter(), time.process_time()
+        loaded = load()
+        seconds, at_load = time.perf_counter() - started, status("VmHWM")[0]
+        step(loaded)
+        whole, cpu = time.perf_counter() - started, time.process_time() - cpu
+    peak = status("VmHWM")[0]
+    print(json.dumps({
+        "seconds to the first step": whole, "seconds of it loading": seconds, "seconds of CPU": cpu,
+        "peak memory": peak, "of it anonymous": watch.anonymous, "of it mapped": watch.mapped,
+        "most anonymous at any time": watch.most_anonymous, "peak while loading": at_load, "after the imports": imported,
+        "read from disk": None if read is None else read_from_disk() - read,
+        "GPU peak": torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else None}))
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -347,6 +315,7 @@ def add(commands, shared):
         made.add_argument("--size", type=int, default=256, help="side of the picture (default: 256)")
         made.add_argument("--dtype", default="float32", choices=DTYPES, help="of our denoiser (default: float32)")
         made.add_argument("--peer-dtype", default="float32", choices=DTYPES, help="of all that the peer has")
+        made.add_argument("--taps", type=lambda text: text.split(","), help="default: mid_block; of a transformer its own")
         made.add_argument("--alone", action="store_true", help="without the peer")
         made.add_argument("--json", metavar="FILE", help="write everything found there")
         return made
@@ -355,6 +324,11 @@ def add(commands, shared):
     made.add_argument("--timesteps", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 10],
                       help="how many, comma-separated (default: 1,4,10)")
     made.add_argument("--prompts", type=int, default=1)
-    made.add_argument("--taps", type=lambda text: text.split(","), help="default: mid_block; of a transformer its own")
+    made.add_argument("--memory", choices=memory.MEMORY, default="auto", help="our plan, as of `immunize` (default: auto)")
     made.add_argument("--option", type=option, action="append", default=[], metavar="NAME=VALUE", help="of `sifm`, as batch=2")
     made.add_argument("--no-profile", dest="profile", action="store_false", help="times, memory and agreement alone")
+    made = command("edit", bench_edit, "an edit, beside diffusers' pipeline", repeat=3)
+    made.add_argument("--steps", type=int, default=4, help="denoising steps (default: 4)")
+    made = command("load", bench_load, "cold files to the first SIFM step, beside diffusers' pipeline", repeat=3)
+    made.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    made.add_argument("--timestep", type=int, help=argparse.SUPPRESS)

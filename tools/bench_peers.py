@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import tempfile
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -76,8 +77,10 @@ def write_editor(folder, kind, dtype=torch.float32, networks=None):
     """An editor of that kind with random weights, in the published layout, which diffusers reads as well."""
     networks = networks or FULL[kind]
     index = {"_class_name": PIPELINES[kind], "scheduler": ["diffusers", SCHEDULERS[kind]["_class_name"]]}
-    index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False} \
-        if kind == "instruct-pix2pix" else {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    absent = {"instruct-pix2pix": ("safety_checker", "feature_extractor", "image_encoder"),
+              "sd3": ("text_encoder_3", "tokenizer_3", "feature_extractor", "image_encoder")}[kind]
+    index |= {"requires_safety_checker": False} if "safety_checker" in absent else {}
+    index |= {component: [None, None] for component in absent}
     files = {"scheduler/scheduler_config.json": SCHEDULERS[kind]}
     generator = torch.Generator().manual_seed(0)
     for component, (network, theirs, config) in networks.items():
@@ -153,13 +156,14 @@ def picture(size):
 class Ours:
     """One SIFM step of ours, as `pgd` takes it: objective, and the gradient to the pixels."""
 
-    def __init__(self, editor, original, contexts, timesteps, taps, **options):
-        self.editor = editor
+    def __init__(self, editor, original, contexts, timesteps, taps, plan, **options):
+        self.editor, self.plan = editor, plan
         options = {"reduction": "relative", **options}       # what `Naive` does
         self.objective = sifm(editor, original, contexts, generator=torch.Generator().manual_seed(1), lam=LAM,
-                              timesteps=timesteps, taps=taps, **options)
+                              timesteps=timesteps, taps=taps, batch=plan.batch, **options)
 
     def __call__(self, x, step):
+        self.editor.checkpointing = self.plan.checkpointing
         x = x.detach().requires_grad_(True)
         loss, _ = self.objective(x, step)
         return torch.autograd.grad(loss, x)[0]
@@ -171,22 +175,6 @@ class Naive:
 
     def __init__(self, vae, denoiser, alphas_cumprod=None):
         self.vae, self.denoiser, self.alphas_cumprod = vae, denoiser, alphas_cumprod        # None: rectified flow
-
-    @classmethod
-    def networks(cls, folder, dtype, device):
-        """(VAE, denoiser, alphas_cumprod) of a folder."""
-        import diffusers
-        index = json.loads((folder / "model_index.json").read_text())
-        kind, component = ("UNet2DConditionModel", "unet") if "unet" in index else ("SD3Transformer2DModel", "transformer")
-        denoiser = getattr(diffusers, kind).from_pretrained(folder / component, torch_dtype=dtype).to(device)
-        vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).to(device)
-        return vae, denoiser, (cls.schedule(folder) if component == "unet" else None)
-
-    @staticmethod
-    def schedule(folder):
-        from diffusers import DDPMScheduler
-        config = json.loads((Path(folder) / "scheduler" / "scheduler_config.json").read_text())
-        return DDPMScheduler.from_config({k: v for k, v in config.items() if k.startswith(("beta", "trained"))}).alphas_cumprod
 
     def prepare(self, original, contexts, timesteps, taps):
         """What holds for all steps: timesteps, noise (of ours' seed), and the original's activations."""
@@ -240,14 +228,64 @@ def keep(found, name, module, given, output):
     found[name] = output if isinstance(output, torch.Tensor) else output[0 if name.endswith(".context") else -1]
 
 
+def read_networks(folder, dtype, device):
+    """(VAE, denoiser, alphas_cumprod) of a folder: what `Naive` takes."""
+    import diffusers
+    component = "unet" if (folder / "unet").exists() else "transformer"
+    kind = {"unet": "UNet2DConditionModel", "transformer": "SD3Transformer2DModel"}[component]
+    denoiser = getattr(diffusers, kind).from_pretrained(folder / component, torch_dtype=dtype).to(device)
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).to(device)
+    return vae, denoiser, alphas_cumprod(folder)
+
+
+def alphas_cumprod(folder):
+    """Of the schedule that a U-Net was trained by; None for a transformer, which rectified flow trained."""
+    from diffusers import DDPMScheduler
+    if not (folder / "unet").exists():
+        return None
+    given = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    trained = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "rescale_betas_zero_snr")
+    return DDPMScheduler.from_config({key: given[key] for key in trained if key in given}).alphas_cumprod
+
+
+def pipeline_class(folder):
+    import diffusers
+    quiet()
+    return getattr(diffusers, json.loads((folder / "model_index.json").read_text())["_class_name"])
+
+
+def pipeline_networks(pipeline, folder):
+    """What `Naive` takes, of a pipeline."""
+    return pipeline.vae, pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer, alphas_cumprod(folder)
+
+
+@torch.no_grad()
+def pipeline_contexts(pipeline, prompt):
+    """A prompt's text context by a pipeline's own encoders, as a list of one."""
+    if hasattr(pipeline, "transformer"):
+        states, _, pooled, _ = pipeline.encode_prompt(prompt, None, None, do_classifier_free_guidance=False)
+        return [(states, pooled)]
+    ids = pipeline.tokenizer(prompt, padding="max_length", max_length=pipeline.tokenizer.model_max_length, truncation=True,
+                             return_tensors="pt").input_ids
+    return [pipeline.text_encoder(ids.to(pipeline.device))[0]]
+
+
+def quiet():
+    """Leaves diffusers' and transformers' bars and remarks out. ImportError where diffusers is not installed."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as others
+    for each in (logging, others):
+        each.set_verbosity_error()
+        each.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*torch_dtype")           # `dtype` is its name in newer releases alone
+
+
 def peer_lacks(editor):
     """Why diffusers cannot be compared with, or ''."""
     try:
-        from diffusers.utils import logging
+        quiet()
     except ImportError as error:
         return f"diffusers is not compared with: {error}"
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     latent = editor.vae.config.latent_channels
     channels = editor.unet.config.in_channels // 2 if hasattr(editor, "unet") else editor.config.in_channels
     if channels != latent or (editor.checkpoint and not (editor.checkpoint.folder / "model_index.json").exists()):

@@ -1,0 +1,123 @@
+"""The benches of editors run end to end on a CPU, and the naive step that ours is measured against is the same step."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+source = Path(__file__).resolve().parents[1] / "tools" / "bench.py"
+spec = importlib.util.spec_from_file_location("bench", source)
+bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench)
+import bench_editors  # noqa: E402  (bench.py puts its folder on the path)
+import bench_measuring  # noqa: E402
+import bench_peers  # noqa: E402
+
+SMALL_VAE = {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
+SMALL_CLIP = {"vocab_size": len(bench_peers.TOKENS), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "projection_dim": 16}
+SMALL = {
+    "instruct-pix2pix": {
+        "unet": {"block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": 16,
+                 "attention_head_dim": 2, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+                 "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]},
+        "vae": SMALL_VAE, "text_encoder": SMALL_CLIP},
+    "sd3": {
+        "transformer": {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16,
+                        "joint_attention_dim": 48, "pooled_projection_dim": 32, "pos_embed_max_size": 8},
+        "vae": SMALL_VAE, "text_encoder": SMALL_CLIP, "text_encoder_2": SMALL_CLIP},
+}
+TAPS = {"instruct-pix2pix": "mid_block,up_blocks.1.attentions.0", "sd3": "transformer_blocks.1.context,transformer_blocks.2"}
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def editor(request, tmp_path_factory):
+    """(kind, folder) of a small editor in the layout that the benches write at full size."""
+    pytest.importorskip("diffusers", reason="diffusers, which the benches compare with, is not installed")
+    full = bench_peers.FULL[request.param]
+    networks = {name: (network, theirs, {**config, **SMALL[request.param][name]})
+                for name, (network, theirs, config) in full.items()}
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, bench_peers.write_editor(folder, request.param, networks=networks)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys, editor):
+    """A bench of that editor, in this process: (what its JSON says, what it prints)."""
+    monkeypatch.setattr(bench_editors, "peak_rates", lambda args, dtype: {"mm": 1e10, "conv": 2e10})
+
+    def run(command, *options):
+        threads, file = torch.get_num_threads(), tmp_path / "found.json"
+        try:
+            bench.main([command, "--editor", str(editor[1]), "--size", "64", "--json", str(file), *options])
+        finally:
+            torch.set_num_threads(threads)
+        return json.loads(file.read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_the_naive_step_has_the_gradient_of_ours(run, editor):
+    found, out = run("step", "--repeat", "2", "--timesteps", "1,2", "--prompts", "2", "--taps", TAPS[editor[0]])
+    assert found["taps"] == TAPS[editor[0]].split(",")
+    one, two = found["timesteps"]["1"], found["timesteps"]["2"]
+    for each in (one, two):
+        assert each["cosine"] > 0.9999 and each["same_sign"] > 0.999
+        assert sum(each["stages"].values()) == pytest.approx(1) and sum(each["operations"].values()) == pytest.approx(1)
+        assert min(each["ours"]["cpu"], each["peer"]["cpu"], each["ratio"]["wall"]) > 0
+    assert "| timesteps | ours, cpu s | peer | ratio |" in out and "\n| 2 | " in out and "on a GPU" in out
+    # One pass of the VAE whatever the timesteps, and one of the denoiser for each.
+    for stage in ("VAE forward", "VAE backward"):
+        assert one["gflop"][stage] == two["gflop"][stage] > 0
+    assert two["gflop"]["denoiser forward"] > 1.5 * one["gflop"]["denoiser forward"] > 0
+    # The floor is of the given rates: 20 GFLOP/s for all of it.
+    assert one["floor"]["seconds"] == pytest.approx(sum(one["gflop"].values()) / 20)
+
+
+def test_the_edit_is_the_pipelines(run):
+    found, out = run("edit", "--repeat", "1", "--steps", "2")
+    assert found["apart"] < 1e-4 and found["ratio"]["cpu"] > 0
+    assert "| pictures differ by |" in out
+
+
+def test_loading_is_measured_on_both_sides(run, editor, monkeypatch, capsys):
+    class InThisProcess:
+        returncode = 0
+
+        def __init__(self, words, **options):
+            capsys.readouterr()
+            bench.main(words[2:])
+            self.stdout = capsys.readouterr().out
+
+    monkeypatch.setattr(bench_editors.subprocess, "run", InThisProcess)
+    found, out = run("load", "--repeat", "1")
+    for side in ("ours", "peer"):
+        assert 0 < found[side]["seconds of it loading"] < found[side]["seconds to the first step"]
+    assert "| seconds to the first step | " in out
+    if sys.platform == "linux":
+        assert found["ours"]["of it anonymous"] > 0 and found["peer"]["peak memory"] >= found["peer"]["peak while loading"]
+
+
+def test_without_diffusers_ours_is_measured_alone(run, monkeypatch):
+    def absent():
+        raise ImportError("No module named 'diffusers'")
+
+    monkeypatch.setattr(bench_peers, "quiet", absent)
+    found, out = run("step", "--repeat", "1", "--timesteps", "1", "--no-profile", "--dtype", "bfloat16", "--memory", "low")
+    assert found["peer"] == "diffusers is not compared with: No module named 'diffusers'" and found["peer"] in out
+    assert found["timesteps"]["1"].keys() == {"plan", "ours"}
+    assert "| not measured |" in out
+
+
+def test_memory_is_what_a_call_holds_at_its_worst_moment():
+    size = 64 * 2**20
+    if bench_measuring.measured(lambda: None, "cpu")["memory"] is None:
+        pytest.skip("this system does not tell a process' peak memory")
+
+    def call():
+        torch.ones(size, dtype=torch.uint8)                  # gone again before the call ends
+
+    assert abs(bench_measuring.measured(call, "cpu")["memory"] - size) < 0.1 * size

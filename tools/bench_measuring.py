@@ -1,0 +1,263 @@
+"""How the benches of editors measure: time, memory, the stages of a step, its FLOPs against the machine's, agreement."""
+
+import contextlib
+import gc
+import json
+import os
+import statistics
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.utils import flop_counter
+
+
+def status(*keys):
+    """Bytes of this process by /proc, in that order; None where there is no such file."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return [int(lines[key].split()[0]) * 1024 for key in keys]
+    except (OSError, KeyError):
+        return [None] * len(keys)
+
+
+def measured(call, device):
+    """{"wall", "cpu": seconds, "memory": bytes at the worst moment over those at rest, or None; "value"} of a call."""
+    gc.collect()
+    cuda, rest = device.startswith("cuda"), None
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        rest = torch.cuda.memory_allocated()
+    else:
+        with contextlib.suppress(OSError):                   # elsewhere than on Linux
+            Path("/proc/self/clear_refs").write_text("5")    # the peak begins anew
+            (rest,) = status("VmRSS")
+    wall, cpu = time.perf_counter(), time.process_time()
+    value = call()
+    if cuda:
+        torch.cuda.synchronize()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    peak = torch.cuda.max_memory_allocated() if cuda else status("VmHWM")[0]
+    return {"wall": wall, "cpu": cpu, "memory": None if None in (rest, peak) else peak - rest, "value": value}
+
+
+class Watch(threading.Thread):
+    """While it is entered, looks every few milliseconds how much memory this process holds, and of which kind."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.ended, self.most, self.anonymous, self.mapped, self.most_anonymous = threading.Event(), 0, None, None, None
+
+    def run(self):
+        while not self.ended.wait(0.005):
+            whole, anonymous, mapped = status("VmRSS", "RssAnon", "RssFile")
+            if whole is None:
+                return
+            self.most_anonymous = max(self.most_anonymous or 0, anonymous)
+            if whole > self.most:
+                self.most, self.anonymous, self.mapped = whole, anonymous, mapped
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *error):
+        self.ended.set()
+        self.join()
+
+
+def read_from_disk():
+    """Bytes that this process had to fetch from a disk, not from memory; None where the system does not tell."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+    return None
+
+
+def clock(args):
+    """Which of the two times is looked at: a thread's own on a shared CPU, else the wall's."""
+    return "cpu" if args.device == "cpu" and args.threads == 1 else "wall"
+
+
+def meter(args):
+    if args.device.startswith("cuda"):
+        return lambda: torch.cuda.synchronize() or time.perf_counter()
+    return time.process_time if clock(args) == "cpu" else time.perf_counter
+
+
+def peak_rates(args, dtype):
+    """FLOP/s of this machine as it is now: the best of a few large matrix products, and of a few 3x3 convolutions."""
+    cuda = args.device.startswith("cuda")
+    side, batch = (8192, 16) if cuda else (1536, 1)
+    make = partial(torch.ones, device=args.device, dtype=dtype)
+    now, best = meter(args), {"mm": 0.0, "conv": 0.0}
+    cases = [("mm", torch.mm, make(side, side), make(side, side), 2 * side**3)]
+    for channels, size in ((128, 128), (256, 64), (512, 32)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            cases.append(("conv", partial(F.conv2d, padding=1), make(batch, channels, size, size).to(memory_format=layout),
+                          make(channels, channels, 3, 3).to(memory_format=layout), 18 * batch * (channels * size) ** 2))
+    with torch.no_grad():
+        for kind, call, a, b, flops in cases:
+            for _ in range(6):
+                start = now()
+                call(a, b)
+                best[kind] = max(best[kind], flops / max(now() - start, 1e-9))
+    return best
+
+
+class Stages:
+    """While it is entered, splits a step of ours over its stages, by what `meter` counts: seconds, or FLOPs."""
+
+    def __init__(self, ours, meter):
+        self.ours, self.meter, self.spent, self.stage = ours, meter, {}, "other"
+
+    def during(self, stage, call):
+        def run(*args, **options):
+            name = stage or ("VAE backward" if self.stage == "other" else "denoiser backward")
+            before = self.enter(name)
+            try:
+                return call(*args, **options)
+            finally:
+                self.enter(before)
+        return run
+
+    def enter(self, stage):
+        now = self.meter()
+        self.spent[self.stage] = self.spent.get(self.stage, 0) + now - self.at
+        before, self.at, self.stage = self.stage, now, stage
+        return before
+
+    def __enter__(self):
+        ours, editor = self.ours, self.ours.editor
+        self.before = torch.autograd.grad, ours.objective
+        editor.encode, editor.features = (self.during(name, call) for name, call in (
+            ("VAE forward", editor.encode), ("denoiser forward", editor.features)))
+        ours.objective = self.during("objective", ours.objective)
+        torch.autograd.grad = self.during(None, torch.autograd.grad)     # inside the objective the denoiser's, then the VAE's
+        self.at = self.meter()
+        return self
+
+    def __exit__(self, *error):
+        self.enter("other")
+        torch.autograd.grad, self.ours.objective = self.before
+        del self.ours.editor.encode, self.ours.editor.features
+        self.spent["other"] += self.spent.pop("objective", 0)
+
+
+def count_flops(ours, x):
+    """{stage: FLOPs} of one step: matrix products, convolutions and attention, as torch counts them."""
+    aten = torch.ops.aten
+    fused = {}                                               # which torch counts on GPUs alone
+    if hasattr(aten, "_scaled_dot_product_flash_attention_for_cpu"):
+        def forward(q, k, v, *args, out_shape=None, **options):
+            return flop_counter.sdpa_flop_count(q, k, v)
+
+        def backward(gradient, q, k, v, *args, out_shape=None, **options):
+            return flop_counter.sdpa_backward_flop_count(gradient, q, k, v)
+
+        fused = {aten._scaled_dot_product_flash_attention_for_cpu: forward,
+                 aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=fused) as counter, \
+            Stages(ours, counter.get_total_flops) as stages:
+        ours(x, 0)
+    return stages.spent
+
+
+KINDS = {"attention": ("attention", "flash", "softmax"), "convolution": ("conv",), "matrix product": ("mm", "linear"),
+         "normalisation": ("norm",), "copies and layout": ("copy", "clone", "cat", "fill", "zero", "pad", "empty")}
+
+
+def profile(ours, x, device):
+    """({kind of operation: share of the time}, [(operation that is no convolution or matrix product, share), ...])."""
+    from torch.profiler import ProfilerActivity
+    cuda = device.startswith("cuda")
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU] +
+                                [ProfilerActivity.CPU] * cuda) as found:
+        ours(x, 0)
+    spent = {}
+    for event in found.key_averages():
+        name = event.key.removeprefix("aten::")
+        spent[name] = spent.get(name, 0) + (event.self_device_time_total if cuda else event.self_cpu_time_total)
+    total, shares, lost = sum(spent.values()) or 1, dict.fromkeys((*KINDS, "element-wise and other"), 0.0), []
+    for name, time_spent in sorted(spent.items(), key=lambda item: -item[1]):
+        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "element-wise and other")
+        shares[kind] += time_spent / total
+        if kind not in ("attention", "convolution", "matrix product"):
+            lost.append((name, time_spent / total))
+    return shares, lost[:8]
+
+
+def agreement(a, b):
+    """(cosine, share of equal signs) of two gradients."""
+    a, b = (g.double().flatten().cpu() for g in (a, b))
+    return F.cosine_similarity(a, b, dim=0).item(), (a.sign() == b.sign()).double().mean().item()
+
+
+def table(head, rows):
+    """Print rows as Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    print("\n" + "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines), flush=True)
+
+
+def figure(value, digits=2):
+    return "not measured" if value is None else f"{value:.{digits}f}"
+
+
+def mebibytes(value):
+    return figure(None if value is None else value / 2**20, 0)
+
+
+def percent(value):
+    return "not measured" if value is None else f"{100 * value:.1f} %"
+
+
+def middle(values):
+    """The median; None where something was not measured."""
+    values = list(values)
+    return None if not values or None in values else statistics.median(values)
+
+
+def over(a, b):
+    return a / b if a is not None and b else None
+
+
+def one_round(calls, i, args):
+    """What `measured` says of each call; every other round the last one goes first."""
+    order = list(enumerate(calls))
+    found = {n: measured(call, args.device) for n, call in (order if i % 2 == 0 else order[::-1])}
+    return [found[n] for n, _ in order]
+
+
+def compared(rounds, keys=("cpu", "wall", "memory")):
+    """{"ours", "peer", "ratio": {key: median over the rounds}}, of a ratio the median of the rounds' own ratios."""
+    found = {side: {key: middle(one[i][key] for one in rounds) for key in keys}
+             for i, side in enumerate(("ours", "peer")[:len(rounds[0])])}
+    if "peer" in found:
+        found["ratio"] = {key: middle(over(a[key], b[key]) for a, b in rounds) for key in keys}
+    return found
+
+
+def heads(own):
+    return [f"ours, {own} s", "peer", "ratio", "ratio, wall", "ours, MiB over the weights", "peer", "ratio"]
+
+
+def cells(found, own):
+    """The cells under `heads` of what `compared` found."""
+    ours, peer, ratio = (found.get(key, {}) for key in ("ours", "peer", "ratio"))
+    return [figure(ours[own]), figure(peer.get(own)), figure(ratio.get(own)), figure(ratio.get("wall")),
+            mebibytes(ours["memory"]), mebibytes(peer.get("memory")), figure(ratio.get("memory"))]
+
+
+def save(args, found):
+    found |= {"command": " ".join(["python", "tools/bench.py", *args.argv]), "torch": torch.__version__,
+              "threads": torch.get_num_threads(), "device": torch.cuda.get_device_name() if "cuda" in args.device else "cpu",
+              "malloc_mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_")}
+    if args.device == "cpu":
+        print("\nNothing here was measured on a GPU.")
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    return found
