@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import lru_cache
 from urllib.parse import quote
 
 import requests
@@ -531,10 +532,16 @@ def _encoded(parts):
             found.append(("text", part))
             continue
         pixels = part.convert("RGB")
-        file = io.BytesIO()
-        Image.frombytes("RGB", pixels.size, pixels.tobytes()).save(file, "PNG", compress_level=1)     # no EXIF, no profile
-        found.append(("image", base64.b64encode(file.getvalue()).decode("ascii")))
+        found.append(("image", _png(pixels.size, pixels.tobytes())))
     return found
+
+
+@lru_cache(maxsize=8)                                        # an original is sent with each of its edits, to every judge
+def _png(size, pixels):
+    """base64 of the PNG of RGB pixels: without EXIF, without a profile."""
+    file = io.BytesIO()
+    Image.frombytes("RGB", size, pixels).save(file, "PNG", compress_level=1)
+    return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def _picture_tokens(image):

@@ -186,8 +186,20 @@ def test_a_full_disk_loses_the_line_that_did_not_fit_and_no_other(tmp_path, monk
             ledger.append({"key": 2})
         assert caught.value.filename == str(path) and ledger.rows == [{"key": 1}]
         monkeypatch.undo()
+        ledger.append({"key": 3})                            # room again: not behind half of another line
     with Ledger(path) as ledger:
-        assert ledger.rows == [{"key": 1}] and ledger.repaired
+        assert ledger.rows == [{"key": 1}, {"key": 3}] and not ledger.repaired
+
+
+def test_a_full_disk_keeps_no_lock(tmp_path, monkeypatch):
+    def full(file, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "write", full)
+    with Ledger(tmp_path / "ledger.jsonl") as ledger, pytest.raises(OSError, match="No space"):
+        ledger.append({"key": 1})
+    monkeypatch.undo()
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        assert ledger.rows == [] and not ledger.repaired
 
 
 def test_each_line_is_on_the_disk_before_append_returns(tmp_path, monkeypatch):
