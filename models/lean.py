@@ -48,11 +48,14 @@ class _Convolution(torch.autograd.Function):
         return x_gradient, None, None, None, None
 
 
-def norm_silu(x: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
-    """SiLU(norm(x)), x (B, C, h, w). Kept are x and two numbers per group, where plain layers keep two more of x's size."""
-    if only_the_input(x, norm.weight, norm.bias):
-        return _NormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
-    return F.silu(norm(x))
+class NormSiLU(nn.GroupNorm):
+    """SiLU(norm(x)), x (B, C, h, w). Where its weights are frozen it keeps x and two numbers per group; plain layers keep
+    two more of x's size."""
+
+    def forward(self, x):
+        if only_the_input(x, self.weight, self.bias):
+            return _NormSiLU.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+        return F.silu(super().forward(x))
 
 
 class _NormSiLU(torch.autograd.Function):

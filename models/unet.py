@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .lean import Conv2d, Prepared, gated_gelu, norm_silu
+from .lean import Conv2d, NormSiLU, Prepared, gated_gelu
 
 # Keys of the published config.json that are not fields below: they change nothing at inference ...
 IGNORED = {
@@ -195,10 +195,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, config: UNetConfig):
         super().__init__()
         groups, eps = config.norm_num_groups, config.norm_eps
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.norm1 = NormSiLU(groups, in_channels, eps=eps)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.norm2 = NormSiLU(groups, out_channels, eps=eps)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -207,8 +207,8 @@ class ResidualBlock(nn.Module):
         return self.time_emb_proj(temb)[:, :, None, None]
 
     def forward(self, x, shift):                                            # (B, in, h, w) -> (B, out, h, w)
-        y = self.conv1(norm_silu(x, self.norm1))
-        y = self.conv2(norm_silu(y + shift, self.norm2))
+        y = self.conv1(self.norm1(x))
+        y = self.conv2(self.norm2(y + shift))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -397,7 +397,7 @@ class UNet(nn.Module):
             block.upsamplers = nn.ModuleList([Upsample(widths[level])] if level > 0 else [])
             self.up_blocks.append(block)
 
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_norm_out = NormSiLU(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     @property
@@ -478,7 +478,7 @@ class UNet(nn.Module):
                 x = block.upsamplers[0](x, skips[-1].shape[-2:])
                 yield f"up_blocks.{i}.upsamplers.0", x
 
-        yield "out", self.conv_out(norm_silu(x, self.conv_norm_out))                # (B, out_channels, h, w)
+        yield "out", self.conv_out(self.conv_norm_out(x))                           # (B, out_channels, h, w)
 
     def forward(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor | Prepared) -> torch.Tensor:
         """The prediction, (B, out_channels, h, w): noise or velocity, as the checkpoint's scheduler config says."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .lean import Conv2d, norm_silu
+from .lean import Conv2d, NormSiLU
 
 # Keys of the published config.json that are not fields below: they change nothing at inference ...
 IGNORED = {
@@ -95,15 +95,15 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=NORM_EPS)
+        self.norm1 = NormSiLU(groups, in_channels, eps=NORM_EPS)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
+        self.norm2 = NormSiLU(groups, out_channels, eps=NORM_EPS)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x):                                                   # (B, in, h, w) -> (B, out, h, w)
-        y = self.conv1(norm_silu(x, self.norm1))
-        y = self.conv2(norm_silu(y, self.norm2))
+        y = self.conv1(self.norm1(x))
+        y = self.conv2(self.norm2(y))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -210,7 +210,7 @@ class Encoder(nn.Module):
             DownBlock(widths[max(i - 1, 0)], width, config.layers_per_block, groups, downsample=i < len(widths) - 1)
             for i, width in enumerate(widths))
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_norm_out = NormSiLU(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x, checkpointing=False):                              # (B, 3, H, W) -> (B, 2 * latent, h, w)
@@ -218,7 +218,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x, checkpointing)
         x = self.mid_block(x, checkpointing)
-        return self.conv_out(norm_silu(x, self.conv_norm_out))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class Decoder(nn.Module):
@@ -232,14 +232,14 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList(
             UpBlock(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, upsample=i < len(widths) - 1)
             for i, width in enumerate(widths))
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_norm_out = NormSiLU(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, x, checkpointing=False):                              # (B, latent, h, w) -> (B, 3, H, W)
         x = self.mid_block(self.conv_in(x), checkpointing)
         for block in self.up_blocks:
             x = block(x, checkpointing)
-        return self.conv_out(norm_silu(x, self.conv_norm_out))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class AutoencoderKL(nn.Module):

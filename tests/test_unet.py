@@ -7,6 +7,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from sifm_min.models import lean, unet
 from sifm_min.models.unet import UNet, UNetConfig, default_taps, tap_names
@@ -156,7 +157,7 @@ def skips_first(parts, dim):
 FAULTS = {                                          # each is one plausible mistake: where, what, and its wrong value
     "the transformer's epsilon": (unet, "TRANSFORMER_NORM_EPS", 1e-5),
     "another activation": (unet, "F", Wrong(F, silu=F.gelu)),
-    "activation of the residual blocks": (unet, "norm_silu", lambda x, norm: F.gelu(norm(x))),
+    "activation of the residual blocks": (lean.NormSiLU, "forward", lambda self, x: F.gelu(nn.GroupNorm.forward(self, x))),
     "approximate GELU": (lean, "F", Wrong(F, gelu=lambda x: F.gelu(x, approximate="tanh"))),
     "halves of the gate swapped": (unet.GEGLU, "forward", halves_swapped),
     "a norm forgotten": (unet.TransformerBlock, "forward", not_normed_for_text),

@@ -6,8 +6,9 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from sifm_min.models import vae
+from sifm_min.models import lean, vae
 from sifm_min.models.vae import AutoencoderKL, VAEConfig
 
 diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")
@@ -101,7 +102,7 @@ class Wrong:
 
 FAULTS = {                                          # each is one plausible mistake: where, what, and its wrong value
     "another epsilon": (vae, "NORM_EPS", 1e-5),
-    "another activation": (vae, "norm_silu", lambda x, norm: F.gelu(norm(x))),
+    "another activation": (lean.NormSiLU, "forward", lambda self, x: F.gelu(nn.GroupNorm.forward(self, x))),
     "symmetric padding": (vae.Downsample, "forward", lambda self, x: self.conv(F.pad(x, (1, 0, 1, 0)))),
     "bilinear upsampling": (vae.Upsample, "forward", lambda self, x: self.conv(
         F.interpolate(x, scale_factor=2.0, mode="bilinear"))),
