@@ -4,7 +4,7 @@
     edit    an edit, beside diffusers' pipeline with the same scheduler
     load    cold files to the first SIFM step, each side in a process of its own
 
-The two sides take turns in one process; a ratio is ours over theirs within a round, and what is printed are medians over
+The two sides take turns in one process (`load`: on one machine); a ratio is ours over theirs within a round, and what is printed are medians over
 the rounds. Memory is what a call holds at its worst moment over what rested before it. What is not measured says so.
 """
 
@@ -56,6 +56,7 @@ from bench_peers import (  # noqa: E402
     pipeline_contexts,
     pipeline_networks,
     read_networks,
+    read_pipeline,
     weights,
 )
 
@@ -194,9 +195,8 @@ def bench_edit(args):
 
 def pipeline_edit(folder, args, pixels, options):
     """The same edit by diffusers' pipeline, ready to be called."""
-    import diffusers
-    kind = "StableDiffusion3Img2ImgPipeline" if "strength" in options else "StableDiffusionInstructPix2PixPipeline"
-    pipeline = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=DTYPES[args.peer_dtype]).to(args.device)
+    kind = pipeline_class(folder, "StableDiffusion3Img2ImgPipeline" if "strength" in options else None)
+    pipeline = read_pipeline(kind, folder, DTYPES[args.peer_dtype], args.device)
     pipeline.set_progress_bar_config(disable=True)
     named = {"guidance": "guidance_scale", "image_guidance": "image_guidance_scale"}
     options = {named.get(name, name): value for name, value in options.items()}
@@ -267,7 +267,7 @@ def one_side(args):
         kind = pipeline_class(folder)
 
         def load():
-            return kind.from_pretrained(folder, torch_dtype=DTYPES[args.peer_dtype]).to(args.device)
+            return read_pipeline(kind, folder, DTYPES[args.peer_dtype], args.device)
 
         def step(pipeline):
             return Naive(*pipeline_networks(pipeline, folder)).prepare(pixels, pipeline_contexts(pipeline, PROMPTS[0]), T,

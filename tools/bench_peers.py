@@ -248,10 +248,21 @@ def alphas_cumprod(folder):
     return DDPMScheduler.from_config({key: given[key] for key in trained if key in given}).alphas_cumprod
 
 
-def pipeline_class(folder):
+def pipeline_class(folder, name=None):
+    """diffusers' class of that name (default: the one that the folder is of), imported, and quiet."""
     import diffusers
     quiet()
-    return getattr(diffusers, json.loads((folder / "model_index.json").read_text())["_class_name"])
+    return getattr(diffusers, name or _index(folder)["_class_name"])
+
+
+def read_pipeline(pipeline, folder, dtype, device):
+    """The whole pipeline in a folder; of what it was saved without, such as T5, diffusers wants to be told."""
+    absent = {name: None for name, entry in _index(folder).items() if entry == [None, None]}
+    return pipeline.from_pretrained(folder, torch_dtype=dtype, **absent).to(device)
+
+
+def _index(folder):
+    return json.loads((folder / "model_index.json").read_text())
 
 
 def pipeline_networks(pipeline, folder):
