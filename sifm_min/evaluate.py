@@ -85,7 +85,8 @@ def _parser():
            help=f"of {','.join(suites.COMPARED)} (default: all; robustness: sifm)")
     option("--panel", metavar="NAME|FILE",
            help=f"who judges: {', '.join(panels.names())}, or a .json file (default: the oracles of the miniature's world)")
-    option("--max-cost", type=cli.positive, metavar="USD", help="of the panel, over all runs into the folder")
+    option("--max-cost", type=cli.positive, metavar="USD",
+           help="of the panel, over all runs into the folder; shares of the pictures have equal shares of it")
     option("--seeds", type=cli.commas(cli.seed), default=[1], metavar="LIST", help="of the edits (default: 1)")
     option("--eps", type=cli.eps, default=0.03, help="budget, as 0.03 or 8/255 (default: 0.03)")
     option("--steps", type=cli.count, help="PGD iterations (default: 100)")
@@ -430,7 +431,8 @@ class _Clock:
         now = time.perf_counter()
         if self.quiet or self.before is not None and now - self.told < 5:
             return
-        begun = [case for case in self.cases if case.record["sha256"] and self.folder.journal(case.record["sha256"]).exists()]
+        begun = [case for case in self.cases
+                 if case.record["sha256"] and os.path.exists(self.folder.journal(case.record["sha256"]))]
         done = protocol.left(self.folder, self.asked, begun, again=False).finished
         before, self.told = self.before, now
         if before is None:                                   # pictures of an earlier run take no time

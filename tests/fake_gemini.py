@@ -20,8 +20,11 @@ import time
 import zlib
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from PIL import Image
+
+from sifm_min import canaries
 
 USAGE = {"promptTokenCount": 2710, "candidatesTokenCount": 96, "thoughtsTokenCount": 611, "totalTokenCount": 3417}
 CREDENTIALS = ("x-goog-api-key", "authorization", "cookie", "proxy-authorization", "x-api-key", "api-key")
@@ -155,6 +158,26 @@ def after(seconds, step):
         handler.server.stopping.wait(seconds)
         step(handler, call)
     return late
+
+
+# --------------------------------------------------------------------------------------------------- a panel of judges
+
+def serve_panel(server, path, rest=None):
+    """Write a panel of two of the server's models, which judge canaries as they should be judged and the rest by `rest`, a
+    function of the call to a step (default: semantic mismatch). The key is in JUDGE_KEY."""
+    known = {(one.prompt, one.original.tobytes(), one.edited.tobytes()): one for one in canaries.canaries()}
+    models = ("gemini-2.5-pro", "gemini-2.5-flash")
+
+    def knowing(call):
+        asked = json.loads(next(p for p in reversed(call.parts) if isinstance(p, str)).split("\n")[0].partition(" = ")[2])
+        one = known.get((asked, *(picture.convert("RGB").tobytes() for picture in call.pictures)))
+        if one is None:
+            return rest(call) if rest else verdict(True, False)
+        return verdict(one.semantic_mismatch, one.perceptual_degradation)
+    for model in models:
+        server.script(model, knowing)
+    Path(path).write_text(json.dumps({"id": "test", "date": "2026-11-21", "judges": [
+        {"provider": "gemini", "model": model, "base_url": server.url(), "key_env": "JUDGE_KEY"} for model in models]}))
 
 
 # ------------------------------------------------------------------------------------------------ steps: broken wires

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_editor
 import torch
-from fake_gemini import FakeGemini, verdict
+from fake_gemini import FakeGemini, serve_panel
 from PIL import Image
 
 import sifm_min
@@ -552,18 +552,8 @@ def test_people_stand_beside_the_judges_of_the_edits_that_they_rated(run, capsys
 def test_a_panel_judges_after_the_edits_and_buys_nothing_twice(run, calls, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(canary_file, "SIZE", 48)
     monkeypatch.setenv("JUDGE_KEY", "AQ.sentinel-0123456789")
-    known = {(one.prompt, one.original.tobytes(), one.edited.tobytes()): one for one in canary_file.canaries()}
-
-    def knowing(call):
-        asked = json.loads(next(p for p in reversed(call.parts) if isinstance(p, str)).split("\n")[0].partition(" = ")[2])
-        one = known.get((asked, *(picture.convert("RGB").tobytes() for picture in call.pictures)))
-        return verdict(one.semantic_mismatch, one.perceptual_degradation) if one else verdict(True, False)
     with FakeGemini() as server:
-        for model in ("gemini-2.5-pro", "gemini-2.5-flash"):
-            server.script(model, knowing)
-        Path("panel.json").write_text(json.dumps({"id": "test", "date": "2026-11-21", "judges": [
-            {"provider": "gemini", "model": model, "base_url": server.url(), "key_env": "JUDGE_KEY"}
-            for model in ("gemini-2.5-pro", "gemini-2.5-flash")]}))
+        serve_panel(server, "panel.json")
         assert run("ablation", "--panel", "panel.json", "--images", "1") == cli.OK
         asked = len(server.calls)
         edits = {row["sha256"] for row in steps()["edit"]}
