@@ -532,11 +532,16 @@ def _encoded(parts):
             found.append(("text", part))
             continue
         pixels = part.convert("RGB")
-        found.append(("image", _png(pixels.size, pixels.tobytes())))
+        size, content = pixels.size, pixels.tobytes()
+        with ENCODING[hash(content) % len(ENCODING)]:        # who wants the same picture waits for it
+            found.append(("image", _png(size, content)))
     return found
 
 
-@lru_cache(maxsize=8)                                        # an original is sent with each of its edits, to every judge
+ENCODING = [threading.Lock() for _ in range(16)]
+
+
+@lru_cache(maxsize=16)                                       # an original is sent with each of its edits, to every judge
 def _png(size, pixels):
     """base64 of the PNG of RGB pixels: without EXIF, without a profile."""
     file = io.BytesIO()

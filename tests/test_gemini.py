@@ -882,3 +882,24 @@ def test_many_calls_at_once_take_as_long_as_the_slowest(bench):
 def test_a_request_without_a_schema_is_answered_by_its_text(bench):
     answer, _ = bench.ask([says("hello")], request=Request("rules", ["hi"]))
     assert (answer.status, answer.text) == ("ok", "hello")
+
+
+def test_a_picture_is_encoded_once_however_many_ask_and_never_mistaken(monkeypatch):
+    encoded, frombytes = [], Image.frombytes
+    monkeypatch.setattr(gemini.Image, "frombytes", lambda *given: (encoded.append(given[1]), time.sleep(0.05),
+                                                                   frombytes(*given))[2])
+    gemini._png.cache_clear()
+    wide, high = Image.new("RGB", (64, 32)), Image.new("RGB", (32, 64))      # of the same bytes
+    threads = [threading.Thread(target=gemini._encoded, args=(["?", wide.copy()],)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert encoded == [(64, 32)]
+    (_, first), (_, second) = gemini._encoded([wide, high])
+    assert encoded == [(64, 32), (32, 64)] and first != second
+    wide.putpixel((0, 0), (255, 0, 0))                       # the same object, another picture
+    assert gemini._encoded([wide])[0][1] not in (first, second)
+    for i in range(100):
+        gemini._encoded([Image.new("RGB", (2, 2), (i, 0, 0))])
+    assert gemini._png.cache_info().currsize <= 16
