@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from PIL import Image
 
 import sifm_min
 from sifm_min import canaries as canary_file
-from sifm_min import cli, editors, evaluate, judge, manifest, miniature, panels, protocol, report, suites
+from sifm_min import cli, editors, evaluate, judge, manifest, miniature, panels, protocol, report, robustness, suites
 from sifm_min.ledger import Busy
 from sifm_min.models.checkpoints import Unavailable
 
@@ -564,6 +565,28 @@ def test_a_panel_judges_after_the_edits_and_buys_nothing_twice(run, calls, capsy
     assert "Judged by panel test (2026-11-21): gemini-2.5-pro, gemini-2.5-flash" in text and "| SIFM | " in text
     (group,) = protocol.collect("out")
     assert all(said == [True, False, "ok"] for cell in group["cells"] for said in cell["judges"].values())
+
+
+def test_the_estimate_counts_and_times_every_kind_of_step(loaded, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(editors, "load_editor", lambda source, **options: loaded[source])
+    monkeypatch.setattr(robustness, "ATTACKS", {"jpeg-50": robustness.ATTACKS["jpeg-50"]})
+
+    def announced(*argv):
+        capsys.readouterr()
+        assert evaluate.main(["run", "robustness", "--editor", next(iter(loaded)), "--images", "1", "--jobs", "1", *QUICK,
+                              "-o", "out", *argv]) == cli.OK
+        return next(line for line in capsys.readouterr().err.splitlines() if "to do: " in line)
+    with monkeypatch.context() as patch:
+        patch.setattr(suites, "immunize", Broken())          # of the estimate alone
+        told = announced()
+    assert "not counted: noise, immunize, which failed" in told and "a verdict " in told
+    told = announced("-o", "other")
+    for part in ("2 immunizations", "3 attacks", "6 edits", "5 comparisons", "6 verdicts", "0 pictures done", "; about "):
+        assert part in told
+    for part in ("noise", "photoguard-encoder", "an edit by tiny0", "an attack", "the distances of an edit", "a verdict"):
+        assert re.search(rf"[(, ]{part} [0-9.]+ m?s", told), part
+    assert "to do: nothing; 1 pictures done" in announced("-o", "other")
 
 
 def test_the_estimate_stops_after_three_steps(loaded):
