@@ -4,8 +4,8 @@
     edit    an edit, beside diffusers' pipeline with the same scheduler
     load    cold files to the first SIFM step, each side in a process of its own
 
-The two sides take turns in one process (`load`: on one machine); a ratio is ours over theirs within a round, and what is printed are medians over
-the rounds. Memory is what a call holds at its worst moment over what rested before it. What is not measured says so.
+The two sides take turns, in one process but for `load`; a ratio is ours over theirs within a round, and what is printed
+are medians over the rounds. Memory is what a call holds at its worst moment over what rests. What is not measured says so.
 """
 
 import argparse

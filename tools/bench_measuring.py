@@ -42,6 +42,8 @@ def measured(call, device):
         torch.cuda.synchronize()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = torch.cuda.max_memory_allocated() if cuda else status("VmHWM")[0]
+    if rest is not None and not cuda:                        # mapped weights that the system had dropped rest again now
+        rest = max(rest, status("VmRSS")[0])
     return {"wall": wall, "cpu": cpu, "memory": None if None in (rest, peak) else peak - rest, "value": value}
 
 
@@ -180,6 +182,8 @@ def profile(ours, x, device):
         ours(x, 0)
     spent = {}
     for event in found.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:           # a kernel, which counts for what launched it
+            continue
         name = event.key.removeprefix("aten::")
         spent[name] = spent.get(name, 0) + (event.self_device_time_total if cuda else event.self_cpu_time_total)
     total, shares, lost = sum(spent.values()) or 1, dict.fromkeys((*KINDS, "element-wise and other"), 0.0), []
