@@ -61,7 +61,7 @@ class NormSiLU(nn.GroupNorm):
 class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
-        ctx.groups = groups
+        ctx.groups, ctx.eps = groups, eps
         y, mean, rstd = torch.native_group_norm(x.contiguous(memory_format=_layout(x)), weight, bias, *_sizes(x), groups, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         return F.silu(y)
@@ -71,12 +71,15 @@ class _NormSiLU(torch.autograd.Function):
     def backward(ctx, gradient):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         layout = _layout(x)
-        mean_c, rstd_c = (part.repeat_interleave(x.shape[1] // ctx.groups, dim=1) for part in (mean, rstd))     # (B, C)
-        scale = rstd_c * weight
-        shift = bias - mean_c * scale
-        y = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])              # norm(x)
-        gradient = torch.ops.aten.silu_backward(gradient, y).contiguous(memory_format=layout)
         x = x.contiguous(memory_format=layout)
+        if x.dtype in (torch.float32, torch.float64):
+            mean_c, rstd_c = (part.repeat_interleave(x.shape[1] // ctx.groups, dim=1) for part in (mean, rstd))     # (B, C)
+            scale = rstd_c * weight
+            shift = bias - mean_c * scale
+            y = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])          # norm(x), in one pass
+        else:                                       # the kept numbers are rounded, and would be rounded on
+            y, _, _ = torch.native_group_norm(x, weight, bias, *_sizes(x), ctx.groups, ctx.eps)
+        gradient = torch.ops.aten.silu_backward(gradient, y).contiguous(memory_format=layout)
         x_gradient, _, _ = torch.ops.aten.native_group_norm_backward(
             gradient, x, mean, rstd, weight, *_sizes(x), ctx.groups, (True, False, False))
         return x_gradient, None, None, None, None
@@ -88,7 +91,7 @@ def _sizes(x):
 
 def _layout(x):
     """The memory format in which group_norm runs: channels-last exists on CPUs only."""
-    last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    last = x.device.type == "cpu" and x.stride(1) == 1 and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
 

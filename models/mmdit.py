@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .lean import Prepared
+
 # A key of the published config.json that is no field below.
 IGNORED = {"sample_size": "decides the position table, which is in the file"}
 COUNTS = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size",
@@ -240,13 +242,18 @@ class JointBlock(nn.Module):
         self.ff = FeedForward(width)
         self.ff_context = None if final else FeedForward(width)
 
-    def forward(self, x, context, temb, want_probs=False):                  # (B, N, C), (B, L, C), (B, C)
+    def prepare(self, temb):                                                # (B, C)
+        """What modulates either stream: a third of the block's weights, and none of its tokens."""
+        return self.norm1(temb), self.norm1_context(temb)
+
+    def forward(self, x, context, modulation, want_probs=False):            # (B, N, C), (B, L, C), as `prepare` makes it
         """Both streams after the block, (x, context), context None in the last one; and the attention's probabilities."""
-        shift, scale, gate, ff_shift, ff_scale, ff_gate, *second = self.norm1(temb)
+        image, text = modulation
+        shift, scale, gate, ff_shift, ff_scale, ff_gate, *second = image
         if self.ff_context is None:
-            text_scale, text_shift = self.norm1_context(temb)               # here the files have the scale first
+            text_scale, text_shift = text                                   # here the files have the scale first
         else:
-            text_shift, text_scale, text_gate, text_ff_shift, text_ff_scale, text_ff_gate = self.norm1_context(temb)
+            text_shift, text_scale, text_gate, text_ff_shift, text_ff_scale, text_ff_gate = text
 
         seen, text_seen, probs = self.attn(normed(x, shift, scale), normed(context, text_shift, text_scale),
                                            want_probs=want_probs)
@@ -290,13 +297,23 @@ class MMDiT(nn.Module):
         """Attention probabilities that `walk` yields only where `wanted` names them: they cost memory and time."""
         return tuple(f"transformer_blocks.{i}.attn.probs" for i in range(self.config.num_layers))
 
-    def walk(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor, pooled: torch.Tensor, *,
-             wanted: Iterable[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    def prepare_timestep(self, timestep, pooled: torch.Tensor) -> Prepared:
+        """Timesteps and pooled text to be passed as `timestep` to many calls, which then need no `pooled`: how they modulate
+        every block is computed once."""
+        return Prepared.for_many(self, self.time_text_embed(timestep, pooled))
+
+    def prepare_context(self, context: torch.Tensor) -> Prepared:
+        """A text to be passed as `context` to many calls: it is embedded once."""
+        return Prepared.for_many(self, self.context_embedder(context))
+
+    def walk(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor | Prepared,
+             pooled: torch.Tensor | None = None, *, wanted: Iterable[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """Run the network, yielding (name, activation) in execution order; the last item is ("out", velocity).
 
         noisy_latent: (B, in_channels, h, w), h and w multiples of the patch size, with the image conditions' channels
         appended where the checkpoint has them. timestep: 0 to 1000 (sigma times 1000), a number or a tensor with one or
-        B of them. context: (B, L, joint_attention_dim), or (1, L, ...) for one text; pooled likewise, (B or 1, P).
+        B of them. context: (B, L, joint_attention_dim), or (1, L, ...) for one text; pooled likewise, (B or 1, P). Timestep
+        with pooled, and context, may be prepared, by the two methods above.
         wanted: which of `probs_names` to yield too: (B, heads, image tokens, L), how much each image token looks at each
         text token. Activations are live: graph attached, never detached or cast. ValueError for a size that does not fit.
         """
@@ -306,33 +323,35 @@ class MMDiT(nn.Module):
             raise ValueError(f"a latent of {noisy_latent.shape[-2]} x {noisy_latent.shape[-1]} does not fit: sides are "
                              f"multiples of {p}, up to {side * p}")
         x = self.pos_embed(noisy_latent)                                            # (B, h*w, width)
-        temb = self.time_text_embed(timestep, pooled)                               # (B or 1, width)
-        context = self.context_embedder(context).expand(len(x), -1, -1)             # (B, L, width)
+        temb = timestep if isinstance(timestep, Prepared) else Prepared(self.time_text_embed(timestep, pooled))
+        context = context.value if isinstance(context, Prepared) else self.context_embedder(context)
+        context = context.expand(len(x), -1, -1)                                    # (B, L, width)
 
         for i, block in enumerate(self.transformer_blocks):
             want_probs = (name := f"transformer_blocks.{i}.attn.probs") in wanted
             if self.checkpointing and torch.is_grad_enabled():
-                x, context, probs = checkpoint(block, x, context, temb, want_probs, use_reentrant=False)
+                x, context, probs = checkpoint(block, x, context, temb[block], want_probs, use_reentrant=False)
             else:
-                x, context, probs = block(x, context, temb, want_probs)
+                x, context, probs = block(x, context, temb[block], want_probs)
             if want_probs:
                 yield name, probs
             yield f"transformer_blocks.{i}", x
             if context is not None:
                 yield f"transformer_blocks.{i}.context", context
 
-        scale, shift = self.norm_out(temb)
+        scale, shift = self.norm_out(temb.value)
         x = self.proj_out(normed(x, shift, scale)).unflatten(-1, (p, p, -1)).unflatten(1, (h, w))   # (B, h, w, p, p, out)
         yield "out", x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)        # (B, out, h*p, w*p)
 
-    def forward(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    def forward(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor | Prepared,
+                pooled: torch.Tensor | None = None) -> torch.Tensor:
         """The predicted velocity, noise minus clean latent: (B, out_channels, h, w)."""
         for _, activation in self.walk(noisy_latent, timestep, context, pooled):
             velocity = activation                                                   # the last one stays
         return velocity
 
-    def features(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor, pooled: torch.Tensor, *,
-                 taps: Iterable[str]) -> dict[str, torch.Tensor]:
+    def features(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor | Prepared,
+                 pooled: torch.Tensor | None = None, *, taps: Iterable[str]) -> dict[str, torch.Tensor]:
         """The tapped activations, name -> tensor. Stops after the last one: later blocks are never run."""
         taps, known = set(taps), (*self.tap_names, *self.probs_names)
         if not taps:

@@ -40,7 +40,8 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split(
 SIX = {"torch": "torch", "safetensors": "safetensors", "huggingface-hub": "huggingface_hub", "numpy": "numpy",
        "pillow": "PIL", "requests": "requests"}
 BY_NAME = ("__init__", "immunize")                           # whose lazy names a test below looks up
-NARROWER = {-2: set(), -1: set(), -0.5: {"torch"}, 0: {"torch"}, 0.5: {"huggingface_hub"}, 1: {"torch", "safetensors", "huggingface_hub"}}
+NARROWER = {-2: set(), -1: set(), -0.5: {"torch"}, 0: {"torch"}, 0.5: {"huggingface_hub"},
+            1: {"torch", "safetensors", "huggingface_hub"}}
 
 
 # ------------------------------------------------------------------------------------------------------------ the rules
