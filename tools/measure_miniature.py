@@ -3,6 +3,7 @@
     python tools/measure_miniature.py edits --editor miniature          100 held-out samples: clean, noise, SIFM, unseen prompts
     python tools/measure_miniature.py edits --noisy deploy              the same with another option of SIFM
     python tools/measure_miniature.py judges                            calibration of the two judges
+    python tools/measure_miniature.py literal --samples 10              whether SIFM's fast step is Algorithm 1 as it is printed
 
 Results go to --work, one JSON line per sample; a run that was interrupted goes on, and --shard 0/2 and 1/2 share the work.
 Shares are given with their 95 % Wilson interval. "of clean successes": among the samples whose edit obeys on the clean picture.
@@ -22,7 +23,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sifm_min  # noqa: E402
-from sifm_min import images, isr, miniature, world  # noqa: E402
+from sifm_min import images, isr, miniature, pgd, sifm, world  # noqa: E402
 
 
 def edits(args):
@@ -128,9 +129,79 @@ def judges(args):
         print(f"  {arm:36} obeyed: consensus {share(sum(v['obeyed'] for v in found), len(found))}; {parts}")
 
 
+def literal(args):
+    """Whole runs beside runs of Algorithm 1 as it is printed: signs of the first step, final loss, verdicts of the edits."""
+    editor = sifm_min.load_editor(args.editor)
+    signs, losses, verdict = [], [], {"fast": [], "literal": []}
+    for index, sample in enumerate(miniature.samples(args.samples, args.seed)):
+        prompt, pixels = miniature.prompt_of(sample, editor), images.to_pixels(sample.image)
+        with torch.no_grad():
+            contexts = editor.contexts([prompt])
+        ended = {}
+        for name, objective in (("fast", sifm.sifm), ("literal", as_printed)):
+            generator, told = torch.Generator().manual_seed(0), []
+            run = objective(editor, pixels, contexts, generator=generator)
+            steps = []
+
+            def keep(x, step, run=run, steps=steps):
+                found = run(x, step)
+                if step == 0:
+                    steps.append(torch.autograd.grad(found[0], x, retain_graph=True)[0].sign())
+                return found
+            delta = pgd.pgd(pixels, keep, 0.03, steps=args.steps, step_size=1 / 255, generator=generator,
+                            on_step=lambda step, loss, terms, told=told: told.append(loss))
+            picture = images.quantize(images.picture(sample.image), delta, 0.03)
+            edited = editor.edit(picture, prompt, seed=args.edit_seed)
+            verdict[name].append(verdicts(sample, edited, editor)["success"])
+            ended[name] = steps[0], told[-1]
+        signs.append((ended["fast"][0] == ended["literal"][0]).float().mean().item())
+        losses.append(abs(ended["fast"][1] / ended["literal"][1] - 1))
+        print(f"  {index}: signs {100 * signs[-1]:.3f} %, final loss {ended['fast'][1]:.4f} and {ended['literal'][1]:.4f}",
+              flush=True)
+    print(f"{args.editor}: {args.samples} pictures, {args.steps} steps; of the first step's signs {100 * min(signs):.3f} % "
+          f"agree at the least and {100 * sum(signs) / len(signs):.4f} % in the mean; final losses differ by "
+          f"{100 * max(losses):.2f} % at the most, {100 * sum(losses) / len(losses):.2f} % in the mean")
+    for name, found in verdict.items():
+        print(f"  thwarted, {name}: {share(sum(found), len(found))}")
+    print(f"  another verdict: {sum(a != b for a, b in zip(*verdict.values(), strict=True))} of {len(verdict['fast'])}")
+
+
+def as_printed(editor, x_orig, contexts, *, generator):
+    """SIFM's objective of one prompt by Algorithm 1, line by line: for each timestep an encoding, the whole denoiser, and a
+    gradient down to the pixels; plain layers, which keep what training would need."""
+    networks = (editor.denoiser, editor.vae)
+    T, taps = editor.timesteps(10), editor.default_taps
+
+    def phi(x, t, eta):
+        E = editor.encode(editor.resize(x))
+        z_t = editor.noise_latent(E, eta, t)
+        # Every activation is asked for, so that nothing is left out; only the tapped ones are used.
+        found = editor.features(E, z_t, t, contexts[0], taps=editor.tap_names)
+        return [found[tap] for tap in taps]
+
+    bank = torch.randn((len(T), *editor.encode(editor.resize(x_orig)).shape[1:]), generator=generator).split(1)
+    with torch.no_grad():
+        Phi_orig = [phi(x_orig, t, eta) for t, eta in zip(T.split(1), bank, strict=True)]
+
+    def objective(x_imu, step):
+        for network in networks:
+            network.requires_grad_(True)
+        norm = dist = g = 0
+        for t, eta, original in zip(T.split(1), bank, Phi_orig, strict=True):
+            x = x_imu.detach().requires_grad_(True)
+            norm_t, dist_t = (part.sum() / len(T) for part in sifm.terms(phi(x, t, eta), original, "balanced"))
+            g = g + torch.autograd.grad(norm_t - 0.1 * dist_t, x)[0]
+            norm, dist = norm + norm_t.item(), dist + dist_t.item()
+        for network in networks:
+            network.requires_grad_(False)
+        return norm - 0.1 * dist + ((x_imu - x_imu.detach()) * g).sum(), {"norm": norm, "dist": dist}
+
+    return objective
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("edits", "judges"))
+    parser.add_argument("what", choices=("edits", "judges", "literal"))
     parser.add_argument("--editor", default="miniature")
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -143,7 +214,7 @@ def main(argv=None):
     parser.add_argument("--work", type=Path, default=Path("build/measurements"))
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    {"edits": edits, "judges": judges}[args.what](args)
+    {"edits": edits, "judges": judges, "literal": literal}[args.what](args)
 
 
 if __name__ == "__main__":
