@@ -420,7 +420,8 @@ def test_checkpointing_saves_less_and_changes_nothing(name):
         found = ours.features(*arguments, taps=taps)
     depth = ours.config.num_layers
     assert checkpointed.count < plain.count and checkpointed.elements < plain.elements
-    assert checkpointed.count <= 3 * depth + 40     # a block keeps its arguments; the rest is before and after them
+    # A block keeps its arguments, and what in training its modulation is made of; the rest is before and after them.
+    assert checkpointed.count <= 9 * depth + 40
     assert len(ran) == depth
     for tap in taps:
         assert torch.equal(found[tap], expected[tap])
@@ -435,6 +436,40 @@ def test_checkpointing_saves_less_and_changes_nothing(name):
         ran.clear()
         assert_close(ours(*arguments), expected["out"])
         assert len(ran) == depth
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["SD3.5 medium, narrow", SMALL])
+def test_what_is_prepared_is_computed_once_and_changes_nothing(name, checkpointing):
+    ours = ours_like(oracle(CONFIGS[name])).requires_grad_(False)
+    ours.checkpointing = checkpointing
+    latent, timestep, context, pooled = inputs(ours.config)
+    context, pooled = context.detach()[:1], pooled.detach()[:1]             # one text for a batch
+    taps = [*ours.tap_names, *ours.probs_names]
+    expected = ours.features(latent, timestep, context, pooled, taps=taps)
+    times, text = ours.prepare_timestep(timestep, pooled), ours.prepare_context(context)
+    ran = []
+    for part in (ours.time_text_embed, ours.context_embedder, *(m for m in ours.modules() if isinstance(m, mmdit.Modulation))):
+        part.register_forward_pre_hook(lambda module, _: ran.append(module))
+    for _ in range(2):
+        found = ours.features(latent, times, text, taps=taps)
+        assert all(torch.equal(found[tap], expected[tap]) for tap in taps)
+        assert torch.equal(*(torch.autograd.grad(each["out"].square().sum(), latent, retain_graph=True)[0]
+                             for each in (found, expected)))
+    assert ran.count(ours.norm_out) == 2 and len(set(ran)) == len(ran) - 1 == 2 * ours.config.num_layers + 1
+    assert_close(ours(latent, times, context), expected["out"])             # each of the two by itself
+    assert_close(ours(latent, timestep, text, pooled), expected["out"])
+
+
+def test_what_a_gradient_must_pass_through_is_not_prepared():
+    ours, (_, timestep, context, pooled) = ours_like(oracle(CONFIGS[SMALL])), inputs(CONFIGS[SMALL])
+    for frozen, last in ((False, context.detach()), (True, context)):
+        ours.requires_grad_(not frozen)
+        with pytest.raises(ValueError, match="freeze the network's weights and detach the text"):
+            ours.prepare_context(last)
+    with pytest.raises(ValueError, match="detach the text"):
+        ours.prepare_timestep(timestep, pooled)
+    assert ours.prepare_timestep(timestep, pooled.detach())
 
 
 # --------------------------------------------------------------------------------------------- the published file, dtype

@@ -349,6 +349,44 @@ def test_default_taps(shared):
     assert len(tap_names(sd)) == len(set(tap_names(sd))) == 47
 
 
+# -------------------------------------------------------------------------------------------------------- prepared once
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["miniature", SMALL])
+def test_what_is_prepared_is_computed_once_and_changes_nothing(name, checkpointing):
+    ours = ours_like(oracle(CONFIGS[name])).requires_grad_(False)
+    ours.checkpointing = checkpointing
+    latent, timestep, context = inputs(ours.config)
+    context = context.detach()[:1]                  # one text for a batch
+    taps = [*ours.tap_names, *ours.probs_names]
+    expected = ours.features(latent, timestep, context, taps=taps)
+    times, text = ours.prepare_timestep(timestep), ours.prepare_context(context)
+    ran = []
+    for path, part in ours.named_modules():
+        if path.endswith(("time_embedding", "time_emb_proj", "attn2.to_k", "attn2.to_v")):
+            part.register_forward_pre_hook(lambda *_, path=path: ran.append(path))
+    assert set(ours.features(latent, times, text, taps=["conv_in", "down_blocks.0.resnets.0"])) and len(ran) == 1
+    for _ in range(2):                              # what no tap needed was not computed; now all is, and once
+        found = ours.features(latent, times, text, taps=taps)
+        assert all(torch.equal(found[tap], expected[tap]) for tap in taps)
+        assert torch.equal(*(torch.autograd.grad(each["out"].square().sum(), latent, retain_graph=True)[0]
+                             for each in (found, expected)))
+    parts = sum(isinstance(part, unet.ResidualBlock) for part in ours.modules()) + 2 * len(ours.probs_names)
+    assert len(ran) == len(set(ran)) == parts
+    assert_close(ours(latent, times, context), expected["out"])             # each of the two by itself
+    assert_close(ours(latent, timestep, text), expected["out"])
+
+
+def test_what_a_gradient_must_pass_through_is_not_prepared():
+    ours, (_, timestep, context) = ours_like(oracle(CONFIGS[SMALL])), inputs(CONFIGS[SMALL])
+    for call in (lambda: ours.prepare_timestep(timestep), lambda: ours.prepare_context(context.detach())):
+        with pytest.raises(ValueError, match="freeze the network's weights"):
+            call()
+    with pytest.raises(ValueError, match="detach the text"):
+        ours.requires_grad_(False).prepare_context(context)
+    assert ours.prepare_timestep(timestep) and ours.prepare_context(context.detach())
+
+
 # --------------------------------------------------------------------------------------------- the published file, dtype
 
 def test_published_names_and_shapes(shared):
