@@ -23,6 +23,7 @@ from PIL import Image
 from . import images
 from .models import checkpoints, mmdit, schedulers, unet
 from .models.clip import CLIPText
+from .models.lean import Prepared
 from .models.mmdit import MMDiT
 from .models.t5 import T5Encoder
 from .models.tokenizers import CLIPTokenizer, T5Tokenizer
@@ -189,6 +190,18 @@ class Editor:
         """The noisy latent z_t of a picture given by its condition; noise (B,C,h,w) standard normal, timesteps (B,)."""
         return self.scheduler.add_noise(self.scaled(condition), noise.to(condition), timesteps.to(condition.device))
 
+    def prepare_text(self, context):
+        """A context to be passed to `features` many times: what the denoiser makes of the text alone is computed once."""
+        return self.denoiser.prepare_context(context) if self._frozen else context
+
+    def prepare_timesteps(self, timesteps, context):
+        """Timesteps to be passed to `features` many times, with this context: what they add to each block is computed once."""
+        return self.denoiser.prepare_timestep(timesteps.to(self.device)) if self._frozen else timesteps
+
+    @property
+    def _frozen(self):
+        return not any(weight.requires_grad for weight in self.denoiser.parameters())
+
     # -- what the attacker uses ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -311,7 +324,7 @@ class InstructPix2Pix(Editor):
 
     def _inputs(self, condition, noisy_latent, timesteps):
         # Only the network itself runs in its dtype: noise, noising and the sum of gradients stay in float32.
-        return torch.cat([noisy_latent, condition], 1).to(self.dtype), timesteps.to(condition.device)
+        return torch.cat([noisy_latent, condition], 1).to(self.dtype), _on(timesteps, condition.device)
 
     def noise_prediction(self, prediction, noisy_latent, timesteps):
         """The noise (B,C,h,w) that a prediction takes to be in noisy_latent, whatever the network was trained to predict."""
@@ -346,6 +359,10 @@ class InstructPix2Pix(Editor):
             if on_step:
                 on_step(i, len(plan.timesteps))
         return self.decode(latent)
+
+
+def _on(timesteps, device):
+    return timesteps if isinstance(timesteps, Prepared) else timesteps.to(device)
 
 
 def three_ways(full, image_only, neither, guidance, image_guidance):
@@ -503,6 +520,14 @@ class StableDiffusion3(Editor):
         return self.scheduler.plan(self.defaults.steps if steps is None else steps,
                                    self.defaults.strength if strength is None else strength)
 
+    def prepare_text(self, context):
+        return context._replace(states=super().prepare_text(context.states))
+
+    def prepare_timesteps(self, timesteps, context):
+        if not self._frozen:
+            return timesteps
+        return self.denoiser.prepare_timestep(timesteps.to(self.device), context.pooled)
+
     def features(self, condition, noisy_latent, timesteps, context, *, taps):
         """Activations of the transformer, name -> tensor, live; the forward pass ends at the last tap."""
         return self.transformer.features(*self._inputs(condition, noisy_latent, timesteps), *context, taps=taps)
@@ -512,7 +537,7 @@ class StableDiffusion3(Editor):
         return self.transformer(*self._inputs(condition, noisy_latent, timesteps), *context)
 
     def _inputs(self, condition, noisy_latent, timesteps):
-        return noisy_latent.to(self.dtype), timesteps.to(noisy_latent.device)            # all it sees is the noisy latent
+        return noisy_latent.to(self.dtype), _on(timesteps, noisy_latent.device)          # all it sees is the noisy latent
 
     def noise_prediction(self, prediction, noisy_latent, timesteps):
         """The noise (B,C,h,w) that a velocity takes to be in noisy_latent: z_sigma + (1 - sigma) v."""
@@ -566,7 +591,7 @@ class UltraEdit(StableDiffusion3):
         if self.config.in_channels == 3 * self.vae.config.latent_channels:
             present = condition.flatten(1).any(1)[:, None, None, None]                   # no picture, no mask either
             parts.append(self._everything(condition.shape[-2:]) * present)
-        return torch.cat(parts, 1).to(self.dtype), timesteps.to(condition.device)
+        return torch.cat(parts, 1).to(self.dtype), _on(timesteps, condition.device)
 
     def _everything(self, shape):
         """The condition of a white mask, encoded once for each size: everything may change."""

@@ -51,10 +51,12 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
         noise = torch.randn((len(T), *E_orig.shape[1:]), generator=generator)
         return noise.to(E_orig).split(batch or len(T))
 
-    def phi(E, t, eta, c):
+    texts = [editor.prepare_text(c) for c in contexts]       # what neither the picture nor the step changes
+
+    def phi(E, t, when, eta, text):
         E = E.expand(len(t), -1, -1, -1)
         z_t = editor.noise_latent(E if noisy == "paper" else E_orig.expand_as(E), eta, t)
-        found = [a.float() for a in editor.features(E, z_t, t, c, taps=taps).values()]
+        found = [a.float() for a in editor.features(E, z_t, when, text, taps=taps).values()]
         if aggregate == "loss-mean":
             return found
         if len({a.shape for a in found}) > 1:
@@ -62,21 +64,23 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
         return [torch.stack(found).mean(0)]
 
     bank = draw()
-    Phi_orig = {}                                            # prompt -> per batch of T, the original's phi: computed once
+    times, Phi_orig = {}, {}                                 # prompt -> per batch of T: computed once, as texts are
 
     def objective(x_imu, step):
         nonlocal bank
         n = step % len(contexts)
         if resample and step > 0:
             bank = draw()
+        if n not in times:
+            times[n] = [editor.prepare_timesteps(t, contexts[n]) for t in batches]
         if n not in Phi_orig or resample:
             with torch.no_grad():
-                Phi_orig[n] = [phi(E_orig, t, eta, contexts[n]) for t, eta in zip(batches, bank, strict=True)]
+                Phi_orig[n] = [phi(E_orig, *rest, texts[n]) for rest in zip(batches, times[n], bank, strict=True)]
         E = editor.encode(editor.resize(x_imu))
         E_imu = E.detach().requires_grad_(True)              # gradients of all of T meet here: one VAE backward per step
         norm, dist, g = 0.0, 0.0, torch.zeros_like(E_imu)
-        for t, eta, original in zip(batches, bank, Phi_orig[n], strict=True):
-            norm_t, dist_t = terms(phi(E_imu, t, eta, contexts[n]), original, reduction)
+        for t, when, eta, original in zip(batches, times[n], bank, Phi_orig[n], strict=True):
+            norm_t, dist_t = terms(phi(E_imu, t, when, eta, texts[n]), original, reduction)
             g = g + torch.autograd.grad((norm_t - lam * dist_t).sum() / len(T), E_imu)[0]
             norm, dist = norm + norm_t.detach().sum() / len(T), dist + dist_t.detach().sum() / len(T)
         # A scalar with the loss's value and, through E, the loss's gradient.

@@ -86,8 +86,8 @@ def test_where_memory_ends_the_next_plan_is_taken_and_said(error, editor, pictur
     whole, features, calls = immunized(picture, editor, batch=2), editor.features, []
 
     def small(condition, noisy, timesteps, *rest, **more):
-        calls.append(len(timesteps))
-        if len(timesteps) > 3:
+        calls.append(len(noisy))
+        if len(noisy) > 3:
             raise error()
         return features(condition, noisy, timesteps, *rest, **more)
 
@@ -105,8 +105,8 @@ def test_where_memory_ends_the_next_plan_is_taken_and_said(error, editor, pictur
 
 def test_where_no_plan_fits_it_is_one_sentence(editor, picture, monkeypatch):
     def none(*inputs, **options):
-        assert editor.checkpointing == (len(inputs[2]) == 1 and len(seen) == 4)
-        seen.append(len(inputs[2]))
+        assert editor.checkpointing == (len(inputs[1]) == 1 and len(seen) == 4)
+        seen.append(len(inputs[1]))
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     seen = []
