@@ -348,11 +348,12 @@ class Checkpoint:
         """The network of `component` (a folder name), its config and weights read, in eval mode and frozen.
 
         dtype None keeps what the file has (float8, in which nothing computes, becomes bfloat16, which holds each of its
-        values). Tensors go from the mapped file to `device` and `dtype`, and those of convolutions to the channels-last
-        layout, one at a time: the peak is the network plus one tensor, within `RENEWAL`. What needs no conversion stays
-        mapped on the CPU, which takes no memory of its own and wants the file left alone. lazily: each part is read when
-        it is first run, and on torch's meta device until then, so what never runs is never read. Raises `Unfit` with the
-        first differences in name, shape or kind, before anything is read, where file and config disagree.
+        values). Tensors go from the mapped file to `device` and `dtype`, and those of convolutions on a CPU to
+        channels-last, which is faster there, one at a time: the peak is the network plus one tensor, within `RENEWAL`.
+        What needs no conversion stays mapped on the CPU, which takes no memory of its own and wants the file left alone.
+        lazily: each part is read when it is first run, and on torch's meta device until then, so what never runs is never
+        read. Raises `Unfit` with the first differences in name, shape or kind, before anything is read, where file and
+        config disagree.
         """
         network, found = self._matched(network_class, component)
         shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
@@ -384,7 +385,7 @@ class Checkpoint:
                 if tensor.is_floating_point() and (dtype or tensor.itemsize == 1):
                     tensor = tensor.to(dtype or torch.bfloat16)
                 tensor = tensor.reshape(shapes[name])
-                if tensor.dim() == 4:                           # convolutions are faster so, on CPUs as on GPUs
+                if tensor.dim() == 4 and tensor.device.type == "cpu":         # measured there; on a GPU it has not been
                     tensor = tensor.contiguous(memory_format=torch.channels_last)
                 state[name] = tensor
                 read += original.nbytes
@@ -487,13 +488,16 @@ def header(file):
 
 def _at_first_use(network, read):
     """Has every part of the network, whole blocks as single layers, read what of it is still to be read, when it is run."""
-    unread, handles = set(network.state_dict()), {}
+    unread, handles = {name: tensor.dtype for name, tensor in network.state_dict().items()}, {}
 
     def fill(part, path):
-        wanted = {name for name in unread if name.startswith(f"{path}.")}
-        part.load_state_dict({name.removeprefix(f"{path}."): tensor for name, tensor in read(wanted).items()}, strict=False,
+        state, wanted = part.state_dict(prefix=f"{path}."), [name for name in unread if name.startswith(f"{path}.")]
+        found = read(wanted)
+        for name in wanted:
+            if state[name].dtype != unread.pop(name):        # as by network.double() since
+                found[name] = found[name].to(state[name].dtype)
+        part.load_state_dict({name.removeprefix(f"{path}."): tensor for name, tensor in found.items()}, strict=False,
                              assign=True)
-        unread.difference_update(wanted)
         for name, _ in part.named_modules(prefix=path):         # with what it is made of, it is done
             if name in handles:
                 handles.pop(name).remove()
@@ -501,8 +505,9 @@ def _at_first_use(network, read):
     for path, part in network.named_modules():
         if path:                                                # the network as a whole runs its parts one by one
             handles[path] = part.register_forward_pre_hook(lambda part, inputs, path=path: fill(part, path))
-    own = {name for name in unread if "." not in name}
-    unread.difference_update(own)
+    own = [name for name in unread if "." not in name]
+    for name in own:
+        del unread[name]
     network.load_state_dict(read(own), strict=False, assign=True)
 
 

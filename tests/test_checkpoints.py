@@ -167,6 +167,13 @@ def test_lazily_dtype_device_and_layout_are_as_asked(blocks):
     assert network.blocks[0][0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_lazily_a_network_may_change_its_dtype_before_it_is_read(blocks):
+    checkpoint, expected = blocks
+    network, x = checkpoint.load(Blocks, "unet", lazily=True).double(), torch.rand(2, 4).double()
+    torch.testing.assert_close(network(x), expected.double()(x).detach())
+    assert {weight.dtype for weight in network.parameters()} == {torch.float64}
+
+
 def test_lazily_misfits_are_told_at_once_and_a_file_that_went_is_told_when_it_is_missed(blocks):
     checkpoint, _ = blocks
     network = checkpoint.load(Blocks, "unet", lazily=True)
