@@ -6,7 +6,6 @@ for attention, and no gradient at all, only differences of the loss along random
 """
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -382,15 +381,16 @@ def test_an_edit_without_guidance_costs_one_evaluation_in_a_step(counted, editor
 
 def test_on_a_miniature_the_unrolled_edit_is_not_run_twice(counted, editor, contexts, x_orig, monkeypatch):
     runs = {}
-    for size in (512, 64):
-        monkeypatch.setattr(editor, "defaults", replace(editor.defaults, size=size))
+    monkeypatch.setattr(editor, "frame", lambda width, height, size=None: (height, width))
+    for miniature in (False, True):
+        monkeypatch.setattr(type(editor), "is_miniature", miniature)
         objective = made("photoguard-diffusion", editor, x_orig, contexts[:1], unroll=3)
         counted.update(dict.fromkeys(counted, 0))
         loss = objective(moved(x_orig).requires_grad_(True), 0)
         loss.backward()
         assert counted["denoiser_forward"] == objective.passes(1)["denoiser_forward"]
-        runs[size] = counted["denoiser_forward"], loss.item()
-    assert runs[64][0] * 2 == runs[512][0] and runs[64][1] == pytest.approx(runs[512][1], rel=1e-12)
+        runs[miniature] = counted["denoiser_forward"], loss.item()
+    assert runs[True][0] * 2 == runs[False][0] and runs[True][1] == pytest.approx(runs[False][1], rel=1e-12)
 
 
 class Saved:

@@ -274,8 +274,9 @@ def test_importing_is_silent_and_light():
 
 
 COMMAND = """
-import time
+import signal, time
 from sifm_min import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)         # a shell's background job ignores it, and so its children
 parser = cli.Parser('x', '')
 parser.shared()
 def work(path):

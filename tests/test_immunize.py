@@ -210,7 +210,7 @@ def test_prompts_take_turns(run, editor, monkeypatch):
     asked, features = [], editor.features
 
     def spy(condition, noisy_latent, timesteps, context, **options):
-        asked.append((torch.is_grad_enabled(), context[:1]))
+        asked.append((torch.is_grad_enabled(), context.value[:1]))          # prepared: see `editor.prepare_text`
         return features(condition, noisy_latent, timesteps, context, **options)
 
     monkeypatch.setattr(editor, "features", spy)

@@ -230,7 +230,7 @@ def test_the_networks_of_a_single_file_compute_what_the_originals_do(published, 
         ours = checkpoint.load(type(networks[part]), part, dtype=torch.float32)
         found, expected = ours(*given), networks[part](*given)
         for a, b in zip(*((f if isinstance(f, tuple) else (f,)) for f in (found, expected)), strict=True):
-            assert torch.equal(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())
     assert found.pooled.shape == (1, 24)                        # bigG's is projected ...
     unprojected = checkpoint.load(CLIPText, "text_encoder", dtype=torch.float32)
     states = unprojected(inputs["text_encoder"][0])
