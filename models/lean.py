@@ -17,6 +17,11 @@ def only_the_input(x, *parameters):
     return torch.is_grad_enabled() and x.requires_grad and not any(parameter.requires_grad for parameter in parameters)
 
 
+def frozen(network):
+    """Whether none of its weights wants a gradient."""
+    return not any(parameter.requires_grad for parameter in network.parameters())
+
+
 class Conv2d(nn.Conv2d):
     """A convolution with zero padding; where its weights are frozen it keeps nothing but them."""
 
@@ -134,7 +139,7 @@ class Prepared:
     @classmethod
     def for_many(cls, network, value):
         """One that outlives a walk. ValueError where a gradient would have to pass through it: its graph would not."""
-        if value.requires_grad or any(parameter.requires_grad for parameter in network.parameters()):
+        if value.requires_grad or not frozen(network):
             raise ValueError("what is prepared serves many calls, so no gradient can pass through it: freeze the network's "
                              "weights and detach the text, or pass timestep and text as they are")
         return cls(value)

@@ -23,7 +23,7 @@ from PIL import Image
 from . import images
 from .models import checkpoints, mmdit, schedulers, unet
 from .models.clip import CLIPText
-from .models.lean import Prepared
+from .models.lean import Prepared, frozen
 from .models.mmdit import MMDiT
 from .models.t5 import T5Encoder
 from .models.tokenizers import CLIPTokenizer, T5Tokenizer
@@ -192,15 +192,11 @@ class Editor:
 
     def prepare_text(self, context):
         """A context to be passed to `features` many times: what the denoiser makes of the text alone is computed once."""
-        return self.denoiser.prepare_context(context) if self._frozen else context
+        return self.denoiser.prepare_context(context) if frozen(self.denoiser) else context
 
     def prepare_timesteps(self, timesteps, context):
         """Timesteps to be passed to `features` many times, with this context: what they add to each block is computed once."""
-        return self.denoiser.prepare_timestep(timesteps.to(self.device)) if self._frozen else timesteps
-
-    @property
-    def _frozen(self):
-        return not any(weight.requires_grad for weight in self.denoiser.parameters())
+        return self.denoiser.prepare_timestep(timesteps.to(self.device)) if frozen(self.denoiser) else timesteps
 
     # -- what the attacker uses ----------------------------------------------------------------------------------------
 
@@ -524,7 +520,7 @@ class StableDiffusion3(Editor):
         return context._replace(states=super().prepare_text(context.states))
 
     def prepare_timesteps(self, timesteps, context):
-        if not self._frozen:
+        if not frozen(self.denoiser):
             return timesteps
         return self.denoiser.prepare_timestep(timesteps.to(self.device), context.pooled)
 

@@ -5,7 +5,6 @@ Which arms and pictures a suite has is in suites.py, what is done with them and 
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -235,13 +234,12 @@ def _run(args):
 def _editors(args):
     """({name: editor}, {name: function that loads it anew}) of --editor and --other. What only one of two knows is for that
     one, and --revision for --editor."""
-    from .immunize import load
+    from .immunize import load, set_strength
 
     def loaded(given):
         editor = load(given)
         if args.strength is not None and "strength" in editor.OPTIONS:
-            editor.plan(strength=args.strength)              # too little of too few steps is refused before any work
-            editor.defaults = dataclasses.replace(editor.defaults, strength=args.strength)
+            set_strength(editor, args.strength)
         return editor
     editors, again, known = {}, {}, set()
     for source in filter(None, (args.editor, args.other)):
@@ -288,7 +286,7 @@ def _jobs(args, editors):
 
 def _small(editors):
     """Whether these are miniatures on the CPU."""
-    return all(editor.working_size < 512 and editor.device.type == "cpu" for editor in editors.values())
+    return all(editor.is_miniature and editor.device.type == "cpu" for editor in editors.values())
 
 
 def _turns(suite, editors):

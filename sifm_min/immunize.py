@@ -135,7 +135,7 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
             on_step(step, loss, terms)
 
     def perturb(plan):
-        """(delta, objective) under this memory plan; every one starts from the seed."""
+        """(delta, objective, the loop as it ran) under this memory plan; every one starts from the seed."""
         curve.clear()
         generator = torch.Generator().manual_seed(seed)
         batch = {"batch": plan.batch} if "batch" in options_of(method) else {}
@@ -145,14 +145,12 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
             return objective(x.expand(-1, 3, -1, -1), step)
 
         # The noise control has no objective: it is the loop's random start as it is.
-        control = {"steps": 0, "init": "random"} if objective is None else {}
-        return pgd(original[:, :picture.channels], in_colour, eps, **loop | control, mask=region, generator=generator,
-                   on_step=record), objective
+        ran = loop | ({"steps": 0, "init": "random"} if objective is None else {})
+        return pgd(original[:, :picture.channels], in_colour, eps, **ran, mask=region, generator=generator,
+                   on_step=record), objective, ran
 
     begun = time.perf_counter()
-    (delta, objective), plan = plans.run(perturb, memory, editor, **_timesteps_of(method, options))
-    if objective is None:
-        loop |= {"steps": 0, "init": "random"}
+    (delta, objective, loop), plan = plans.run(perturb, memory, editor, **_timesteps_of(method, options))
     looped = time.perf_counter() - begun
     immunized = images.quantize(picture, delta, eps)
     after, before = images.to_pixels(immunized), original.cpu()
@@ -344,9 +342,14 @@ def load(args):
     if args.strength is not None:
         if "strength" not in editor.OPTIONS:
             raise ValueError(f"--strength is for img2img, which {args.editor} does not do")
-        editor.plan(strength=args.strength)                  # too little of too few steps is refused before any work
-        editor.defaults = replace(editor.defaults, strength=args.strength)
+        set_strength(editor, args.strength)
     return editor
+
+
+def set_strength(editor, strength):
+    """Every edit by this editor of img2img is at this strength; too little of too few steps is a ValueError now."""
+    editor.plan(strength=strength)
+    editor.defaults = replace(editor.defaults, strength=strength)
 
 
 def find(names, output, endings):

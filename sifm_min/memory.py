@@ -37,19 +37,13 @@ def plans(memory, editor, count=None, batch=None):
     if memory not in MEMORY:
         raise ValueError(f"memory {memory!r}: choose one of {', '.join(MEMORY)}")
     if count is None or batch is not None:
-        few = full = batch
+        sizes = [batch]
     else:
-        few, full = 1, count
-    if memory == "low":
-        return [Plan(few, True)]
-    if memory == "fast":
-        return [Plan(full, False)]
-    if few == full:
-        return [Plan(full, False), Plan(few, True)]
-    if editor.device.type == "cpu" and not editor.is_miniature:
-        full = min(full, AT_ONCE_ON_A_CPU)
-    halves = itertools.takewhile(lambda size: size > 0, (full >> n for n in itertools.count()))
-    return [*(Plan(size, False) for size in halves), Plan(few, True)]
+        few = memory == "auto" and editor.device.type == "cpu" and not editor.is_miniature
+        most = min(count, AT_ONCE_ON_A_CPU) if few else count
+        sizes = [most >> n for n in range(max(most, 1).bit_length())]
+    kept, again = [Plan(size, False) for size in sizes], Plan(sizes[-1], True)
+    return {"auto": [*kept, again], "fast": kept[:1], "low": [again]}[memory]
 
 
 def run(work, memory, editor, count=None, batch=None):
