@@ -1,6 +1,7 @@
 """How the benches of editors measure: time, memory, the stages of a step, its FLOPs against the machine's, agreement."""
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -24,6 +25,12 @@ def status(*keys):
         return [None] * len(keys)
 
 
+def give_back():
+    """What glibc keeps of freed memory goes back to the system: a call that found it there would seem to need none."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):     # another C library, which keeps what it keeps
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def measured(call, device):
     """{"wall", "cpu": seconds, "memory": bytes at the worst moment over those at rest, or None; "value"} of a call."""
     gc.collect()
@@ -33,6 +40,7 @@ def measured(call, device):
         torch.cuda.reset_peak_memory_stats()
         rest = torch.cuda.memory_allocated()
     else:
+        give_back()
         with contextlib.suppress(OSError):                   # elsewhere than on Linux
             Path("/proc/self/clear_refs").write_text("5")    # the peak begins anew
             (rest,) = status("VmRSS")
@@ -42,8 +50,9 @@ def measured(call, device):
         torch.cuda.synchronize()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = torch.cuda.max_memory_allocated() if cuda else status("VmHWM")[0]
-    if rest is not None and not cuda:                        # mapped weights that the system had dropped rest again now
-        rest = max(rest, status("VmRSS")[0])
+    if rest is not None and not cuda:
+        give_back()
+        rest = max(rest, status("VmRSS")[0])                 # mapped weights that the system had dropped rest again now
     return {"wall": wall, "cpu": cpu, "memory": None if None in (rest, peak) else peak - rest, "value": value}
 
 
