@@ -471,9 +471,8 @@ def _blur(plane, window):
     for dim in (1, 2):
         size = plane.shape[dim] - 2 * half
         blurred = plane.narrow(dim, half, size) * window[half]
-        for i in range(half):                                # two shifts share a weight
-            pair = plane.narrow(dim, i, size) + plane.narrow(dim, 2 * half - i, size)
-            blurred = torch.add(blurred, pair, alpha=window[i])
+        for i in (*range(half), *range(half + 1, len(window))):
+            blurred.add_(plane.narrow(dim, i, size), alpha=window[i])        # in place: new memory costs more than the sum
         plane = blurred
     return plane
 
