@@ -24,7 +24,10 @@ import signal
 import sys
 import traceback
 import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 from . import memory
@@ -72,6 +75,12 @@ class Parser(argparse.ArgumentParser):
         add("--no-t5", dest="t5", action="store_false",
             help="do without Stable Diffusion 3's largest text encoder (9.5 GB less)")
         add("--strength", type=fraction, help="of img2img, 0 to 1: how much may change (default: the editor's)")
+
+    def memory(self):
+        """Add the flag that chooses a memory plan: see `memory.plans`."""
+        self.add_argument("--memory", choices=memory.MEMORY, default="auto",
+                          help="of immunizing; fast: whatever it takes; low: as little as possible, slower; auto (default): "
+                               "gives way where memory ends")
 
 
 def eps(text):
@@ -311,35 +320,126 @@ def leave(code):
     sys.exit(code)
 
 
-def each_file(paths, work, *, unit="picture", quiet=False, debug=False, as_json=False):
+def each_file(paths, work, *, read=None, write=None, key=None, most=None, unit="picture", quiet=False, debug=False,
+              as_json=False):
     """Call work(path) for each file; one that fails is told, and told again at the end, and the next one goes on.
+
+    read(path) -> job, or None where nothing is left to do, and write(done) run on threads of their own, so that the device
+    that works has no wait: then it is work([job]) -> [done], while the next file is read and the last one written. Jobs
+    that follow one another and have the same key(job) are worked on together, up to most(job) of them; where that fails,
+    one by one.
 
     A ValueError or OSError belongs to its file. The run ends where the next file could fare no better: weights
     unavailable, output disk full or read-only, reader of stdout gone, Ctrl-C. Returns OK or SOME_FAILED.
     """
     paths, failures, done = list(paths), [], 0
+
+    def attempt(path, call, *given, first=None):
+        """What the call returns, None where it failed; first() is called before that is told."""
+        try:
+            with memory.in_words():
+                return call(*given)
+        except (ValueError, OSError) as error:
+            if _hopeless(error):
+                raise
+            if first:
+                first()
+            told = sentence(error)
+            failures.append(told if Path(path).name in told else f"{path}: {told}")
+            fail(failures[-1], error=error if debug else None)
+            if as_json:
+                out(to_json({"file": path, "error": failures[-1]}))
+            return None
+
     try:
-        with progress(paths, what="files", unit=unit, quiet=quiet or len(paths) == 1) as bar:
-            for path in bar:
-                try:
-                    with memory.in_words():
-                        work(path)
-                except (ValueError, OSError) as error:
-                    hopeless = isinstance(error, (BrokenPipeError, _unavailable()))
-                    if hopeless or getattr(error, "errno", None) in REMEDIES:
-                        raise
-                    told = sentence(error)
-                    failures.append(told if Path(path).name in told else f"{path}: {told}")
-                    fail(failures[-1], error=error if debug else None)
-                    if as_json:
-                        out(to_json({"file": path, "error": failures[-1]}))
-                done += 1
+        with progress(total=len(paths), what="files", unit=unit, quiet=quiet or len(paths) == 1) as bar:
+            def over(count=1):
+                nonlocal done
+                done += count
+                bar.update(count)
+
+            if read is None:
+                for path in paths:
+                    attempt(path, work, path)
+                    over()
+            else:
+                _conveyed(paths, read, work, write, key, most, attempt, over)
     finally:
         if len(paths) > 1 and (failures or done < len(paths)):
             say(f"{done - len(failures)} of {len(paths)} {unit}s done, {len(failures)} failed{':' if failures else ''}")
             for line in failures:
                 say(f"  {line}")
     return SOME_FAILED if failures else OK
+
+
+def _conveyed(paths, read, work, write, key, most, attempt, over):
+    """The files of `each_file` past a thread that reads, this one that works, and a thread that writes."""
+    left, ahead, writing = deque(paths), deque(), deque()
+
+    def reading():
+        """The next file, as (path, future job), which is begun if it was not; None after the last."""
+        if not ahead and left:
+            ahead.append((left[0], reader.submit(read, left.popleft())))
+        return ahead[0] if ahead else None
+
+    def settle():
+        """Wait until all that was worked on is written."""
+        while writing:
+            path, future = writing.popleft()
+            attempt(path, future.result)
+            over()
+
+    reader, writer = (ThreadPoolExecutor(1) for _ in range(2))
+    try:
+        while reading():
+            group, wanted = [], None
+            while len(group) < (most(group[0][1]) if group and most else 1) and (following := reading()):
+                path, future = following
+                if group and (future.exception() or future.result() is None or key(future.result()) != wanted):
+                    break
+                ahead.popleft()
+                job = attempt(path, future.result, first=settle)
+                if job is None:
+                    over()
+                    break
+                wanted = key(job) if key else None
+                group.append((path, job))
+            if not group:
+                continue
+            reading()                                        # beside the work
+            for i, (path, made) in enumerate(_worked(group, work, partial(attempt, first=settle), over)):
+                if i == 0:
+                    settle()                                 # no more than one group waits in memory
+                writing.append((path, writer.submit(write, made)))
+        settle()
+    finally:
+        for pool in (reader, writer):
+            pool.shutdown(cancel_futures=True)               # Ctrl-C: what is being written is written, and counts
+        over(sum(not future.cancelled() and not future.exception() for _, future in writing))
+
+
+def _worked(group, work, attempt, over):
+    """(path, what work made of its job) of the jobs that did not fail: of all together, or else of one after the other."""
+    paths, jobs = zip(*group, strict=True)
+    if len(group) > 1:
+        try:
+            with memory.in_words():
+                yield from zip(paths, work(list(jobs)), strict=True)
+            return
+        except (ValueError, OSError) as error:
+            if _hopeless(error):
+                raise
+    for path, job in group:
+        made = attempt(path, work, [job])
+        if made is None:
+            over()
+        else:
+            yield path, *made
+
+
+def _hopeless(error):
+    """Whether the next file could fare no better."""
+    return isinstance(error, (BrokenPipeError, _unavailable())) or getattr(error, "errno", None) in REMEDIES
 
 
 def _unavailable():

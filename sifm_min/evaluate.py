@@ -96,6 +96,7 @@ def _parser():
     option("--guidance", type=cli.number, help="weight of the instruction (default: the editor's)")
     option("--image-guidance", type=cli.number, help="weight of the picture, of instruction editors (default: the editor's)")
     option("--edit-batch", type=cli.count, metavar="N", help="edits at once (default: all prompts of a picture)")
+    made.memory()
     option("--lpips-weights", type=cli.path, metavar="FILE",
            help="of LPIPS' AlexNet (default: what `weights download` fetched)")
     option("--jobs", type=cli.count, metavar="N",
@@ -202,7 +203,7 @@ def _run(args):
             bar.update()
             if args.helper_of and os.getppid() != args.helper_of:
                 raise KeyboardInterrupt                      # whom this process helps was killed
-        runner = protocol.Runner(folder, asked, editors, **judging, batch=args.edit_batch, done=done,
+        runner = protocol.Runner(folder, asked, editors, **judging, batch=args.edit_batch, memory=args.memory, done=done,
                                  fail=lambda failure, error: cli.fail(str(failure), error=error if args.debug else None))
         with _helpers(jobs - 1, args.argv) as helpers:
             clock = _Clock(folder, asked, mine, args.quiet)

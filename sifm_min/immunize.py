@@ -15,11 +15,12 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from . import cli
-from .memory import MEMORY
+from .memory import pictures_at_once
 
 
 class _Methods(Mapping):
@@ -45,6 +46,7 @@ METHODS = _Methods()
 # The paper's protocol, which is the same for all methods; preset "native" runs a baseline as its original was run.
 PROTOCOL = {"steps": 100, "step_size": 1 / 255, "schedule": "constant", "init": "random"}
 PRESETS = ("protocol", "native")
+TOGETHER = ("sifm",)                                         # methods that run several pictures at once
 
 
 def options_of(method):
@@ -88,89 +90,141 @@ class Result:
 def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, seed=0, step_size=None,
              schedule=None, init=None, preset="protocol", mask=None, memory="auto",
              on_step=None, **options):
-    """Immunize one picture against one editor.
+    """Immunize a picture against one editor; a list of pictures gives a list of results.
 
-    image: a PIL picture, an `images.Picture`, or a path. prompts: the edit to defeat, or several that the steps cycle
-    through (Algorithm 1 has one). method: a name in METHODS; options go to its objective (for SIFM: lam, timesteps, taps,
-    reduction, aggregate, noisy, resample, batch). eps: budget on [0,1]. steps, step_size, schedule ("constant" or
-    "linear" decay), init ("random" in the budget, or "zero"): of the PGD loop; where not given, and for options not given,
-    the preset decides: "protocol", the paper's (100 steps of 1/255, constant, random), or "native", a baseline as its
-    original was run. No preset changes eps. mask: the path of a picture of the same size; only where it is bright is the
-    picture perturbed. memory: "fast", "low", or "auto", which gives way where memory ends and warns (see `memory.plans`);
-    the result is the same. on_step(step, loss, terms) is called after each step, and from the first again where a plan did
-    not fit. Raises ValueError, in one sentence, for whatever the caller can mend.
+    image: a PIL picture, an `images.Picture`, or a path; or a list of them. prompts: the edit to defeat, or several that the
+    steps cycle through (Algorithm 1 has one). method: a name in METHODS; options go to its objective (for SIFM: lam,
+    timesteps, taps, reduction, aggregate, noisy, resample, batch). eps: budget on [0,1]. steps, step_size, schedule
+    ("constant" or "linear" decay), init ("random" in the budget, or "zero"): of the PGD loop; where not given, and for
+    options not given, the preset decides: "protocol", the paper's (100 steps of 1/255, constant, random), or "native", a
+    baseline as its original was run. No preset changes eps. mask: the path of a picture of the same size; only where it is
+    bright is the picture perturbed. memory: "fast", "low", or "auto", which gives way where memory ends and warns (see
+    `memory.plans`); the result is the same. on_step(step, loss, terms) is called after each step of each picture, and from
+    the first again where a plan did not fit. Raises ValueError, in one sentence, for whatever the caller can mend.
+
+    Pictures of one size in a list run at once where that is faster (SIFM's can); each gets what it would get alone, but for
+    the order in which floats are added. Their seconds are then equal shares.
     """
-    import torch
+    listed = isinstance(image, list | tuple)
+    found = perturb(image if listed else [image], editor, prompts, method=method, eps=eps, seed=seed, preset=preset, mask=mask,
+                    memory=memory, on_step=on_step, steps=steps, step_size=step_size, schedule=schedule, init=init, **options)
+    results = [finish() for _, finish in found]
+    return results if listed else results[0]
+
+
+def perturb(pictures, editor, prompts, *, method, eps, seed, preset, mask, memory, on_step, **given):
+    """What `immunize` does on the device: for each picture the immunized one, and a function that measures and reports it,
+    () -> Result, which other work can go on beside."""
     from PIL import Image
 
-    from . import images, metrics
-    from . import memory as plans
-    from .pgd import pgd
+    from . import images
 
-    started = time.perf_counter()
-    loop, options = settings(method, preset, steps=steps, step_size=step_size, schedule=schedule, init=init, **options)
+    loop, options = settings(method, preset, **given)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("immunize needs at least one prompt")
     if isinstance(editor, str | Path):
         raise ValueError(f"editor {str(editor)!r} is a name; load it first: load_editor({str(editor)!r})")
-    if not isinstance(image, str | Path | Image.Image | images.Picture):
-        raise ValueError(f"image is of type {type(image).__name__}; give a PIL picture or a path")
-    picture = image
-    if not isinstance(image, images.Picture):
-        picture = images.read(image) if isinstance(image, str | Path) else images.picture(image)
-    width, height = picture.image.size
-    region = images.read_mask(mask, width, height) if mask is not None else None
+    groups = {}
+    for i, picture in enumerate(pictures := list(pictures)):
+        if not isinstance(picture, str | Path | Image.Image | images.Picture):
+            raise ValueError(f"image is of type {type(picture).__name__}; give a PIL picture or a path")
+        if not isinstance(picture, images.Picture):
+            picture = images.read(picture) if isinstance(picture, str | Path) else images.picture(picture)
+        pictures[i] = picture
+        groups.setdefault((picture.image.size, picture.channels), []).append(i)
     images.budget(eps)                                       # an impossible budget is refused before any work
+    found = {}
+    for members in groups.values():
+        size = at_once(method, memory, editor, pictures[members[0]])
+        for part in (members[start:start + size] for start in range(0, len(members), size)):
+            made = _together([pictures[i] for i in part], editor, prompts, method, loop, options, eps=eps, seed=seed, mask=mask,
+                             memory=memory, preset=_told(method, preset), on_step=on_step)
+            found |= zip(part, made, strict=True)
+    return [found[i] for i in range(len(pictures))]
+
+
+def at_once(method, memory, editor, picture):
+    """How many pictures of this one's size and channels `immunize` runs at once."""
+    return pictures_at_once(memory, editor, *picture.image.size) if method in TOGETHER else 1
+
+
+def _together(pictures, editor, prompts, method, loop, options, *, eps, seed, mask, memory, preset, on_step):
+    """`perturb` of pictures of one size and as many channels."""
+    import torch
+
+    from . import images
+    from . import memory as plans
+    from .pgd import pgd
+
+    started, count, channels = time.perf_counter(), len(pictures), pictures[0].channels
+    region = images.read_mask(mask, *pictures[0].image.size) if mask is not None else None
     _reset_peak(editor.device)
-    original = images.to_pixels(picture.image).to(editor.device)
+    original = torch.cat([images.to_pixels(picture.image) for picture in pictures]).to(editor.device)
     with torch.no_grad():
         contexts = editor.contexts(prompts)
     texts = {"prompts": prompts} if "prompts" in inspect.signature(METHODS[method]).parameters else {}
-    curve = []
+    curves = [[] for _ in pictures]
 
-    def record(step, loss, terms):
-        curve.append({"loss": loss, **terms})
-        if on_step:
-            on_step(step, loss, terms)
-
-    def perturb(plan):
-        """(delta, objective, the loop as it ran) under this memory plan; every one starts from the seed."""
-        curve.clear()
-        generator = torch.Generator().manual_seed(seed)
+    def perturbed(part, plan):
+        """(deltas, objective, the loop as it ran) of the pictures in this slice; each starts from the seed."""
+        generator = [torch.Generator().manual_seed(seed) for _ in pictures[part]]
+        generator = generator if len(generator) > 1 else generator[0]
         batch = {"batch": plan.batch} if "batch" in options_of(method) else {}
-        objective = METHODS[method](editor, original, contexts, generator=generator, **texts, **options | batch)
+        objective = METHODS[method](editor, original[part], contexts, generator=generator, **texts, **options | batch)
 
         def in_colour(x, step):                              # a grey picture is perturbed as one channel, and stays grey
             return objective(x.expand(-1, 3, -1, -1), step)
 
+        def record(step, loss, terms):
+            told = [{"loss": loss, **terms}] if isinstance(loss, float) else [
+                dict(zip(("loss", *terms), values, strict=True)) for values in zip(loss, *terms.values(), strict=True)]
+            for curve, one in zip(curves[part], told, strict=True):
+                curve.append(one)
+                if on_step:
+                    on_step(step, one["loss"], {name: value for name, value in one.items() if name != "loss"})
+
         # The noise control has no objective: it is the loop's random start as it is.
         ran = loop | ({"steps": 0, "init": "random"} if objective is None else {})
-        return pgd(original[:, :picture.channels], in_colour, eps, **ran, mask=region, generator=generator,
+        return pgd(original[part, :channels], in_colour, eps, **ran, mask=region, generator=generator,
                    on_step=record), objective, ran
 
+    def work(plan):
+        for curve in curves:
+            curve.clear()
+        found = [perturbed(slice(start, start + plan.pictures), plan) for start in range(0, count, plan.pictures)]
+        return torch.cat([deltas for deltas, _, _ in found]), *found[0][1:]
+
     begun = time.perf_counter()
-    (delta, objective, loop), plan = plans.run(perturb, memory, editor, **_timesteps_of(method, options))
+    (deltas, objective, loop), plan = plans.run(work, memory, editor, **_timesteps_of(method, options), pictures=count)
     looped = time.perf_counter() - begun
-    immunized = images.quantize(picture, delta, eps)
-    after, before = images.to_pixels(immunized), original.cpu()
-    report = {
-        "input": {"width": width, "height": height, "mode": picture.mode, **picture.info},
+    made = [images.quantize(picture, delta, eps) for picture, delta in zip(pictures, deltas.split(1), strict=True)]
+    seconds = {"seconds": round((time.perf_counter() - started) / count, 3), "loop_seconds": round(looped / count, 3)}
+    shared = {
         "editor": editor.provenance(),
-        "method": method, "note": getattr(objective, "note", ""), "prompts": prompts, "preset": _told(method, preset),
+        "method": method, "note": getattr(objective, "note", ""), "prompts": prompts, "preset": preset,
         "options": {"eps": eps, **loop, "seed": seed, "mask": str(mask) if mask is not None else None,
                     **_spelled_out(METHODS[method], editor, options)},
-        "linf_steps": images.steps_used(picture.image, immunized), "budget_steps": images.budget(eps),
-        "psnr": metrics.psnr(after, before).item(),
-        "ssim": metrics.ssim(after, before).item() if min(width, height) >= 11 else None,
-        "loss": curve,
-        "passes": _passes(objective, len(curve)),
-        "seconds": round(time.perf_counter() - started, 3), "loop_seconds": round(looped, 3),
+    }
+    spent = {
+        "passes": _passes(objective, len(curves[0])), **seconds,
         "memory": {"asked": memory, **plan._asdict()}, "peak_memory_bytes": _peak(editor.device),
         "versions": {"sifm_min": import_module(__package__).__version__, "torch": torch.__version__,
                      "python": platform.python_version()},
     }
-    return Result(immunized, report)
+    return [(image, partial(_result, picture, image, eps, shared, {"loss": curve, **spent}))
+            for picture, image, curve in zip(pictures, made, curves, strict=True)]
+
+
+def _result(picture, image, eps, shared, spent):
+    from . import images, metrics
+    width, height = picture.image.size
+    after, before = images.to_pixels(image), images.to_pixels(picture.image)
+    return Result(image, {
+        "input": {"width": width, "height": height, "mode": picture.mode, **picture.info}, **shared,
+        "linf_steps": images.steps_used(picture.image, image), "budget_steps": images.budget(eps),
+        "psnr": metrics.psnr(after, before).item(),
+        "ssim": metrics.ssim(after, before).item() if min(width, height) >= 11 else None, **spent})
 
 
 def _timesteps_of(method, options):
@@ -284,8 +338,7 @@ def _parser():
     own("--content", type=cli.prompt, metavar="TEXT", help="what to protect, as `man` (semantic-attack; default: the prompts)")
     own("--variant", help="which form of the loss: zero, grey (photoguard-encoder); eot, plain, released (editshield); minus, "
                           "plus (sds); fused, textural, semantic (mist); ace+, ace (ace); the first is the default")
-    add("--memory", choices=MEMORY, default="auto",
-        help="fast: whatever it takes; low: as little as possible, slower; auto (default): gives way where memory ends")
+    parser.memory()
     add("--no-preview", action="store_true", help="skip the preview and its two edits")
     parser.shared("device", "dtype", "seed", "overwrite")
     return parser
@@ -327,8 +380,11 @@ def _body(args):
     images.make_folder(args.output)
     if editor.notice:
         cli.say(editor.notice, quiet=args.quiet)
-    return cli.each_file(pictures, lambda path: _one(path, editor, args), quiet=args.quiet, debug=args.debug,
-                         as_json=args.json)
+    return cli.each_file(pictures, lambda jobs: _work(jobs, editor, args), read=lambda path: _ready(path, editor, args),
+                         write=lambda done: _write(*done, args, editor.notice),
+                         key=lambda job: (job.picture.image.size, job.picture.channels),
+                         most=lambda job: at_once(args.method, args.memory, editor, job.picture),
+                         quiet=args.quiet, debug=args.debug, as_json=args.json)
 
 
 def load(args):
@@ -375,10 +431,24 @@ def find(names, output, endings):
     return list(stems.values())
 
 
-def _one(path, editor, args):
+@dataclass(frozen=True)
+class _Job:
+    """A picture that was read, and where its results go. paths: of OUTPUTS; existing: those of them that lie there, and may
+    be replaced; asked: what decides the result."""
+
+    path: Path
+    picture: object
+    paths: list
+    existing: list
+    asked: dict
+
+
+def _ready(path, editor, args):
+    """The picture of this file, None where its results are there already."""
     from . import images
 
-    immunized_path, preview_path, report_path = paths = [args.output / f"{path.stem}{end}" for end in OUTPUTS]
+    paths = [args.output / f"{path.stem}{end}" for end in OUTPUTS]
+    immunized_path, _, report_path = paths
     asked, before = _asked(path, editor, args), _read_report(report_path)
     existing = [p for p in paths if p.exists()]
     if not args.overwrite and before.get("asked") == asked:
@@ -387,27 +457,43 @@ def _one(path, editor, args):
             cli.say(f"{path}: done before, skipped", quiet=args.quiet)
             if args.json:
                 cli.out(cli.to_json(_in_short(before) | {"skipped": True}))
-            return
+            return None
     elif existing and not args.overwrite:
         raise ValueError(f"{existing[0]} exists, from another picture or other options; "
                          "add --overwrite or choose another folder")
-    picture = images.read(path)
-    given = _given(args)
-    with cli.progress(total=settings(args.method, args.preset, **given)[0]["steps"], what=path.name, quiet=args.quiet) as bar:
-        result = immunize(picture, editor, args.prompt, method=args.method, eps=args.eps, seed=args.seed, preset=args.preset,
-                          mask=args.mask, on_step=lambda step, loss, terms: bar.update(), **given)
-    preview = None if args.no_preview else _preview(picture, result.image, editor, args)
+    return _Job(path, images.read(path), paths, existing, asked)
+
+
+def _work(jobs, editor, args):
+    """[(job, a function that reports, the edits of the preview)]: what the device does for these pictures."""
+    given, first = _given(args), jobs[0].path.name
+    what = first if len(jobs) == 1 else f"{first} and {len(jobs) - 1} more"
+    steps = settings(args.method, args.preset, **given)[0]["steps"]
+    with cli.progress(total=steps * len(jobs), what=what, quiet=args.quiet) as bar:
+        found = perturb([job.picture for job in jobs], editor, args.prompt, method=args.method, eps=args.eps, seed=args.seed,
+                        preset=args.preset, mask=args.mask, memory=args.memory,
+                        on_step=lambda step, loss, terms: bar.update(), **given)
+    return [(job, finish, None if args.no_preview else _edits(job.picture, image, editor, args))
+            for job, (image, finish) in zip(jobs, found, strict=True)]
+
+
+def _write(job, finish, edits, args, notice):
+    from . import images
+
+    result = finish()
+    preview = None if args.no_preview else _preview(job.picture, result.image, edits, args.prompt[0], notice)
+    immunized_path, preview_path, report_path = job.paths
     # The report frames the pictures: begun before them and finished after them, it tells a later run whose they are.
-    report = {"finished": False, "asked": asked}
-    with contextlib.ExitStack() as undo:                     # disk full, Ctrl-C: one file of three helps nobody
+    report = {"finished": False, "asked": job.asked}
+    with contextlib.ExitStack() as undo:                     # disk full: one file of three helps nobody
         def put(target, content, write=images.write, **how):
-            write(target, content, overwrite=args.overwrite or target in existing, **how)
-            if target not in existing:
+            write(target, content, overwrite=args.overwrite or target in job.existing, **how)
+            if target not in job.existing:
                 undo.callback(_remove, target)
 
         put(report_path, cli.to_json(report) + "\n")
-        report |= {"finished": True, "picture": str(path), "immunized": immunized_path.name, **result.report}
-        put(immunized_path, result.image, images.write_checked, original=picture, eps=args.eps)
+        report |= {"finished": True, "picture": str(job.path), "immunized": immunized_path.name, **result.report}
+        put(immunized_path, result.image, images.write_checked, original=job.picture, eps=args.eps)
         if preview is not None:
             put(preview_path, preview)
         images.write(report_path, cli.to_json(report, indent=1) + "\n", overwrite=True)
@@ -447,16 +533,19 @@ def _read_report(path):
         return {}
 
 
-def _preview(picture, immunized, editor, args):
-    from . import images
-    prompt = args.prompt[0]
+def _edits(picture, immunized, editor, args):
+    """The edits of the original and of the immunized picture."""
     with cli.progress(total=2 * len(editor.plan().timesteps), what="preview", quiet=args.quiet) as bar:
-        edits = [editor.edit(image.convert("RGB"), prompt, seed=args.seed, on_step=lambda i, n: bar.update())
-                 for image in (picture.image, immunized)]
+        return [editor.edit(image.convert("RGB"), args.prompt[0], seed=args.seed, on_step=lambda i, n: bar.update())
+                for image in (picture.image, immunized)]
+
+
+def _preview(picture, immunized, edits, prompt, notice):
+    from . import images
     captions = ("original", f"edited: {prompt}", "immunized", f"edited: {prompt}", "perturbation x10")
     original = picture.put_together(picture.image)           # with its transparency, as the immunized one has it
     pictures = (original, edits[0], immunized, edits[1], images.amplify(picture.image, immunized))
-    return images.sheet(list(zip(captions, pictures, strict=True)), footer=editor.notice)
+    return images.sheet(list(zip(captions, pictures, strict=True)), footer=notice)
 
 
 def main(argv=None):

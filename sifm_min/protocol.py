@@ -303,13 +303,14 @@ class Runner:
     """Carries out a plan, a picture at a time.
 
     editors: name -> a loaded editor; judges: editor -> {name: judge}, or None where a panel judges later; lpips: a
-    `metrics.LPIPSWeights` or None; batch: how many edits at once; fail(Failure, error) hears of what fails; done() is called
-    when an arm of a picture is over. `only`, where it is set, is the one editor that may be used: what needs another waits.
+    `metrics.LPIPSWeights` or None; batch: how many edits at once; memory: of immunizing, see `memory.plans`; fail(Failure,
+    error) hears of what fails; done() is called when an arm of a picture is over. `only`, where it is set, is the one editor
+    that may be used: what needs another waits.
     """
 
-    def __init__(self, folder, asked, editors, *, judges=None, lpips=None, batch=None, fail=None, done=None):
+    def __init__(self, folder, asked, editors, *, judges=None, lpips=None, batch=None, memory="auto", fail=None, done=None):
         self.folder, self.asked, self.editors, self.judges, self.lpips = folder, asked, editors, judges, lpips
-        self.batch, self.fail, self.done = batch, fail or (lambda *_: None), done or (lambda: None)
+        self.batch, self.memory, self.fail, self.done = batch, memory, fail or (lambda *_: None), done or (lambda: None)
         self.failures, self.computed, self.only, self._in_vain = [], 0, None, set()
 
     def run(self, case):
@@ -406,7 +407,7 @@ class Runner:
     def _immunize(self, journal, case, one, key):
         told = words(self.asked, one["source"], case.record["prompts"][0])
         found = immunize(journal.image(case.record["sha256"]), self.editors[one["source"]], told, method=one["method"],
-                         eps=self.asked["eps"], seed=self.asked["seed"], **one["settings"])
+                         eps=self.asked["eps"], seed=self.asked["seed"], memory=self.memory, **one["settings"])
         kept = {name: found.report[name] for name in ("linf_steps", "budget_steps", "psnr", "ssim", "passes", "seconds",
                                                       "loop_seconds", "peak_memory_bytes", "note", "options")}
         last = found.report["loss"][-1] if found.report["loss"] else None

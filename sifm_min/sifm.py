@@ -18,9 +18,10 @@ NOISY = ("paper", "deploy")
 
 def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=None, reduction="balanced",
          aggregate="loss-mean", noisy="paper", resample=False, batch=None):
-    """The objective of SIFM for one picture: a function (x_imu, step) -> (loss, {"norm": ..., "dist": ...}) to minimise.
+    """The objective of SIFM: a function (x_imu, step) -> (loss, {"norm": ..., "dist": ...}) to minimise.
 
-    x_orig: (1,3,H,W) in [0,1], native size. contexts: one text context (1,L,C) per prompt; step n uses prompt n mod their
+    x_orig: (1,3,H,W) in [0,1], native size; or B pictures with a list of B generators, which gives each the noise it would
+    have alone, and a loss for each, (B,). contexts: one text context (1,L,C) per prompt; step n uses prompt n mod their
     number (the paper has one). timesteps: T, a count spread over what the editor visits, or the timesteps themselves.
     reduction: "relative" (norm and squared distance as fractions of the original's, so that lam means the same on every
       editor, size and layer), "balanced" (default: the same with the distance in tenths, so that both count alike at lam
@@ -32,8 +33,8 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
     noisy: "paper" noises the immunized picture's latent; "deploy" the original's, because what an instruction editor
       denoises never contains delta: there it enters through the image condition alone.
     resample: draw new noise at every step (the same for both pictures) instead of one bank for all.
-    batch: timesteps run at once (None: all). Cost per step: one VAE encode and backward, |T| forwards and backwards of
-      the denoiser up to its last tap. Raises ValueError for unknown options and taps.
+    batch: timesteps run at once (None: all). Cost per step and picture: one VAE encode and backward, |T| forwards and
+      backwards of the denoiser up to its last tap. Raises ValueError for unknown options and taps.
     """
     for value, known, option in ((reduction, REDUCTIONS, "reduction"), (aggregate, AGGREGATES, "aggregate"),
                                  (noisy, NOISY, "noisy")):
@@ -44,18 +45,21 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
         raise ValueError("SIFM needs at least one prompt, one timestep, and one timestep in a batch")
     taps = list(editor.default_taps if taps is None else taps)
     batches = T.split(batch or len(T))
+    B, generators = len(x_orig), generator if isinstance(generator, list) else [generator]
+    if len(generators) != B:
+        raise ValueError(f"SIFM needs a generator for each picture: {B}, not {len(generators)}")
     with torch.no_grad():
-        E_orig = editor.encode(editor.resize(x_orig))        # (1,C,h,w)
+        E_orig = editor.encode(editor.resize(x_orig))        # (B,C,h,w)
 
     def draw():
-        noise = torch.randn((len(T), *E_orig.shape[1:]), generator=generator)
-        return noise.to(E_orig).split(batch or len(T))
+        noise = torch.stack([torch.randn((len(T), *E_orig.shape[1:]), generator=own) for own in generators])
+        return [eta.flatten(0, 1).to(E_orig) for eta in noise.split(batch or len(T), dim=1)]         # (B t,C,h,w)
 
     texts = [editor.prepare_text(c) for c in contexts]       # what neither the picture nor the step changes
 
     def phi(E, t, when, eta, text):
-        E = E.expand(len(t), -1, -1, -1)
-        z_t = editor.noise_latent(E if noisy == "paper" else E_orig.expand_as(E), eta, t)
+        E = E.repeat_interleave(len(t), 0)                   # all timesteps of a picture, then those of the next
+        z_t = editor.noise_latent(E if noisy == "paper" else E_orig.repeat_interleave(len(t), 0), eta, t.repeat(B))
         found = [a.float() for a in editor.features(E, z_t, when, text, taps=taps).values()]
         if aggregate == "loss-mean":
             return found
@@ -72,7 +76,7 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
         if resample and step > 0:
             bank = draw()
         if n not in times:
-            times[n] = [editor.prepare_timesteps(t, contexts[n]) for t in batches]
+            times[n] = [editor.prepare_timesteps(t.repeat(B), contexts[n]) for t in batches]
         if n not in Phi_orig or resample:
             with torch.no_grad():
                 Phi_orig[n] = [phi(E_orig, *rest, texts[n]) for rest in zip(batches, times[n], bank, strict=True)]
@@ -80,12 +84,14 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
         E_imu = E.detach().requires_grad_(True)              # gradients of all of T meet here: one VAE backward per step
         norm, dist, g = 0.0, 0.0, torch.zeros_like(E_imu)
         for t, when, eta, original in zip(batches, times[n], bank, Phi_orig[n], strict=True):
-            norm_t, dist_t = terms(phi(E_imu, t, when, eta, texts[n]), original, reduction)
-            g = g + torch.autograd.grad((norm_t - lam * dist_t).sum() / len(T), E_imu)[0]
-            norm, dist = norm + norm_t.detach().sum() / len(T), dist + dist_t.detach().sum() / len(T)
-        # A scalar with the loss's value and, through E, the loss's gradient.
-        loss = (norm - lam * dist) + ((E - E.detach()) * g).sum()
-        return loss, {"norm": norm.item(), "dist": dist.item()}
+            found = terms(phi(E_imu, t, when, eta, texts[n]), original, reduction)
+            norm_t, dist_t = (term.view(B, -1).sum(1) / len(T) for term in found)                    # (B,)
+            g = g + torch.autograd.grad((norm_t - lam * dist_t).sum(), E_imu)[0]
+            norm, dist = norm + norm_t.detach(), dist + dist_t.detach()
+        # The losses' values and, through E, their gradients.
+        loss = (norm - lam * dist) + ((E - E.detach()) * g).flatten(1).sum(1)
+        loss, norm, dist = (value if B > 1 else value[0] for value in (loss, norm, dist))
+        return loss, {"norm": norm.tolist(), "dist": dist.tolist()}
 
     def passes(steps):
         """What `steps` steps cost, in single-picture passes; the original's features are forward passes as well."""

@@ -101,6 +101,14 @@ def table(capsys, *argv, folder="out"):
 
 # ------------------------------------------------------------------------------------------------------------- white box
 
+def test_the_memory_plan_reaches_every_immunization_and_redoes_nothing(run, calls, monkeypatch):
+    counted, asked = protocol.immunize, []
+    monkeypatch.setattr(protocol, "immunize", lambda *given, memory, **more: (asked.append(memory),
+                                                                              counted(*given, memory=memory, **more))[1])
+    assert run("white-box", "--memory", "low") == cli.OK and set(asked) == {"low"}
+    assert run("white-box") == cli.OK and calls == []        # the results are the same, so a plan is no other run
+
+
 def test_every_step_is_done_once_and_a_second_run_does_nothing(run, calls, capsys):
     assert run("white-box") == cli.OK
     assert sorted(calls) == sorted(["immunize noise", "immunize photoguard-encoder", *["edit 6"] * 3] * 2)

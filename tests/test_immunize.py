@@ -171,6 +171,24 @@ def test_no_preview(run):
     assert sorted(files()) == ["a.json", "a_immunized.png"]
 
 
+def test_the_memory_plan_is_the_one_asked_for(run):
+    photo("a.png")
+    for folder, argv, expected in (("1", (), False), ("2", ("--memory", "low"), True)):
+        assert run("a.png", "-o", folder, "--no-preview", *argv) == cli.OK
+        told = report(f"{folder}/a.json")["memory"]
+        assert told["asked"] == (argv or (0, "auto"))[1] and told["checkpointing"] is expected
+
+
+def test_small_pictures_of_a_folder_run_at_once_and_are_what_each_is_alone(run):
+    for i, size in enumerate([(24, 20), (24, 20), (30, 20), (24, 20), (24, 20)]):
+        photo(f"in/{i}.png", size, seed=i)
+    assert run("in", "--no-preview") == cli.OK
+    assert [report(f"out/{i}.json")["memory"]["pictures"] for i in range(5)] == [2, 2, 1, 2, 2]
+    assert run("in/1.png", "-o", "alone") == cli.OK
+    together, alone = (colours(Image.open(f"{folder}/1_immunized.png")) for folder in ("out", "alone"))
+    assert (together != alone).mean() < 0.02
+
+
 def test_same_seed_same_bytes_other_seed_other_bytes(run):
     photo("a.png")
     written = []
