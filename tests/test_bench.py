@@ -101,6 +101,13 @@ def test_loading_is_measured_on_both_sides(run, editor, monkeypatch, capsys):
         assert found["ours"]["of it anonymous"] > 0 and found["peer"]["peak memory"] >= found["peer"]["peak while loading"]
 
 
+def test_a_folder_is_measured_beside_its_pictures_one_by_one(capsys, tmp_path):
+    bench.main(["folder", "--editor", "miniature", "--pictures", "2", "--steps", "1", "--timesteps", "1", "--repeat", "1",
+                "--json", str(tmp_path / "found.json")])
+    found, out = json.loads((tmp_path / "found.json").read_text()), capsys.readouterr().out
+    assert found["at once"] == 2 and found["ratio"]["cpu"] > 0 and "2 at once; peer: one after the other" in out
+
+
 def test_without_diffusers_ours_is_measured_alone(run, monkeypatch):
     def absent():
         raise ImportError("No module named 'diffusers'")

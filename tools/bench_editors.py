@@ -3,6 +3,7 @@
     step    one SIFM step, beside Algorithm 1 of the paper as one would write it on diffusers' networks (`Naive`)
     edit    an edit, beside diffusers' pipeline with the same scheduler
     load    cold files to the first SIFM step, each side in a process of its own
+    folder  pictures of one size as `immunize` takes them from a folder, beside the same one after the other
 
 The two sides take turns, in one process but for `load`; a ratio is ours over theirs within a round, and what is printed
 are medians over the rounds. Memory is what a call holds at its worst moment over what rests. What is not measured says so.
@@ -60,8 +61,9 @@ from bench_peers import (  # noqa: E402
     weights,
 )
 
-from sifm_min import memory  # noqa: E402
+from sifm_min import images, memory  # noqa: E402
 from sifm_min.editors import load_editor  # noqa: E402
+from sifm_min.immunize import immunize  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------- step
 
@@ -288,12 +290,39 @@ def one_side(args):
         "GPU peak": torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else None}))
 
 
+# -------------------------------------------------------------------------------------------------------------- folder
+
+def bench_folder(args):
+    with weights(args) as (folder, name):
+        editor = load_editor(folder, device=args.device, dtype=DTYPES[args.dtype])
+        size = size_of(editor, args)
+        pictures = [images.to_image(picture(size)[0].roll(37 * n, 3)) for n in range(args.pictures)]
+        options = {"steps": args.steps, "timesteps": args.timesteps, "memory": args.memory}
+
+        def together():
+            return immunize(pictures, editor, PROMPTS[0], **options)
+
+        def one_by_one():
+            return [immunize(one, editor, PROMPTS[0], **options) for one in pictures]
+
+        calls = [together, one_by_one]
+        at_once = [call() for call in calls][0][0].report["memory"]["pictures"]          # which warms both up
+        rounds = [one_round(calls, i, args) for i in range(args.repeat)]
+        found = {"bench": "folder", "editor": name, "size": size, "pictures": args.pictures, "at once": at_once, **options,
+                 "dtype": args.dtype, "clock": clock(args), "rounds": args.repeat, **compared(rounds)}
+        print(f"\n{name}, {args.pictures} pictures of {size}x{size}, {args.steps} steps of {args.timesteps} timestep(s), "
+              f"{args.dtype} (VAE float32), {at_once} at once; peer: one after the other")
+        table(heads(clock(args)), [cells(found, clock(args))])
+        return save(args, found)
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
 
 def steady_memory():
     """Starts this command anew with large blocks returned to the system once they are free: glibc's own habit of keeping
-    some of them would decide what peaks. What was set outside stays as it is."""
-    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+    some of them would decide what peaks. What was set outside stays as it is, and so does `folder`, which is about time:
+    memory that is new for every tensor costs more the larger they are, and no user has it so."""
+    if "folder" not in sys.argv[1:2] and sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"})
 
 
@@ -329,6 +358,11 @@ def add(commands, shared):
     made.add_argument("--no-profile", dest="profile", action="store_false", help="times, memory and agreement alone")
     made = command("edit", bench_edit, "an edit, beside diffusers' pipeline", repeat=3)
     made.add_argument("--steps", type=int, default=4, help="denoising steps (default: 4)")
+    made = command("folder", bench_folder, "pictures at once, beside one after the other", repeat=3)
+    made.add_argument("--pictures", type=int, default=8, help="(default: 8)")
+    made.add_argument("--steps", type=int, default=3, help="PGD iterations (default: 3)")
+    made.add_argument("--timesteps", type=int, default=10, help="(default: 10)")
+    made.add_argument("--memory", choices=memory.MEMORY, default="auto", help="as of `immunize` (default: auto)")
     made = command("load", bench_load, "cold files to the first SIFM step, beside diffusers' pipeline", repeat=3)
     made.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     made.add_argument("--timestep", type=int, help=argparse.SUPPRESS)
