@@ -27,7 +27,7 @@ import warnings
 from fractions import Fraction
 from pathlib import Path
 
-from . import memory
+from . import compiled, memory
 
 OK, SOME_FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -72,6 +72,8 @@ class Parser(argparse.ArgumentParser):
         add("--no-t5", dest="t5", action="store_false",
             help="do without Stable Diffusion 3's largest text encoder (9.5 GB less)")
         add("--strength", type=fraction, help="of img2img, 0 to 1: how much may change (default: the editor's)")
+        add("--compile", action="store_true",
+            help="torch.compile for denoiser and VAE: minutes at the start, for a GPU and a long run; no faster on a CPU")
 
 
 def eps(text):
@@ -294,7 +296,7 @@ def run(body, parser, argv=None):
 def guard(body, *, debug=False):
     """body() -> exit code or None. What may go wrong (not our own bugs) ends in one sentence and its code."""
     try:
-        with _terminable(), _plain_warnings(), memory.in_words():
+        with _terminable(), _plain_warnings(), memory.in_words(), compiled.in_words():
             return body() or OK
     except KeyboardInterrupt:
         return fail("interrupted; what is finished is whole", INTERRUPTED)
@@ -322,7 +324,7 @@ def each_file(paths, work, *, unit="picture", quiet=False, debug=False, as_json=
         with progress(paths, what="files", unit=unit, quiet=quiet or len(paths) == 1) as bar:
             for path in bar:
                 try:
-                    with memory.in_words():
+                    with memory.in_words(), compiled.in_words():
                         work(path)
                 except (ValueError, OSError) as error:
                     hopeless = isinstance(error, (BrokenPipeError, _unavailable()))
