@@ -11,7 +11,7 @@ import types
 
 BACKEND = "inductor"                                         # torch's own: C++ on a CPU, Triton on a GPU
 REMEDY = "leave --compile out"
-_functions = {}                                              # kind of block, shapes, backend -> its compiled forward
+_copies = {}                                                 # kind of block -> case -> its compiled forward
 
 
 def check(device):
@@ -35,20 +35,35 @@ def compile_blocks(network):
     for block in network.modules():
         if isinstance(block, network.REPEATED):
             # `forward` alone, and not the hooks around it: one of them reads the block's weights, when it first runs.
-            block.forward = types.MethodType(_compiled_forward(block), block)
+            block.forward = _forward(block)
 
 
-def _compiled_forward(block):
+def _forward(block):
     import torch
 
-    shapes = tuple((name, weight.shape) for name, weight in block.named_parameters())
-    if (key := (type(block), shapes, BACKEND)) not in _functions:
-        plain = type(block).forward
-        # torch counts what it compiled of a piece of code, and gives up after a few; so each kind has a copy of the code.
-        code = plain.__code__.replace(co_name=f"{type(block).__name__}_{len(_functions)}")
-        own = types.FunctionType(code, plain.__globals__, code.co_name, plain.__defaults__, plain.__closure__)
-        _functions[key] = torch.compile(own, backend=BACKEND)
-    return _functions[key]
+    kind = type(block), tuple((name, weight.shape) for name, weight in block.named_parameters()), BACKEND
+
+    def forward(*inputs):
+        case = torch.is_grad_enabled(), *((x.requires_grad, x.is_contiguous(), len(x) == 1)
+                                          for x in inputs if isinstance(x, torch.Tensor))
+        return _compiled(kind, case)(block, *inputs)
+
+    return forward
+
+
+def _compiled(kind, case):
+    """The compiled forward of a kind of block in a case. torch keeps a few versions of one piece of code, and runs it as it
+    is after that: so every case, which would be one more, has a copy of the code, and versions are left for sizes."""
+    import torch
+
+    copies = _copies.setdefault(kind, {})
+    if case not in copies:
+        plain = kind[0].forward
+        name = f"{kind[0].__name__}_{list(_copies).index(kind)}"         # by which torch knows what sizes it has seen
+        copy = types.FunctionType(plain.__code__.replace(co_name=name), plain.__globals__, name, plain.__defaults__,
+                                  plain.__closure__)
+        copies[case] = torch.compile(copy, backend=kind[-1])
+    return copies[case]
 
 
 @contextlib.contextmanager

@@ -101,8 +101,9 @@ def bench_step(args):
                 rounds[count].append(one_round([partial(side, x, i) for side in pair], i, args))
         found = {"bench": "step", "editor": name, "size": pixels.shape[-1], "taps": taps, "prompts": args.prompts,
                  "dtype": args.dtype, "options": dict(args.option), "compiled": args.compile, "first": first,
-                 "peer": lacking or f"naive, {args.peer_dtype}", "clock": clock(args), "peak_gflops": {str(dtype).removeprefix("torch."): {
-                     kind: rate / 1e9 for kind, rate in best.items()} for dtype, best in rates.items()},
+                 "peer": lacking or f"naive, {args.peer_dtype}", "clock": clock(args), "peak_gflops": {
+                     str(dtype).removeprefix("torch."): {kind: rate / 1e9 for kind, rate in best.items()}
+                     for dtype, best in rates.items()},
                  "timesteps": {count: one_count(args, pairs[count][0], x, rounds[count], rates) for count in args.timesteps}}
         return tell_step(args, found)
 
