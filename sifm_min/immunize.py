@@ -397,7 +397,7 @@ def _one(path, editor, args):
     given = _given(args)
     with cli.progress(total=settings(args.method, args.preset, **given)[0]["steps"], what=path.name, quiet=args.quiet) as bar:
         result = immunize(picture, editor, args.prompt, method=args.method, eps=args.eps, seed=args.seed, preset=args.preset,
-                          mask=args.mask, on_step=lambda step, loss, terms: bar.update(), **given)
+                          mask=args.mask, memory=args.memory, on_step=lambda step, loss, terms: bar.update(), **given)
     preview = None if args.no_preview else _preview(picture, result.image, editor, args)
     # The report frames the pictures: begun before them and finished after them, it tells a later run whose they are.
     report = {"finished": False, "asked": asked}
