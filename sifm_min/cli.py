@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
             help="do without Stable Diffusion 3's largest text encoder (9.5 GB less)")
         add("--strength", type=fraction, help="of img2img, 0 to 1: how much may change (default: the editor's)")
         add("--compile", action="store_true",
-            help="torch.compile for denoiser and VAE: minutes at the start, for a GPU and a long run; no faster on a CPU")
+            help="torch.compile for denoiser and VAE: minutes at the start; hardly worth it on a CPU, not measured on a GPU")
 
 
 def eps(text):
