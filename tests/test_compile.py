@@ -25,7 +25,7 @@ PROMPT = "a red hat"
 KINDS = {"instruct-pix2pix": None, "sd3": 6, "ultraedit": 12}               # None, or the transformer's channels
 # kind -> runs: of a size, so many timesteps at once, blocks computed again or not, weights frozen or not. Few: all compile.
 RUNS = {"instruct-pix2pix": [((32, 32), 3, False, True), ((48, 32), 2, True, False)],
-        "sd3": [((32, 32), 3, False, True), ((48, 32), 2, True, True)], "ultraedit": [((32, 48), 2, False, True)]}
+        "sd3": [((48, 32), 2, True, True)], "ultraedit": [((32, 48), 2, False, True)]}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,7 +132,7 @@ def test_activations_and_gradients_are_those_of_plain_blocks(kind, pair, counter
     assert counter.frame_count > before
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["instruct-pix2pix", "ultraedit"])
 def test_an_edit_is_the_plain_ones(kind, pair):
     picture = Image.fromarray((255 * draw(40, 32, 3).numpy()).astype(np.uint8))
     plain, edited = (np.array(editor.edit(picture, PROMPT, steps=2)).astype(int) for editor in pair(kind))
@@ -170,8 +170,10 @@ def test_blocks_of_one_shape_share_what_is_compiled_and_sizes_do_not_use_up_the_
 
     run(3, 8, 8)
     assert len(traced) <= 6                 # first, middle and last block, with and without a gradient
+    run(1, 8, 8)
+    run(10, 8, 8)
     run(2, 8, 12)
-    run(4, 12, 8)
+    run(1, 12, 8)
     known = len(traced)
     for batch, height, width in ((5, 16, 8), (6, 6, 10), (2, 10, 10)):
         run(batch, height, width)
