@@ -30,7 +30,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
-from . import memory
+from . import compiled, memory
 
 OK, SOME_FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -75,6 +75,8 @@ class Parser(argparse.ArgumentParser):
         add("--no-t5", dest="t5", action="store_false",
             help="do without Stable Diffusion 3's largest text encoder (9.5 GB less)")
         add("--strength", type=fraction, help="of img2img, 0 to 1: how much may change (default: the editor's)")
+        add("--compile", action="store_true",
+            help="torch.compile for denoiser and VAE: minutes at the start; hardly worth it on a CPU, not measured on a GPU")
 
     def memory(self):
         """Add the flag that chooses a memory plan: see `memory.plans`."""
@@ -303,7 +305,7 @@ def run(body, parser, argv=None):
 def guard(body, *, debug=False):
     """body() -> exit code or None. What may go wrong (not our own bugs) ends in one sentence and its code."""
     try:
-        with _terminable(), _plain_warnings(), memory.in_words():
+        with _terminable(), _plain_warnings(), _in_words():
             return body() or OK
     except KeyboardInterrupt:
         return fail("interrupted; what is finished is whole", INTERRUPTED)
@@ -337,7 +339,7 @@ def each_file(paths, work, *, read=None, write=None, key=None, most=None, unit="
     def attempt(path, call, *given, first=None):
         """What the call returns, None where it failed; first() is called before that is told."""
         try:
-            with memory.in_words():
+            with _in_words():
                 return call(*given)
         except (ValueError, OSError) as error:
             if _hopeless(error):
@@ -423,7 +425,7 @@ def _worked(group, work, attempt, over):
     paths, jobs = zip(*group, strict=True)
     if len(group) > 1:
         try:
-            with memory.in_words():
+            with _in_words():
                 yield from zip(paths, work(list(jobs)), strict=True)
             return
         except (ValueError, OSError) as error:
@@ -435,6 +437,13 @@ def _worked(group, work, attempt, over):
             over()
         else:
             yield path, *made
+
+
+@contextlib.contextmanager
+def _in_words():
+    """What torch raises where memory ends or a compiler fails becomes a ValueError, in a sentence."""
+    with memory.in_words(), compiled.in_words():
+        yield
 
 
 def _hopeless(error):

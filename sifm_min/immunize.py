@@ -399,6 +399,8 @@ def load(args):
         if "strength" not in editor.OPTIONS:
             raise ValueError(f"--strength is for img2img, which {args.editor} does not do")
         set_strength(editor, args.strength)
+    if args.compile:
+        editor.compile()
     return editor
 
 

@@ -52,7 +52,8 @@ def identity(editor):
     """What decides an editor's edits, JSON-ready: equal where two editors draw the same pictures."""
     told = editor.provenance()
     config = panels.digest([str(editor.scheduler.config), str(editor.vae.config)])
-    return {name: told[name] for name in ("weights", "scheduler", "defaults", "dtype", "device")} | {"config": config}
+    found = {name: told[name] for name in ("weights", "scheduler", "defaults", "dtype", "device")} | {"config": config}
+    return found | ({"compiled": True} if told["compiled"] else {})      # floats are added in another order then
 
 
 def about_editor(editor):

@@ -27,7 +27,7 @@ FLOORS = {
     3: "editors fetch judge miniature report",               # editors and verdicts
     2.5: "ratings verdicts",                                 # what judges stand on
     2: "canaries cli gemini images isr metrics panels pgd world",         # tools of ours
-    1: "backbones ledger memory models.checkpoints wire",                 # loading; what a remote judge is told and tells
+    1: "backbones compiled ledger memory models.checkpoints wire",        # loading; what a remote judge is told and tells
     0.5: "models.hub models.single_files models.sources",    # what loading stands on
     0: "models.clip models.mmdit models.schedulers models.t5 models.tokenizers models.unet models.vae",   # networks
     -0.5: "models.lean",                                     # layers that networks share

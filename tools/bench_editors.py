@@ -77,7 +77,10 @@ def bench_step(args):
         with torch.no_grad():
             contexts = editor.contexts([PROMPTS[i % len(PROMPTS)] + i // len(PROMPTS) * " again" for i in range(args.prompts)])
         rates = {dtype: peak_rates(args, dtype) for dtype in {editor.dtype, editor.vae_dtype}}
-        pairs, options = {}, dict(args.option)
+        pairs, options, first = {}, dict(args.option), {}
+        if args.compile:
+            editor.compile()
+            args.profile = False                             # which looks into modules and operations as they are written
         batch = options.pop("batch", None)
         for count in args.timesteps:
             T = editor.timesteps(count)
@@ -88,7 +91,8 @@ def bench_step(args):
                     made(x, n)
                 return made
 
-            pairs[count] = [memory.run(ours, args.memory, editor, len(T), batch)[0]]
+            with spent(first, count):
+                pairs[count] = [memory.run(ours, args.memory, editor, len(T), batch)[0]]
             if not lacking:
                 pairs[count].append(Naive(*peer).prepare(pixels, contexts, T, taps))
                 if count == args.timesteps[0]:
@@ -98,11 +102,23 @@ def bench_step(args):
             for count, pair in pairs.items():
                 rounds[count].append(one_round([partial(side, x, i) for side in pair], i, args))
         found = {"bench": "step", "editor": name, "size": pixels.shape[-1], "taps": taps, "prompts": args.prompts,
-                 "dtype": args.dtype, "options": dict(args.option), "peer": lacking or f"naive, {args.peer_dtype}",
-                 "clock": clock(args), "peak_gflops": {str(dtype).removeprefix("torch."): {
-                     kind: rate / 1e9 for kind, rate in best.items()} for dtype, best in rates.items()},
+                 "dtype": args.dtype, "options": dict(args.option), "compiled": args.compile, "first": first,
+                 "peer": lacking or f"naive, {args.peer_dtype}", "clock": clock(args), "peak_gflops": {
+                     str(dtype).removeprefix("torch."): {kind: rate / 1e9 for kind, rate in best.items()}
+                     for dtype, best in rates.items()},
                  "timesteps": {count: one_count(args, pairs[count][0], x, rounds[count], rates) for count in args.timesteps}}
         return tell_step(args, found)
+
+
+@contextlib.contextmanager
+def spent(found, key):
+    """found[key] becomes {"wall", "cpu": seconds} of the block, with those of the processes that it started and waited for."""
+    def both():
+        return time.perf_counter(), sum(os.times()[:4])
+
+    before = both()
+    yield
+    found[key] = {name: after - start for name, start, after in zip(("wall", "cpu"), before, both(), strict=True)}
 
 
 def size_of(editor, args):
@@ -146,7 +162,7 @@ def one_count(args, ours, x, rounds, rates):
 
 def tell_step(args, found):
     print(f"\n{found['editor']}, {found['size']}x{found['size']}, taps {', '.join(found['taps'])}, {found['prompts']} "
-          f"prompt(s), {found['dtype']} (VAE float32); peer: {found['peer']}")
+          f"prompt(s), {found['dtype']} (VAE float32){', compiled' * found['compiled']}; peer: {found['peer']}")
     print("this machine's peak, GFLOP/s: " + "; ".join(
         f"{dtype} matrix product {best['mm']:.0f}, 3x3 convolution {best['conv']:.0f}"
         for dtype, best in found["peak_gflops"].items()))
@@ -154,6 +170,9 @@ def tell_step(args, found):
     table(["timesteps", *heads(own), "cosine", "same sign", "ours runs"], [
         [count, *cells(one, own), figure(one.get("cosine"), 6), figure(one.get("same_sign"), 5), one["plan"]]
         for count, one in found["timesteps"].items()])
+    if args.compile:
+        print("before the first round, with what had to be compiled: " + "; ".join(
+            f"{figure(one['cpu'])} s of CPU, {figure(one['wall'])} s" for one in found["first"].values()))
     if args.profile:
         names = ["VAE forward", "denoiser forward", "denoiser backward", "VAE backward", "other"]
         table(["timesteps", *names, "GFLOP", "floor, s", "of it reached"],
@@ -354,6 +373,7 @@ def add(commands, shared):
                       help="how many, comma-separated (default: 1,4,10)")
     made.add_argument("--prompts", type=int, default=1)
     made.add_argument("--memory", choices=memory.MEMORY, default="auto", help="our plan, as of `immunize` (default: auto)")
+    made.add_argument("--compile", action="store_true", help="with torch.compile; times, memory and agreement alone")
     made.add_argument("--option", type=option, action="append", default=[], metavar="NAME=VALUE", help="of `sifm`, as batch=2")
     made.add_argument("--no-profile", dest="profile", action="store_false", help="times, memory and agreement alone")
     made = command("edit", bench_edit, "an edit, beside diffusers' pipeline", repeat=3)
