@@ -1,6 +1,5 @@
 """sifm_min/memory.py: which plans there are, that each gives the same picture, and what happens where memory ends."""
 
-import json
 import warnings
 
 import pytest
@@ -205,12 +204,3 @@ def test_a_command_tells_it_in_a_sentence_and_goes_on(error, tmp_path, monkeypat
     err = capsys.readouterr().err
     assert code == 1 and "a.png: out of memory; a smaller picture or --size" in err and "Traceback" not in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b_edited.png"]
-
-
-def test_the_command_hands_its_plan_on(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (32, 32), "teal").save("a.png")
-    given = ["a.png", "--prompt", "make it night", "--editor", str(tiny_folder), "-o", "out", "--steps", "1", "--no-preview"]
-    assert sifm_min.immunize.main([*given, "--memory", "low", "--quiet"]) == 0
-    told = json.loads((tmp_path / "out" / "a.json").read_text())["memory"]
-    assert told == {"asked": "low", "batch": 1, "checkpointing": True}
