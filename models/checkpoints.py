@@ -374,22 +374,31 @@ class Checkpoint:
 
         state = {}
         for file, tensors in found.items():
-            mapped = original = tensor = None       # nothing of the file before stays mapped
+            mapped = original = staying = None      # nothing of the file before stays mapped
             read = 0
-            for name, (stored, place) in tensors.items():
-                if name not in shapes:
-                    continue
-                mapped = mapped or _opened(file)
-                original = mapped.get_tensor(stored)
+
+            def take(original, name, place):
                 tensor = place.take(original).to(device)        # first to the device, which converts faster than the CPU
                 if tensor.is_floating_point() and (dtype or tensor.itemsize == 1):
                     tensor = tensor.to(dtype or torch.bfloat16)
                 tensor = tensor.reshape(shapes[name])
                 if tensor.dim() == 4 and tensor.device.type == "cpu":         # measured there; on a GPU it has not been
                     tensor = tensor.contiguous(memory_format=torch.channels_last)
-                state[name] = tensor
+                return tensor
+
+            for name, (stored, place) in tensors.items():
+                if name not in shapes:
+                    continue
+                mapped = mapped or _opened(file)
+                original = mapped.get_tensor(stored)
+                state[name] = take(original, name, place)
+                if state[name].untyped_storage().data_ptr() == original.untyped_storage().data_ptr():
+                    # Not copied: from a mapping of its own kind, or it would keep all that was read from the other.
+                    staying = staying or _opened(file)
+                    state[name] = take(staying.get_tensor(stored), name, place)
+                    continue
                 read += original.nbytes
-                if tensor.data_ptr() != original.data_ptr() and read > RENEWAL:
+                if read > RENEWAL:
                     mapped, read = None, 0          # copied: with the mapping go the file's pages that were read
         return state
 

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .lean import Embedding
+
 PREFIX = "text_model."
 
 # Keys of a published config.json that the numbers do not depend on, each with its reason,
@@ -175,8 +177,8 @@ class CLIPText(nn.Module):
         width = config.hidden_size
         self.text_model = nn.ModuleDict({
             "embeddings": nn.ModuleDict({
-                "token_embedding": nn.Embedding(config.vocab_size, width),
-                "position_embedding": nn.Embedding(config.max_position_embeddings, width),
+                "token_embedding": Embedding(config.vocab_size, width),
+                "position_embedding": Embedding(config.max_position_embeddings, width),
             }),
             "encoder": nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))}),
             "final_layer_norm": nn.LayerNorm(width, eps=config.layer_norm_eps),

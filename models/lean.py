@@ -53,6 +53,15 @@ class _Convolution(torch.autograd.Function):
         return x_gradient, None, None, None, None
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding that draws no weights where there is no memory for them: on the meta device torch would import all of its
+    compiler for that, which takes seconds."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class NormSiLU(nn.GroupNorm):
     """SiLU(norm(x)), x (B, C, h, w). Where its weights are frozen it keeps x and two numbers per group; plain layers keep
     two more of x's size."""

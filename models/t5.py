@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .lean import Embedding
+
 # Keys of a published config.json that the numbers do not depend on, each with its reason,
 # or with the tuple of values under which that is true (any other value is refused).
 IGNORED = {
@@ -132,7 +134,7 @@ class SelfAttention(nn.Module):
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
         if has_bias:
-            self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+            self.relative_attention_bias = Embedding(config.relative_attention_num_buckets, config.num_heads)
 
     def forward(self, x, bias):
         q, k, v = (
@@ -184,7 +186,7 @@ class T5Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = Embedding(config.vocab_size, config.d_model)
         self.encoder = nn.ModuleDict({
             # The first block stores the position bias of all.
             "block": nn.ModuleList(Block(config, has_bias=i == 0) for i in range(config.num_layers)),

@@ -80,7 +80,7 @@ def test_the_naive_step_has_the_gradient_of_ours(run, editor):
 def test_the_edit_is_the_pipelines(run):
     found, out = run("edit", "--repeat", "1", "--steps", "2")
     assert found["apart"] < 1e-4 and found["ratio"]["cpu"] > 0
-    assert "| pictures differ by |" in out
+    assert "| pictures differ by |" in out and "peer: diffusers' pipeline, float32\n" in out
 
 
 def test_loading_is_measured_on_both_sides(run, editor, monkeypatch, capsys):
@@ -96,7 +96,7 @@ def test_loading_is_measured_on_both_sides(run, editor, monkeypatch, capsys):
     found, out = run("load", "--repeat", "1")
     for side in ("ours", "peer"):
         assert 0 < found[side]["seconds of it loading"] < found[side]["seconds to the first step"]
-    assert "| seconds to the first step | " in out
+    assert "| seconds to the first step | " in out and "peer: from_pretrained of the pipeline" in out
     if sys.platform == "linux":
         assert found["ours"]["of it anonymous"] > 0 and found["peer"]["peak memory"] >= found["peer"]["peak while loading"]
 

@@ -609,6 +609,54 @@ def test_peak_memory_is_the_network_plus_one_tensor(tmp_path, shards):
     assert 0.9 < float(ran.stdout) < 1.15, ran.stdout           # the network 1; a tensor 0.02, a renewal 0.08
 
 
+MAPPED = """
+import re, sys
+from pathlib import Path
+from torch import nn
+from sifm_min.models.checkpoints import open_checkpoint
+
+class Convolutions(nn.Module):
+    class Config:
+        from_json = staticmethod(lambda text: None)
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Conv2d(256, 256, 3) for i in range(16)))
+        self.linear = nn.Linear(1024, 1024)
+
+network = open_checkpoint(sys.argv[1], ["unet"]).load(Convolutions, "unet", lazily=True)
+for layer in (*network.layers, network.linear):
+    layer(layer.weight.new_zeros(1, *((256, 3, 3) if layer is not network.linear else (1024,)), device="cpu"))
+held, of_file = 0, False
+for line in Path("/proc/self/smaps").read_text().splitlines():
+    if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+        of_file = line.endswith(".safetensors")
+    elif of_file and line.startswith("Rss:"):
+        held += int(line.split()[1]) * 1024
+print(held / (1024 * 1025 * 4))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads what is mapped as Linux tells it")
+def test_what_was_copied_from_a_mapped_file_is_not_kept_by_what_was_not(tmp_path):
+    """Weights of convolutions change their layout, biases and matrices stay where they are; each bias would keep the pages of
+    the weights that were read beside it."""
+    write(tmp_path / "unet/config.json", "{}")
+    state = {f"layers.{i}.weight": torch.zeros(256, 256, 3, 3) for i in range(16)}
+    state |= {f"layers.{i}.bias": torch.zeros(256) for i in range(16)}
+    save_file(state | {"linear.weight": torch.zeros(1024, 1024), "linear.bias": torch.zeros(1024)}, tmp_path / "unet" / PLAIN)
+    ran = subprocess.run([sys.executable, "-c", MAPPED, str(tmp_path)], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert 0.5 < float(ran.stdout) < 1.6, ran.stdout            # the matrix 1; the weights of the convolutions 9
+
+
+def test_loading_an_editor_does_not_import_the_compiler():
+    """Two seconds and more, of every command, for networks that compile nothing."""
+    code = ("import sys, torch, sifm_min; before = 'torch._dynamo' in sys.modules; sifm_min.load_editor('miniature');"
+            "sifm_min.load_editor('miniature-sd3'); print(before or 'torch._dynamo' not in sys.modules)")
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert ran.stdout == "True\n"
+
+
 # ------------------------------------------------------------------------------- folders that the real libraries wrote
 
 

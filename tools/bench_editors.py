@@ -204,12 +204,12 @@ def bench_edit(args):
         values = [call() for call in pair]                   # which warms both up
         rounds = [one_round(pair, i, args) for i in range(args.repeat)]
         found = {"bench": "edit", "editor": name, "size": pixels.shape[-1], "steps": args.steps, **options,
-                 "dtype": args.dtype, "peer": lacking or f"diffusers' pipeline, {args.peer_dtype}", "clock": clock(args),
+                 "dtype": args.dtype, "against": lacking or f"diffusers' pipeline, {args.peer_dtype}", "clock": clock(args),
                  "rounds": args.repeat, **compared(rounds)}
         if not lacking:
             found["apart"] = (values[0].float().cpu() - values[1].float().cpu()).abs().max().item()
         print(f"\n{name}, {found['size']}x{found['size']}, {args.steps} steps, {args.dtype} (VAE float32); "
-              f"peer: {found['peer']}")
+              f"peer: {found['against']}")
         table([*heads(clock(args)), "pictures differ by"], [[*cells(found, clock(args)), figure(found.get("apart"), 6)]])
         return save(args, found)
 
@@ -243,10 +243,10 @@ def bench_load(args):
             rounds.append([found[side] for side in sides])
         keys = list(rounds[0][0])
         found = {"bench": "load", "editor": name, "size": args.size, "taps": taps, "dtype": args.dtype, "rounds": args.repeat,
-                 "peer": lacking or f"from_pretrained of the pipeline and one naive step, {args.peer_dtype}",
+                 "against": lacking or f"from_pretrained of the pipeline and one naive step, {args.peer_dtype}",
                  **compared(rounds, keys)}
         print(f"\n{name}: cold files to the first SIFM step, one timestep at {args.size}x{args.size}, taps {', '.join(taps)}, "
-              f"{args.dtype}, every side in a new process; peer: {found['peer']}")
+              f"{args.dtype}, every side in a new process; peer: {found['against']}")
         table(["", *sides, *([] if lacking else ["ratio"])], [
             [key if key.startswith("seconds") else f"{key}, MiB",
              *(figure(found[side][key]) if key.startswith("seconds") else mebibytes(found[side][key]) for side in sides),
