@@ -762,7 +762,7 @@ def test_interrupted_between_the_files_of_a_picture(run, monkeypatch, capsys):
 def test_a_folder_run_is_stopped_and_killed_and_finishes_later(run, tiny_folder, capsys):
     names = [f"in/{name}.png" for name in "abcd"]
     for i, name in enumerate(names):
-        photo(name, seed=i)
+        photo(name, (24 + i, 20), seed=i)                    # of one size they would be done at once
     options = ["--prompt", PROMPT, "--editor", str(tiny_folder), *FEW, "--steps", "40", "--no-preview", "-o", "out"]
     whole = {}
     for kill, code in ((signal.SIGINT, cli.INTERRUPTED), (signal.SIGKILL, -signal.SIGKILL)):
