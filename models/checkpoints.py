@@ -396,10 +396,10 @@ class Checkpoint:
                     # Not copied: from a mapping of its own kind, or it would keep all that was read from the other.
                     staying = staying or _opened(file)
                     state[name] = take(staying.get_tensor(stored), name, place)
-                    continue
-                read += original.nbytes
-                if read > RENEWAL:
-                    mapped, read = None, 0          # copied: with the mapping go the file's pages that were read
+                else:
+                    read += original.nbytes
+                    if read > RENEWAL:
+                        mapped, read = None, 0      # copied: with the mapping go the file's pages that were read
         return state
 
     def _where(self, relative):

@@ -394,17 +394,16 @@ def _conveyed(paths, read, work, write, key, most, attempt, over):
     reader, writer = (ThreadPoolExecutor(1) for _ in range(2))
     try:
         while reading():
-            group, wanted = [], None
+            group = []
             while len(group) < (most(group[0][1]) if group and most else 1) and (following := reading()):
                 path, future = following
-                if group and (future.exception() or future.result() is None or key(future.result()) != wanted):
+                if group and (future.exception() or future.result() is None or key(future.result()) != key(group[0][1])):
                     break
                 ahead.popleft()
                 job = attempt(path, future.result, first=settle)
                 if job is None:
                     over()
                     break
-                wanted = key(job) if key else None
                 group.append((path, job))
             if not group:
                 continue

@@ -132,7 +132,7 @@ def perturb(pictures, editor, prompts, *, method, eps, seed, preset, mask, memor
         if not isinstance(picture, images.Picture):
             picture = images.read(picture) if isinstance(picture, str | Path) else images.picture(picture)
         pictures[i] = picture
-        groups.setdefault((picture.image.size, picture.channels), []).append(i)
+        groups.setdefault(batch_key(picture), []).append(i)
     images.budget(eps)                                       # an impossible budget is refused before any work
     found = {}
     for members in groups.values():
@@ -144,8 +144,13 @@ def perturb(pictures, editor, prompts, *, method, eps, seed, preset, mask, memor
     return [found[i] for i in range(len(pictures))]
 
 
+def batch_key(picture):
+    """What pictures that run at once have in common: size and channels."""
+    return picture.image.size, picture.channels
+
+
 def at_once(method, memory, editor, picture):
-    """How many pictures of this one's size and channels `immunize` runs at once."""
+    """How many pictures of this one's `batch_key` run at once."""
     return pictures_at_once(memory, editor, *picture.image.size) if method in TOGETHER else 1
 
 
@@ -177,12 +182,11 @@ def _together(pictures, editor, prompts, method, loop, options, *, eps, seed, ma
             return objective(x.expand(-1, 3, -1, -1), step)
 
         def record(step, loss, terms):
-            told = [{"loss": loss, **terms}] if isinstance(loss, float) else [
-                dict(zip(("loss", *terms), values, strict=True)) for values in zip(loss, *terms.values(), strict=True)]
-            for curve, one in zip(curves[part], told, strict=True):
-                curve.append(one)
+            for i, curve in enumerate(curves[part]):
+                own = (loss, terms) if isinstance(loss, float) else (loss[i], {name: each[i] for name, each in terms.items()})
+                curve.append({"loss": own[0], **own[1]})
                 if on_step:
-                    on_step(step, one["loss"], {name: value for name, value in one.items() if name != "loss"})
+                    on_step(step, *own)
 
         # The noise control has no objective: it is the loop's random start as it is.
         ran = loop | ({"steps": 0, "init": "random"} if objective is None else {})
@@ -382,7 +386,7 @@ def _body(args):
         cli.say(editor.notice, quiet=args.quiet)
     return cli.each_file(pictures, lambda jobs: _work(jobs, editor, args), read=lambda path: _ready(path, editor, args),
                          write=lambda done: _write(*done, args, editor.notice),
-                         key=lambda job: (job.picture.image.size, job.picture.channels),
+                         key=lambda job: batch_key(job.picture),
                          most=lambda job: at_once(args.method, args.memory, editor, job.picture),
                          quiet=args.quiet, debug=args.debug, as_json=args.json)
 

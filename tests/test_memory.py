@@ -107,7 +107,7 @@ def test_where_memory_ends_the_next_plan_is_taken_and_said(error, editor, pictur
     assert set(calls) == {2}
 
 
-def test_pictures_at_once_are_what_each_is_alone(editor, monkeypatch):
+def test_pictures_at_once_are_what_each_is_alone(editor):
     """Three of one size, one of another between them, and a grey one: in the order given, each with its own losses."""
     pictures = [sample.image for sample in sifm_min.miniature.samples(5, 5)]
     pictures[1], pictures[3] = pictures[1].resize((96, 80)), pictures[3].convert("L")
