@@ -1,4 +1,5 @@
-"""The lean layers against plain ones: the same values to the bit, the same gradients, and fewer bytes kept for them."""
+"""The lean layers against plain ones: the same values, to the bit but for matrix products in a convolution's place, the same
+gradients, and fewer bytes kept for them."""
 
 import copy
 
@@ -21,6 +22,14 @@ CONVOLUTIONS = {                                    # in, out, kernel, options, 
     "half the size, odd": (6, 8, 3, {"stride": 2, "padding": 1}, (9, 7)),
     "half the size, unpadded": (6, 8, 3, {"stride": 2}, (9, 10)),
     "patches with a rest": (4, 8, 3, {"stride": 3}, (8, 10)),
+    "one picture element": (3, 3, 3, {"padding": 1}, (1, 1)),
+}
+FEW_POSITIONS = {                                   # of many channels: at most half as many as there are of either
+    "3x3": (40, 48, 3, {"padding": 1}, (3, 2)),
+    "1x1": (48, 40, 1, {}, (2, 5)),
+    "half the size, even": (40, 48, 3, {"stride": 2, "padding": 1}, (6, 4)),
+    "half the size, odd": (40, 48, 3, {"stride": 2, "padding": 1}, (5, 3)),
+    "half the size, unpadded": (40, 48, 3, {"stride": 2}, (5, 8)),
     "one picture element": (6, 8, 3, {"padding": 1}, (1, 1)),
 }
 
@@ -56,10 +65,10 @@ def kept(call):
     return value, sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
 
-def compare(lean, plain, x):
-    """Values to the bit, the gradient at x to rounding; and what each keeps, in bytes."""
+def compare(lean, plain, x, equal=torch.equal):
+    """Values to the bit, or as `equal` has it, the gradient at x to rounding; and what each keeps, in bytes."""
     pair, bytes_kept = zip(*(kept(lambda run=run: run(x)) for run in (lean, plain)), strict=True)
-    assert torch.equal(*pair) and pair[0].stride() == pair[1].stride()
+    assert equal(*pair) is not False and pair[0].stride() == pair[1].stride()
     weight = draw(*pair[0].shape, dtype=pair[0].dtype, seed=9)
     gradients = [torch.autograd.grad((y * weight).sum(), x)[0] for y in pair]
     assert gradients[1].abs().max() > 0
@@ -82,11 +91,43 @@ def test_a_frozen_convolution_is_the_plain_one_and_keeps_nothing(name, dtype, la
     assert compare(lean, plain, x) == (0, x.nbytes)
 
 
+def no_convolution(*inputs, **options):
+    raise AssertionError("few positions were convolved")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", FEW_POSITIONS)
+def test_a_convolution_of_few_positions_is_a_matrix_product(name, dtype, monkeypatch):
+    ins, outs, kernel, options, size = FEW_POSITIONS[name]
+    lean = frozen(Conv2d(ins, outs, kernel, **options), dtype, LAST)
+    plain = nn.Conv2d(ins, outs, kernel, **options).to(dtype, memory_format=LAST).requires_grad_(False)
+    plain.load_state_dict(lean.state_dict())
+    x = draw(2, ins, *size, dtype=dtype, layout=LAST).requires_grad_()
+    assert compare(lean, plain, x, equal=assert_close) == (0, x.nbytes)
+    rows_first = x.detach().contiguous()
+    assert_close(lean(rows_first.requires_grad_()), plain(x))
+    theirs = plain(x).detach()
+    monkeypatch.setattr(F, "conv2d", no_convolution)
+    assert_close(lean(x).detach(), theirs)
+    with torch.no_grad():
+        assert_close(lean(x), theirs)
+    with pytest.raises(AssertionError, match="few positions"), torch.no_grad():         # of more, it is one
+        lean(torch.cat([x] * 3))
+
+
+def test_what_trains_is_convolved():
+    layer = Conv2d(40, 48, 3, padding=1).to(memory_format=LAST)
+    layer(draw(2, 40, 2, 2, dtype=torch.float32, layout=LAST)).sum().backward()
+    assert layer.weight.grad.abs().max() > 0
+
+
 def test_gradients_are_those_of_differences():
     lean = frozen(Conv2d(3, 4, 3, stride=2, padding=1), torch.float64)
     norm = frozen(NormSiLU(2, 4), torch.float64)
     x = draw(2, 3, 5, 4).requires_grad_()
     torch.autograd.gradcheck(lambda x: gated_gelu(norm(lean(x)).flatten(2).transpose(1, 2)), x)
+    few = frozen(Conv2d(12, 14, 3, padding=1), torch.float64, LAST)
+    torch.autograd.gradcheck(few, draw(1, 12, 2, 3, layout=LAST).requires_grad_())
 
 
 # --------------------------------------------------------------------------------------------------------- norms, gates
@@ -133,14 +174,16 @@ def test_a_gate_is_the_plain_one_and_keeps_its_input(dtype):
     assert compare(gated_gelu, plain_gated_gelu, x) == (x.nbytes, x.nbytes * 3 // 2)
 
 
-@pytest.mark.parametrize("layer", ["convolution", "norm", "gate"])
+@pytest.mark.parametrize("layer", ["convolution", "few positions", "norm", "gate"])
 def test_low_precision_is_as_near_the_truth_as_plain_layers(layer):
     """The mean over many elements of how far the gradient is from that in double precision, of the rounded inputs."""
-    norm, conv = NormSiLU(4, 16), Conv2d(16, 16, 3, padding=1)
-    x, weight = 3 * draw(4, 16, 24, 24, dtype=torch.float32) + 2, draw(4, 16, 24, 24, seed=3)
+    shape = (8, 512, 4, 4) if layer == "few positions" else (4, 16, 24, 24)
+    norm, conv = NormSiLU(4, shape[1]), Conv2d(shape[1], shape[1], 3, padding=1).to(memory_format=LAST)
+    x, weight = 3 * draw(*shape, dtype=torch.float32, layout=LAST) + 2, draw(*shape, layout=LAST, seed=3)
     weight = weight.chunk(2, dim=-1)[0] if layer == "gate" else weight
     x, weight = x.bfloat16(), weight.bfloat16()
-    lean, plain = {"convolution": (conv, lambda x: F.conv2d(x, conv.weight, conv.bias, padding=1)),
+    convolution = conv, lambda x: F.conv2d(x, conv.weight, conv.bias, padding=1)
+    lean, plain = {"convolution": convolution, "few positions": convolution,
                    "norm": (norm, lambda x: F.silu(nn.GroupNorm.forward(norm, x))),
                    "gate": (gated_gelu, plain_gated_gelu)}[layer]
 
