@@ -358,6 +358,8 @@ class Checkpoint:
         network, found = self._matched(network_class, component)
         shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
         network.eval().requires_grad_(False)
+        if dtype:
+            network.to(dtype)                       # nothing yet, but whoever asks what it is of is told
 
         def read(wanted):
             return self._read(found, {name: shapes[name] for name in wanted}, device, dtype)

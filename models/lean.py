@@ -84,9 +84,10 @@ def _product(x, weight, bias, stride, padding):
 
 def _product_gradient(gradient, weight):
     """The gradient at the input of a `_product` that keeps the size: every position adds to its neighbourhood."""
-    (_, _, height, width), kernel = gradient.shape, weight.shape[2]
-    near = gradient.permute(0, 2, 3, 1) @ weight.permute(0, 2, 3, 1).flatten(1)
-    near = near.unflatten(3, (kernel, kernel, -1))
+    (count, channels, height, width), kernel = gradient.shape, weight.shape[2]
+    # A product of two dimensions: in one of four, torch may copy the weights for each of the others.
+    near = gradient.permute(0, 2, 3, 1).reshape(-1, channels) @ weight.permute(0, 2, 3, 1).flatten(1)
+    near = near.view(count, height, width, kernel, kernel, -1)
     near = near.to(torch.promote_types(near.dtype, torch.float32))              # a convolution adds in no less
     parts = [F.pad(near[:, :, :, i, j], (0, 0, j, kernel - 1 - j, i, kernel - 1 - i))
              for i in range(kernel) for j in range(kernel)]

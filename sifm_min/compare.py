@@ -36,7 +36,6 @@ def _parser():
     add("--weights", type=cli.path, metavar="FILE",
         help="of LPIPS' network: torchvision's .pth, or safetensors (default: what `weights download` has fetched)")
     parser.shared("device")
-    parser.set_defaults(dtype=None)                          # `cli.place` asks; the metrics choose their own
     return parser
 
 

@@ -26,7 +26,7 @@ def _parser():
     add("--guidance", type=cli.number, help="weight of the instruction (default: the editor's)")
     add("--image-guidance", type=cli.number, help="weight of the picture, of instruction editors (default: the editor's)")
     add("--size", type=cli.count, help="long side at which the picture is edited (default: the editor's)")
-    parser.shared("device", "dtype", "seed", "overwrite")
+    parser.shared("device", "dtype", "vae-dtype", "seed", "overwrite")
     return parser
 
 

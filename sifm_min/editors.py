@@ -52,12 +52,14 @@ SD3, ULTRAEDIT = Defaults(steps=50, guidance=7.0), Defaults(steps=50, text_lengt
 DEFAULTS = {"instruct-pix2pix": Defaults(), "hq-edit": Defaults(steps=30, guidance=7.0), "sd3": SD3, "ultraedit": ULTRAEDIT}
 
 
-def load_editor(source="miniature", *, device=None, dtype=None, revision=None, offline=None, t5=True, components=None):
+def load_editor(source="miniature", *, device=None, dtype=None, vae_dtype=None, revision=None, offline=None, t5=True,
+                components=None):
     """The editor called `source`: a known name (`checkpoints.EDITORS`), a folder in the published layout, a single file of
     Stable Diffusion 3, or a hub id.
 
-    `device` defaults to cuda where there is one, `dtype` (of denoiser and text encoders; the VAE stays in float32, since
-    half-precision VAEs overflow) to bfloat16 on cuda and float32 elsewhere. t5 False does without Stable Diffusion 3's
+    `device` defaults to cuda where there is one, `dtype` (of denoiser and text encoders) to bfloat16 on cuda and float32
+    elsewhere. `vae_dtype` defaults to float32 everywhere: pictures decoded in bfloat16 are a step or two of 1/255 off, and
+    some VAEs overflow in float16. t5 False does without Stable Diffusion 3's
     largest text encoder, as its pipeline allows, and does not fetch it. components: for a single file, where the parts
     come from that it lacks (a folder, "sd3", or a hub id; default: its own folder). Raises `checkpoints.Unavailable` where
     the weights cannot be had and ValueError where they do not fit; both in one sentence.
@@ -73,7 +75,8 @@ def load_editor(source="miniature", *, device=None, dtype=None, revision=None, o
             kind = UltraEdit
     own = index.get("_sifm_min", {})
     defaults = replace(DEFAULTS.get(name, kind.DEFAULTS), **own.get("defaults", {}))
-    return kind.load(checkpoint, name=name, device=device, dtype=dtype, defaults=defaults, notice=own.get("notice", ""))
+    return kind.load(checkpoint, name=name, device=device, dtype=dtype, vae_dtype=vae_dtype or torch.float32,
+                     defaults=defaults, notice=own.get("notice", ""))
 
 
 class Editor:
@@ -128,7 +131,8 @@ class Editor:
             "revision": getattr(checkpoint, "revision", None),
             "weights": checkpoint.hashes() if checkpoint else {}, "scheduler": self.scheduler.config.sampler,
             "scheduler_note": self.scheduler.note, "defaults": asdict(self.defaults),
-            "dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type, "compiled": self.compiled,
+            "dtype": str(self.dtype).removeprefix("torch."), "vae_dtype": str(self.vae_dtype).removeprefix("torch."),
+            "device": self.device.type, "compiled": self.compiled,
             "notice": self.notice,
         }
 
@@ -152,13 +156,19 @@ class Editor:
         return images.resize(pixels, height, width)
 
     def encode(self, pixels):
-        """Pixels (B,3,H,W) in [0,1] at the working size -> the image condition (B,C,H/8,W/8), in the VAE's dtype."""
-        mean, _ = self.vae.encode(2 * pixels.to(self.device, self.vae_dtype) - 1)
-        return mean
+        """Pixels (B,3,H,W) in [0,1] at the working size -> the image condition (B,C,H/8,W/8), in float32 or wider."""
+        return self.posterior(pixels)[0]
+
+    def posterior(self, pixels):
+        """Mean and log variance of the VAE's posterior. Only the network itself runs in its dtype: budget and gradients are
+        of float32, in which they add up."""
+        pixels = 2 * _wide(pixels.to(self.device)) - 1
+        return tuple(_wide(moment) for moment in self.vae.encode(pixels.to(self.vae_dtype)))
 
     def decode(self, latent):
         """A latent as the sampler leaves it (B,C,h,w) -> pixels in [0,1], not clipped."""
-        return self.vae.decode(latent.to(self.vae_dtype) / self.vae.config.scaling_factor + self.shift) / 2 + 0.5
+        latent = _wide(latent) / self.vae.config.scaling_factor + self.shift
+        return _wide(self.vae.decode(latent.to(self.vae_dtype))) / 2 + 0.5
 
     @property
     def shift(self):
@@ -275,13 +285,13 @@ class InstructPix2Pix(Editor):
                              f"the text encoder has {text_encoder.config.hidden_size}")
 
     @classmethod
-    def load(cls, checkpoint, *, name, device, dtype, **more):
+    def load(cls, checkpoint, *, name, device, dtype, vae_dtype, **more):
         # The published repositories' stored sampler is not the one that anybody, their authors included, edits with.
         scheduler = schedulers.load(checkpoint.text("scheduler/scheduler_config.json"), ancestral=name in DEFAULTS)
         if not isinstance(scheduler, schedulers.Scheduler):
             raise ValueError(f"{name}: scheduler_config.json is of rectified flow, which an InstructPix2Pix does not sample by")
         return cls(unet=checkpoint.load(UNet, "unet", device=device, dtype=dtype, lazily=True),
-                   vae=checkpoint.load(AutoencoderKL, "vae", device=device, dtype=torch.float32, lazily=True),
+                   vae=checkpoint.load(AutoencoderKL, "vae", device=device, dtype=vae_dtype, lazily=True),
                    text_encoder=checkpoint.load(CLIPText, "text_encoder", device=device, dtype=dtype, lazily=True),
                    tokenizer=CLIPTokenizer.from_folder(checkpoint.path("tokenizer")),
                    scheduler=scheduler, name=name, device=device, dtype=dtype, checkpoint=checkpoint, **more)
@@ -364,6 +374,11 @@ class InstructPix2Pix(Editor):
             if on_step:
                 on_step(i, len(plan.timesteps))
         return self.decode(latent)
+
+
+def _wide(tensor):
+    """In float32, unless it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _on(timesteps, device):
@@ -467,8 +482,8 @@ class StableDiffusion3(Editor):
     PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
     DEFAULTS = SD3
 
-    def __init__(self, *, checkpoint, name, device, dtype, defaults=None, notice=""):
-        super().__init__(name=name, vae=checkpoint.load(AutoencoderKL, "vae", device=device, dtype=torch.float32, lazily=True),
+    def __init__(self, *, checkpoint, name, device, dtype, vae_dtype=torch.float32, defaults=None, notice=""):
+        super().__init__(name=name, vae=checkpoint.load(AutoencoderKL, "vae", device=device, dtype=vae_dtype, lazily=True),
                          scheduler=schedulers.load(checkpoint.text("scheduler/scheduler_config.json")),
                          device=device, dtype=dtype, defaults=defaults or self.DEFAULTS, notice=notice, checkpoint=checkpoint)
         self.config = config = checkpoint.check(MMDiT, "transformer")
@@ -554,7 +569,7 @@ class StableDiffusion3(Editor):
         guidance = self.defaults.guidance if guidance is None else guidance
         plan = self.plan(steps, strength)
         context = self.context([*[negative_prompt] * len(prompts), *prompts] if guidance > 1 else prompts)
-        mean, logvar = self.vae.encode(2 * pixels.to(self.device, self.vae_dtype) - 1)
+        mean, logvar = self.posterior(pixels)
         draw = self.draws(seeds, mean.shape[1:])
         # The pipeline does not take the posterior's mean, as the methods do, but draws from it.
         latent = self.scaled(mean + (0.5 * logvar).exp() * draw(mean.dtype))

@@ -103,7 +103,7 @@ def _parser():
            help="processes that share the work (default: one per core where the editor is a miniature on the CPU, else 1)")
     option("--helper-of", type=cli.count, help=SUPPRESS)
     option("--shard", type=_shard, default=(0, 1), metavar="I/N", help="do the I-th of N shares of the pictures, I from 0")
-    made.shared("device", "dtype", "seed")
+    made.shared("device", "dtype", "vae-dtype", "seed")
     made, option = add("table", "Print the tables of a folder, with the paper's own figures beside.")
     option("folder", type=cli.path, metavar="DIR")
     option("--people", type=cli.path, nargs="+", metavar="RATINGS", help="folders of `judge import-ratings`, for Table I")

@@ -344,7 +344,7 @@ def _parser():
                           "plus (sds); fused, textural, semantic (mist); ace+, ace (ace); the first is the default")
     parser.memory()
     add("--no-preview", action="store_true", help="skip the preview and its two edits")
-    parser.shared("device", "dtype", "seed", "overwrite")
+    parser.shared("device", "dtype", "vae-dtype", "seed", "overwrite")
     return parser
 
 

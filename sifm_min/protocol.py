@@ -53,7 +53,9 @@ def identity(editor):
     told = editor.provenance()
     config = panels.digest([str(editor.scheduler.config), str(editor.vae.config)])
     found = {name: told[name] for name in ("weights", "scheduler", "defaults", "dtype", "device")} | {"config": config}
-    return found | ({"compiled": True} if told["compiled"] else {})      # floats are added in another order then
+    # Told where it is not as always. Compiled, floats are added in another order.
+    strange = {"compiled": told["compiled"], "vae_dtype": told["vae_dtype"] != "float32" and told["vae_dtype"]}
+    return found | {name: value for name, value in strange.items() if value}
 
 
 def about_editor(editor):

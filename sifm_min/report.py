@@ -222,9 +222,10 @@ def _provenance(group, target, cells, judges):
     strange = {"instruct": {"strength"}, "img2img": {"image_guidance"}}[about["kind"]]        # no option of this editor
     strange |= set() if about["identity"]["scheduler"].startswith("FlowMatch") else {"text_length"}
     defaults = {key: value for key, value in {**about["identity"]["defaults"], **asked["edit"]}.items() if key not in strange}
+    vae = f" (VAE {about['identity']['vae_dtype']})" if "vae_dtype" in about["identity"] else ""
     lines = [
         f"Judged by {who}: {', '.join(judges) or 'nobody yet'}; a success is what all of them call one.",
-        f"Editor {target} ({about['identity']['scheduler']}, {about['identity']['dtype']}; "
+        f"Editor {target} ({about['identity']['scheduler']}, {about['identity']['dtype']}{vae}; "
         f"{_spelled(defaults)}); weights by SHA-256: {weights}.",
         f"Pictures: {len(used)} ({', '.join(f'{n} {category}' for category, n in counted.items())}); budget {eps:.4g} = "
         f"{math.floor(255 * eps + 1e-9)}/255 on the 8-bit picture; seed {asked['seed']} of the perturbation, "

@@ -114,8 +114,11 @@ def test_shared_flags():
 def test_place():
     import torch
     args = parser().parse_args(["--prompt", "x", "--device", "cpu", "--dtype", "bfloat16"])
-    assert cli.place(args) == {"device": "cpu", "dtype": torch.bfloat16}
-    assert cli.place(parser().parse_args(["--prompt", "x"])) == {"device": None, "dtype": None}
+    assert cli.place(args) == {"device": "cpu", "dtype": torch.bfloat16, "vae_dtype": None}
+    made = parser()
+    made.add_argument("--vae-dtype", **cli.SHARED["vae-dtype"])
+    args = made.parse_args(["--prompt", "x", "--vae-dtype", "float16"])
+    assert cli.place(args) == {"device": None, "dtype": None, "vae_dtype": torch.float16}
 
 
 def test_a_device_that_is_not_there_is_a_usage_error(capsys):

@@ -67,6 +67,16 @@ def test_it_is_the_librarys_edit(run, editor, capsys, argv, options):
     assert capsys.readouterr() == ("out/a_edited.png\n", f"{tiny_editor.NOTICE}\n")
 
 
+def test_the_dtypes_reach_the_editor_and_what_is_told_of_it(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photo("a.png", (40, 30))
+    for dtypes in ("bfloat16", "float32"), ("float32", "bfloat16"):
+        assert edit.main(["a.png", "--prompt", PROMPT, "--editor", str(tiny_folder), "--steps", "2", "-o", "-".join(dtypes),
+                          "--dtype", dtypes[0], "--vae-dtype", dtypes[1], "--json"]) == cli.OK
+        about = json.loads(capsys.readouterr().out)["editor"]
+        assert (about["dtype"], about["vae_dtype"]) == dtypes
+
+
 def test_every_kind_of_picture_is_edited_at_its_size(run):
     photo("in/strip.png", (37, 513)), photo("in/grey.jpg", mode="L"), photo("in/clear.png", mode="RGBA")
     Image.fromarray(np.random.default_rng(1).integers(0, 65536, (20, 24), np.uint16)).save("in/deep.png")

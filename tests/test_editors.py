@@ -468,6 +468,24 @@ def test_half_precision_is_the_u_nets_and_the_texts_alone(small):
         assert difference(one, other).mean() < 5            # another prompt's picture is more than 20 away
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_vae_of_half_precision_adds_up_in_single(small, dtype):
+    _, single = small
+    half = load_editor(single.checkpoint.folder, device="cpu", vae_dtype=dtype)
+    assert (half.dtype, half.vae_dtype, half.provenance()["vae_dtype"]) == (torch.float32, dtype, str(dtype).split(".")[1])
+    assert single.provenance()["vae_dtype"] == "float32"
+    pixels, gradients = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
+    for editor in (single, half):
+        x = pixels.clone().requires_grad_(True)
+        condition = editor.encode(x)
+        assert condition.dtype == editor.decode(condition).dtype == torch.float32
+        gradients.append(torch.autograd.grad(condition.square().sum(), x)[0].flatten())
+    assert half.vae.encoder.conv_in.weight.dtype == dtype and gradients[1].dtype == torch.float32
+    assert 0.99 < torch.cosine_similarity(*gradients, dim=0) < 1
+    one, other = (editor.edit(photo(*SQUARE), RED, steps=2, guidance=2) for editor in (half, single))
+    assert 0 < difference(one, other).mean() < 2
+
+
 # -------------------------------------------------------------------------------------------------------------- loading
 
 def test_provenance_says_what_was_loaded(small):

@@ -102,7 +102,7 @@ def bench_step(args):
             for count, pair in pairs.items():
                 rounds[count].append(one_round([partial(side, x, i) for side in pair], i, args))
         found = {"bench": "step", "editor": name, "size": pixels.shape[-1], "taps": taps, "prompts": args.prompts,
-                 "dtype": args.dtype, "options": dict(args.option), "compiled": args.compile, "first": first,
+                 **dtypes(args), "options": dict(args.option), "compiled": args.compile, "first": first,
                  "peer": lacking or f"naive, {args.peer_dtype}", "clock": clock(args), "peak_gflops": {
                      str(dtype).removeprefix("torch."): {kind: rate / 1e9 for kind, rate in best.items()}
                      for dtype, best in rates.items()},
@@ -132,9 +132,17 @@ def taps_of(editor, args):
     return list(args.taps or (["mid_block"] if "mid_block" in editor.tap_names else editor.default_taps))
 
 
+def load_ours(folder, args):
+    return load_editor(folder, device=args.device, dtype=DTYPES[args.dtype], vae_dtype=DTYPES[args.vae_dtype])
+
+
+def dtypes(args):
+    return {"dtype": args.dtype, "vae_dtype": args.vae_dtype}
+
+
 def open_sides(args, folder, networks=True):
     """(our editor, why there is no peer or "", the arguments of `Naive` if they are wanted and there is one)."""
-    editor = load_editor(folder, device=args.device, dtype=DTYPES[args.dtype])
+    editor = load_ours(folder, args)
     lacking = "asked for ours alone" if args.alone else peer_lacks(editor)
     if lacking:
         print(f"Ours alone: {lacking}.")
@@ -162,7 +170,7 @@ def one_count(args, ours, x, rounds, rates):
 
 def tell_step(args, found):
     print(f"\n{found['editor']}, {found['size']}x{found['size']}, taps {', '.join(found['taps'])}, {found['prompts']} "
-          f"prompt(s), {found['dtype']} (VAE float32){', compiled' * found['compiled']}; peer: {found['peer']}")
+          f"prompt(s), {found['dtype']} (VAE {found['vae_dtype']}){', compiled' * found['compiled']}; peer: {found['peer']}")
     print("this machine's peak, GFLOP/s: " + "; ".join(
         f"{dtype} matrix product {best['mm']:.0f}, 3x3 convolution {best['conv']:.0f}"
         for dtype, best in found["peak_gflops"].items()))
@@ -204,11 +212,11 @@ def bench_edit(args):
         values = [call() for call in pair]                   # which warms both up
         rounds = [one_round(pair, i, args) for i in range(args.repeat)]
         found = {"bench": "edit", "editor": name, "size": pixels.shape[-1], "steps": args.steps, **options,
-                 "dtype": args.dtype, "against": lacking or f"diffusers' pipeline, {args.peer_dtype}", "clock": clock(args),
+                 **dtypes(args), "against": lacking or f"diffusers' pipeline, {args.peer_dtype}", "clock": clock(args),
                  "rounds": args.repeat, **compared(rounds)}
         if not lacking:
             found["apart"] = (values[0].float().cpu() - values[1].float().cpu()).abs().max().item()
-        print(f"\n{name}, {found['size']}x{found['size']}, {args.steps} steps, {args.dtype} (VAE float32); "
+        print(f"\n{name}, {found['size']}x{found['size']}, {args.steps} steps, {args.dtype} (VAE {args.vae_dtype}); "
               f"peer: {found['against']}")
         table([*heads(clock(args)), "pictures differ by"], [[*cells(found, clock(args)), figure(found.get("apart"), 6)]])
         return save(args, found)
@@ -242,11 +250,11 @@ def bench_load(args):
             found = {side: in_new_process(args, folder, side, taps, timestep) for side in order}
             rounds.append([found[side] for side in sides])
         keys = list(rounds[0][0])
-        found = {"bench": "load", "editor": name, "size": args.size, "taps": taps, "dtype": args.dtype, "rounds": args.repeat,
+        found = {"bench": "load", "editor": name, "size": args.size, "taps": taps, **dtypes(args), "rounds": args.repeat,
                  "against": lacking or f"from_pretrained of the pipeline and one naive step, {args.peer_dtype}",
                  **compared(rounds, keys)}
         print(f"\n{name}: cold files to the first SIFM step, one timestep at {args.size}x{args.size}, taps {', '.join(taps)}, "
-              f"{args.dtype}, every side in a new process; peer: {found['against']}")
+              f"{args.dtype} (VAE {args.vae_dtype}), every side in a new process; peer: {found['against']}")
         table(["", *sides, *([] if lacking else ["ratio"])], [
             [key if key.startswith("seconds") else f"{key}, MiB",
              *(figure(found[side][key]) if key.startswith("seconds") else mebibytes(found[side][key]) for side in sides),
@@ -260,7 +268,8 @@ def in_new_process(args, folder, side, taps, timestep):
         for path in (path for path in Path(folder).rglob("*") if path.is_file()):
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    options = {"side": side, "editor": folder, "size": args.size, "dtype": args.dtype, "peer-dtype": args.peer_dtype,
+    options = {"side": side, "editor": folder, "size": args.size, "dtype": args.dtype, "vae-dtype": args.vae_dtype,
+               "peer-dtype": args.peer_dtype,
                "device": args.device, "threads": args.threads, "taps": ",".join(taps), "timestep": timestep}
     started = time.perf_counter()
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("bench.py")), "load",
@@ -276,7 +285,7 @@ def one_side(args):
     pixels, x = (each.to(args.device) for each in picture(args.size))
     if args.side == "ours":
         def load():
-            return load_editor(folder, device=args.device, dtype=DTYPES[args.dtype])
+            return load_ours(folder, args)
 
         def step(editor):
             size_of(editor, args)
@@ -317,7 +326,7 @@ def one_side(args):
 
 def bench_folder(args):
     with weights(args) as (folder, name):
-        editor = load_editor(folder, device=args.device, dtype=DTYPES[args.dtype])
+        editor = load_ours(folder, args)
         size = size_of(editor, args)
         pictures = [images.to_image(picture(size)[0].roll(37 * n, 3)) for n in range(args.pictures)]
         options = {"steps": args.steps, "timesteps": args.timesteps, "memory": args.memory}
@@ -332,9 +341,9 @@ def bench_folder(args):
         at_once = [call() for call in calls][0][0].report["memory"]["pictures"]          # which warms both up
         rounds = [one_round(calls, i, args) for i in range(args.repeat)]
         found = {"bench": "folder", "editor": name, "size": size, "pictures": args.pictures, "at once": at_once, **options,
-                 "dtype": args.dtype, "clock": clock(args), "rounds": args.repeat, **compared(rounds)}
+                 **dtypes(args), "clock": clock(args), "rounds": args.repeat, **compared(rounds)}
         print(f"\n{name}, {args.pictures} pictures of {size}x{size}, {args.steps} steps of {args.timesteps} timestep(s), "
-              f"{args.dtype} (VAE float32), {at_once} at once; peer: one after the other")
+              f"{args.dtype} (VAE {args.vae_dtype}), {at_once} at once; peer: one after the other")
         table(heads(clock(args)), [cells(found, clock(args))])
         return save(args, found)
 
@@ -366,6 +375,7 @@ def add(commands, shared):
         made.add_argument("--folder", help="where the random weights are written and, if they lie there, taken from")
         made.add_argument("--size", type=int, default=256, help="side of the picture (default: 256)")
         made.add_argument("--dtype", default="float32", choices=DTYPES, help="of our denoiser (default: float32)")
+        made.add_argument("--vae-dtype", default="float32", choices=DTYPES, help="of our VAE (default: float32)")
         made.add_argument("--peer-dtype", default="float32", choices=DTYPES, help="of all that the peer has")
         made.add_argument("--taps", type=lambda text: text.split(","), help="default: mid_block; of a transformer its own")
         made.add_argument("--alone", action="store_true", help="without the peer")
