@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import bench_editors  # noqa: E402
+from bench_measuring import wait  # noqa: E402
 
 from sifm_min import backbones, images, judge, metrics, panels  # noqa: E402
 from sifm_min.models import mmdit  # noqa: E402
@@ -116,11 +117,6 @@ def race(calls, args):
             wait(args.device)
             least[i] = min(least[i], clock() - start)
     return least, values
-
-
-def wait(device):
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def with_gradient(call):
@@ -313,5 +309,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    bench_editors.steady_memory()
     main()

@@ -6,7 +6,8 @@
     folder  pictures of one size as `immunize` takes them from a folder, beside the same one after the other
 
 The two sides take turns, in one process but for `load`; a ratio is ours over theirs within a round, and what is printed
-are medians over the rounds. Memory is what a call holds at its worst moment over what rests. What is not measured says so.
+are medians over the rounds. Memory is what a call holds at its worst moment over what rests, of a call that is not timed.
+What is not measured says so.
 """
 
 import argparse
@@ -34,13 +35,14 @@ from bench_measuring import (  # noqa: E402
     count_flops,
     figure,
     heads,
+    keep_memory,
     mebibytes,
     meter,
-    one_round,
     over,
     peak_rates,
     percent,
     profile,
+    race,
     read_from_disk,
     save,
     status,
@@ -68,6 +70,7 @@ from sifm_min.immunize import immunize  # noqa: E402
 # ---------------------------------------------------------------------------------------------------------------- step
 
 def bench_step(args):
+    keep_memory(False)
     with weights(args) as (folder, name):
         editor, lacking, peer = open_sides(args, folder)
         pixels, x = (each.to(args.device) for each in picture(size_of(editor, args)))
@@ -97,10 +100,7 @@ def bench_step(args):
                 pairs[count].append(Naive(*peer).prepare(pixels, contexts, T, taps))
                 if count == args.timesteps[0]:
                     pairs[count][1](x, 0)
-        rounds = {count: [] for count in args.timesteps}
-        for i in range(args.repeat):
-            for count, pair in pairs.items():
-                rounds[count].append(one_round([partial(side, x, i) for side in pair], i, args))
+        rounds = race({count: [partial(side, x) for side in pair] for count, pair in pairs.items()}, args)
         found = {"bench": "step", "editor": name, "size": pixels.shape[-1], "taps": taps, "prompts": args.prompts,
                  **dtypes(args), "options": dict(args.option), "compiled": args.compile, "first": first,
                  "peer": lacking or f"naive, {args.peer_dtype}", "clock": clock(args), "peak_gflops": {
@@ -197,6 +197,7 @@ def tell_step(args, found):
 # ---------------------------------------------------------------------------------------------------------------- edit
 
 def bench_edit(args):
+    keep_memory(False)
     with weights(args) as (folder, name):
         editor, lacking, _ = open_sides(args, folder, networks=False)
         pixels, options = picture(size_of(editor, args))[0], {"guidance": editor.defaults.guidance}
@@ -210,7 +211,7 @@ def bench_edit(args):
 
         pair = [ours] + ([] if lacking else [pipeline_edit(folder, args, pixels, options)])
         values = [call() for call in pair]                   # which warms both up
-        rounds = [one_round(pair, i, args) for i in range(args.repeat)]
+        rounds = race({"edit": [lambda i, call=call: call() for call in pair]}, args)["edit"]
         found = {"bench": "edit", "editor": name, "size": pixels.shape[-1], "steps": args.steps, **options,
                  **dtypes(args), "against": lacking or f"diffusers' pipeline, {args.peer_dtype}", "clock": clock(args),
                  "rounds": args.repeat, **compared(rounds)}
@@ -325,21 +326,22 @@ def one_side(args):
 # -------------------------------------------------------------------------------------------------------------- folder
 
 def bench_folder(args):
+    keep_memory(False)
     with weights(args) as (folder, name):
         editor = load_ours(folder, args)
         size = size_of(editor, args)
         pictures = [images.to_image(picture(size)[0].roll(37 * n, 3)) for n in range(args.pictures)]
         options = {"steps": args.steps, "timesteps": args.timesteps, "memory": args.memory}
 
-        def together():
+        def together(i):
             return immunize(pictures, editor, PROMPTS[0], **options)
 
-        def one_by_one():
+        def one_by_one(i):
             return [immunize(one, editor, PROMPTS[0], **options) for one in pictures]
 
         calls = [together, one_by_one]
-        at_once = [call() for call in calls][0][0].report["memory"]["pictures"]          # which warms both up
-        rounds = [one_round(calls, i, args) for i in range(args.repeat)]
+        at_once = [call(0) for call in calls][0][0].report["memory"]["pictures"]          # which warms both up
+        rounds = race({"folder": calls}, args)["folder"]
         found = {"bench": "folder", "editor": name, "size": size, "pictures": args.pictures, "at once": at_once, **options,
                  **dtypes(args), "clock": clock(args), "rounds": args.repeat, **compared(rounds)}
         print(f"\n{name}, {args.pictures} pictures of {size}x{size}, {args.steps} steps of {args.timesteps} timestep(s), "
@@ -349,14 +351,6 @@ def bench_folder(args):
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
-
-def steady_memory():
-    """Starts this command anew with large blocks returned to the system once they are free: glibc's own habit of keeping
-    some of them would decide what peaks. What was set outside stays as it is, and so does `folder`, which is about time:
-    memory that is new for every tensor costs more the larger they are, and no user has it so."""
-    if "folder" not in sys.argv[1:2] and sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"})
-
 
 def option(text):
     name, _, value = text.partition("=")

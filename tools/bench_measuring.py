@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import gc
 import json
-import os
 import statistics
 import threading
 import time
@@ -25,35 +24,62 @@ def status(*keys):
         return [None] * len(keys)
 
 
+def glibc(name, *numbers):
+    """Calls a function of glibc; where the C library is another, which manages memory as it does, nothing happens."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        getattr(ctypes.CDLL(None), name)(*numbers)
+
+
 def give_back():
-    """What glibc keeps of freed memory goes back to the system: a call that found it there would seem to need none."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):     # another C library, which keeps what it keeps
-        ctypes.CDLL(None).malloc_trim(0)
+    """What the allocator keeps of freed memory goes back to the system: a call that found it there would seem to need none."""
+    glibc("malloc_trim", 0)
 
 
-def measured(call, device):
-    """{"wall", "cpu": seconds, "memory": bytes at the worst moment over those at rest, or None; "value"} of a call."""
-    gc.collect()
-    cuda, rest = device.startswith("cuda"), None
-    if cuda:
+def keep_memory(keeping):
+    """Whether the allocator is to keep large blocks that are free. For memory it must not, from the first call on: which of
+    them it happens to keep would decide what peaks. For times it must: memory that is new for every tensor costs more the
+    larger they are, and no user has it so."""
+    mmap, trim = -3, -1                                      # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+    glibc("mallopt", mmap, 2**25 if keeping else 10**6)      # where its own adapting ends
+    glibc("mallopt", trim, 2**26 if keeping else 2**17)
+
+
+def wait(device):
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        rest = torch.cuda.memory_allocated()
-    else:
-        give_back()
-        with contextlib.suppress(OSError):                   # elsewhere than on Linux
-            Path("/proc/self/clear_refs").write_text("5")    # the peak begins anew
-            (rest,) = status("VmRSS")
+
+
+def timed(call, device):
+    """{"wall", "cpu": seconds; "value"} of a call."""
+    gc.collect()
+    wait(device)
     wall, cpu = time.perf_counter(), time.process_time()
     value = call()
-    if cuda:
-        torch.cuda.synchronize()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    peak = torch.cuda.max_memory_allocated() if cuda else status("VmHWM")[0]
-    if rest is not None and not cuda:
-        give_back()
-        rest = max(rest, status("VmRSS")[0])                 # mapped weights that the system had dropped rest again now
-    return {"wall": wall, "cpu": cpu, "memory": None if None in (rest, peak) else peak - rest, "value": value}
+    wait(device)
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "value": value}
+
+
+def most_memory(call, device):
+    """Bytes that a call holds at its worst moment over those at rest; None where the system does not tell."""
+    gc.collect()
+    if device.startswith("cuda"):
+        wait(device)
+        torch.cuda.reset_peak_memory_stats()
+        rest = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - rest
+    give_back()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")        # the peak begins anew
+    except OSError:                                          # elsewhere than on Linux
+        return None
+    (rest,) = status("VmRSS")
+    value = call()
+    (peak,) = status("VmHWM")
+    give_back()
+    rest = max(rest, *status("VmRSS"))                       # mapped weights that the system had dropped rest again now
+    del value
+    return peak - rest
 
 
 class Watch(threading.Thread):
@@ -238,19 +264,29 @@ def over(a, b):
     return a / b if a is not None and b else None
 
 
-def one_round(calls, i, args):
-    """What `measured` says of each call; every other round the last one goes first."""
-    order = list(enumerate(calls))
-    found = {n: measured(call, args.device) for n, call in (order if i % 2 == 0 else order[::-1])}
-    return [found[n] for n, _ in order]
+def race(calls, args):
+    """{key: rounds} of {key: [ours, the peer's]}, each called with the number of the round: what `timed` says of each, and in
+    the first round its "memory". Every other round the peer's goes first."""
+    held = {key: [most_memory(partial(call, 0), args.device) for call in pair] for key, pair in calls.items()}
+    keep_memory(True)
+    rounds = {key: [] for key in calls}
+    for i in range(args.repeat):
+        for key, pair in calls.items():
+            order = list(enumerate(pair))
+            found = {n: timed(partial(call, i), args.device) for n, call in (order if i % 2 == 0 else order[::-1])}
+            if i == 0:
+                found = {n: one | {"memory": held[key][n]} for n, one in found.items()}
+            rounds[key].append([found[n] for n, _ in order])
+    return rounds
 
 
 def compared(rounds, keys=("cpu", "wall", "memory")):
-    """{"ours", "peer", "ratio": {key: median over the rounds}}, of a ratio the median of the rounds' own ratios."""
-    found = {side: {key: middle(one[i][key] for one in rounds) for key in keys}
+    """{"ours", "peer", "ratio": {key: median over the rounds that have it}}, of a ratio the median of the rounds' own."""
+    having = {key: [one for one in rounds if key in one[0]] for key in keys}
+    found = {side: {key: middle(one[i][key] for one in having[key]) for key in keys}
              for i, side in enumerate(("ours", "peer")[:len(rounds[0])])}
     if "peer" in found:
-        found["ratio"] = {key: middle(over(a[key], b[key]) for a, b in rounds) for key in keys}
+        found["ratio"] = {key: middle(over(a[key], b[key]) for a, b in having[key]) for key in keys}
     return found
 
 
@@ -267,8 +303,7 @@ def cells(found, own):
 
 def save(args, found):
     found |= {"command": " ".join(["python", "tools/bench.py", *args.argv]), "torch": torch.__version__,
-              "threads": torch.get_num_threads(), "device": torch.cuda.get_device_name() if "cuda" in args.device else "cpu",
-              "malloc_mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_")}
+              "threads": torch.get_num_threads(), "device": torch.cuda.get_device_name() if "cuda" in args.device else "cpu"}
     if args.device == "cpu":
         print("\nNothing here was measured on a GPU.")
     if args.json:
