@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 
-from . import hub, single_files
+from . import hub, readahead, single_files
 from .hub import MAIN, Unavailable
 from .single_files import Place
 from .sources import EDITORS, PIPELINES, STABLE_DIFFUSION_3, T5, Source
@@ -352,8 +352,8 @@ class Checkpoint:
         channels-last, which is faster there, one at a time: the peak is the network plus one tensor, within `RENEWAL`.
         What needs no conversion stays mapped on the CPU, which takes no memory of its own and wants the file left alone.
         lazily: each part is read when it is first run, and on torch's meta device until then, so what never runs is never
-        read. Raises `Unfit` with the first differences in name, shape or kind, before anything is read, where file and
-        config disagree.
+        read; the system fetches from the disk what comes next, see readahead.py. Raises `Unfit` with the first differences
+        in name, shape or kind, before anything is read, where file and config disagree.
         """
         network, found = self._matched(network_class, component)
         shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
@@ -365,7 +365,7 @@ class Checkpoint:
             return self._read(found, {name: shapes[name] for name in wanted}, device, dtype)
 
         if lazily:
-            _at_first_use(network, read)
+            _at_first_use(network, read, _ahead(network, found))
         else:
             network.load_state_dict(read(shapes), strict=True, assign=True)
         return network
@@ -497,13 +497,24 @@ def header(file):
         raise Unavailable(f"{file} cannot be read: {error.strerror or error}") from None
 
 
-def _at_first_use(network, read):
+def _ahead(network, found):
+    """What of the files is to be fetched before it is read; of an embedding few rows ever are."""
+    import torch
+    embeddings = {f"{path}.weight" for path, part in network.named_modules() if isinstance(part, torch.nn.Embedding)}
+    places = {name: (file, *spans[stored]) for file, tensors in found.items() if (spans := readahead.spans(file))
+              for name, (stored, _) in tensors.items()}
+    return readahead.ReadAhead((name, *places[name]) for name in network.state_dict()
+                               if name in places and name not in embeddings)
+
+
+def _at_first_use(network, read, ahead):
     """Has every part of the network, whole blocks as single layers, read what of it is still to be read, when it is run."""
     unread, handles = {name: tensor.dtype for name, tensor in network.state_dict().items()}, {}
 
     def fill(part, path):
         state, wanted = part.state_dict(prefix=f"{path}."), [name for name in unread if name.startswith(f"{path}.")]
         found = read(wanted)
+        ahead.reached(wanted)
         for name in wanted:
             if state[name].dtype != unread.pop(name):        # as by network.double() since
                 found[name] = found[name].to(state[name].dtype)
@@ -520,6 +531,7 @@ def _at_first_use(network, read):
     for name in own:
         del unread[name]
     network.load_state_dict(read(own), strict=False, assign=True)
+    ahead.reached()
 
 
 def _match(network, headers, places, where):

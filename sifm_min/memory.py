@@ -11,7 +11,7 @@ import warnings
 from typing import NamedTuple
 
 MEMORY = ("auto", "fast", "low")
-AT_ONCE_ON_A_CPU = 4                                         # more in a batch is no faster there, and takes memory
+AT_ONCE_ON_A_CPU = 4                                         # more in a batch is hardly faster there, and takes memory
 PIXELS, PICTURES = 512 * 512, 8                              # at once, at most: more is no faster
 
 
@@ -44,7 +44,7 @@ def plans(memory, editor, count=None, batch=None, pictures=1):
     stands; pictures: how many are to run at once, which the first plan does and no other. memory: "fast" is everything at
     once, "low" one timestep at a time, computed again on the way back, without a text encoder in memory. "auto" starts
     with what is fastest and gives way, where the device's memory ends, by half and at last to "low". Where a CPU's ends,
-    the process ends; so there it starts with half of the timesteps, four at most, except on a miniature.
+    the process ends; so there it starts with a third of the timesteps, four at most, except on a miniature.
     """
     if memory not in MEMORY:
         raise ValueError(f"memory {memory!r}: choose one of {', '.join(MEMORY)}")
@@ -52,7 +52,7 @@ def plans(memory, editor, count=None, batch=None, pictures=1):
         sizes = [batch]
     else:
         few = memory == "auto" and editor.device.type == "cpu" and not editor.is_miniature
-        most = min(-(-count // 2), AT_ONCE_ON_A_CPU) if few else count
+        most = max(1, min(count // 3, AT_ONCE_ON_A_CPU)) if few else count
         sizes = [most >> n for n in range(max(most, 1).bit_length())]
     kept, again = [Plan(size, False) for size in sizes], Plan(sizes[-1], True)
     if pictures > 1:

@@ -105,6 +105,16 @@ def test_help(capsys):
     assert "python -m sifm_min.immunize photo.png" in shown.out and shown.err == ""
 
 
+@pytest.mark.parametrize("given", [None, "0"])
+def test_what_torch_is_told_by_the_environment_unless_that_says_otherwise(given, monkeypatch):
+    name, value = next(iter(cli.SURROUNDINGS.items()))
+    if given:
+        monkeypatch.setenv(name, given)
+    else:
+        monkeypatch.delenv(name, raising=False)
+    assert run(lambda args: None) == cli.OK and os.environ.pop(name) == (given or value)
+
+
 def test_shared_flags():
     args = parser().parse_args(["--prompt", "x", "--device", "cuda:0", "--dtype", "float16", "--seed", "7", "--json"])
     assert (args.device, args.dtype, args.seed, args.json) == ("cuda:0", "float16", 7, True)

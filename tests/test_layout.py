@@ -28,7 +28,7 @@ FLOORS = {
     2.5: "ratings verdicts",                                 # what judges stand on
     2: "canaries cli gemini images isr metrics panels pgd world",         # tools of ours
     1: "backbones compiled ledger memory models.checkpoints wire",        # loading; what a remote judge is told and tells
-    0.5: "models.hub models.single_files models.sources",    # what loading stands on
+    0.5: "models.hub models.readahead models.single_files models.sources",    # what loading stands on
     0: "models.clip models.mmdit models.schedulers models.t5 models.tokenizers models.unet models.vae",   # networks
     -0.5: "models.lean",                                     # layers that networks share
     -1: "__init__",                                          # the package itself: __version__, and lazy names

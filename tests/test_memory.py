@@ -23,8 +23,9 @@ class Device:
     ("low", "cpu", 10, None, [(1, True)]),
     ("auto", "meta", 10, None, [(10, False), (5, False), (2, False), (1, False), (1, True)]),
     ("auto", "meta", 1, None, [(1, False), (1, True)]),
-    ("auto", "cpu", 10, None, [(4, False), (2, False), (1, False), (1, True)]),
-    ("auto", "cpu", 3, None, [(2, False), (1, False), (1, True)]),
+    ("auto", "cpu", 40, None, [(4, False), (2, False), (1, False), (1, True)]),
+    ("auto", "cpu", 10, None, [(3, False), (1, False), (1, True)]),
+    ("auto", "cpu", 4, None, [(1, False), (1, True)]),
     ("auto", "cpu", 1, None, [(1, False), (1, True)]),
     ("auto", "meta", 10, 3, [(3, False), (3, True)]),        # asked for, so it stands
     ("low", "meta", 10, 3, [(3, True)]),

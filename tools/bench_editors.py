@@ -63,7 +63,7 @@ from bench_peers import (  # noqa: E402
     weights,
 )
 
-from sifm_min import images, memory  # noqa: E402
+from sifm_min import cli, images, memory  # noqa: E402
 from sifm_min.editors import load_editor  # noqa: E402
 from sifm_min.immunize import immunize  # noqa: E402
 
@@ -272,9 +272,11 @@ def in_new_process(args, folder, side, taps, timestep):
     options = {"side": side, "editor": folder, "size": args.size, "dtype": args.dtype, "vae-dtype": args.vae_dtype,
                "peer-dtype": args.peer_dtype,
                "device": args.device, "threads": args.threads, "taps": ",".join(taps), "timestep": timestep}
+    surroundings = {**cli.SURROUNDINGS, **os.environ} if side == "ours" else None        # as our commands run
     started = time.perf_counter()
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("bench.py")), "load",
-                           *(f"--{name}={value}" for name, value in options.items())], text=True, stdout=subprocess.PIPE)
+                           *(f"--{name}={value}" for name, value in options.items())], text=True, stdout=subprocess.PIPE,
+                          env=surroundings)
     if done.returncode:
         raise SystemExit(f"the process of {side} ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1]) | {"seconds with imports": time.perf_counter() - started}
