@@ -531,7 +531,7 @@ def _at_first_use(network, read, ahead):
     for name in own:
         del unread[name]
     network.load_state_dict(read(own), strict=False, assign=True)
-    ahead.reached()
+    ahead.begin()
 
 
 def _match(network, headers, places, where):

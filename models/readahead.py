@@ -8,11 +8,13 @@ happens.
 import contextlib
 import json
 import os
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 WINDOW = 256 << 20                                  # bytes ahead of what was read last
 PIECE = 1 << 20                                     # a system takes no more at once than it reads ahead by itself
+_beginnings = deque()                               # what networks begin with, until one of them runs
 
 
 def spans(file):
@@ -36,9 +38,18 @@ class ReadAhead:
         self.places = {name: i for i, (name, *_) in enumerate(self.wanted)}
         self.asked = 0                              # how many of them the system was asked for
 
-    def reached(self, names=()):
-        """These have been read, or nothing yet: has the next ones fetched, `WINDOW` bytes of them at most."""
-        place = max((self.places[name] + 1 for name in names if name in self.places), default=0)
+    def begin(self):
+        """Has the first ones fetched, once a network runs: earlier, who loads would wait for them with small files."""
+        _beginnings.append(self)
+
+    def reached(self, names):
+        """These have been read: has the next ones fetched, and then what waits to begin."""
+        self._fetch(max((self.places[name] + 1 for name in names if name in self.places), default=0))
+        while _beginnings:
+            _beginnings.popleft()._fetch(0)
+
+    def _fetch(self, place):
+        """Asks for what was not asked for yet, from that place on, `WINDOW` bytes of it at most."""
         start = end = max(self.asked, place)
         size = sum(last - first for _, _, first, last in self.wanted[place:end])
         while end < len(self.wanted) and (size := size + self.wanted[end][3] - self.wanted[end][2]) <= WINDOW:
