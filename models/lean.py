@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+MANY_WEIGHTS = 2**21                                # more than the cache of a core holds
+
 
 def only_the_input(x, *parameters):
     """Whether a gradient will be asked for, and for none but x's."""
@@ -69,9 +71,9 @@ def _convolve(x, weight, bias, stride, padding):
 
 def _few(positions, weight):
     """Whether a CPU takes longer to bring the weights into the order in which it convolves, each time, than to convolve so
-    few positions: of a 1280-channel convolution at 4x4 that is four fifths of the time."""
+    few positions: of a 1280-channel convolution at 4x4 that is four fifths of the time. Few weights it orders in its cache."""
     ready = weight.device.type == "cpu" and weight.is_contiguous(memory_format=torch.channels_last)
-    return ready and 2 * positions <= min(weight.shape[:2])
+    return ready and weight.numel() >= MANY_WEIGHTS and 2 * positions <= min(weight.shape[:2])
 
 
 def _product(x, weight, bias, stride, padding):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from sifm_min.models import lean as lean_layers
 from sifm_min.models.lean import Conv2d, NormSiLU, Prepared, gated_gelu, only_the_input
 from sifm_min.models.unet import UNet, UNetConfig
 from sifm_min.models.vae import AutoencoderKL, VAEConfig
@@ -22,7 +23,7 @@ CONVOLUTIONS = {                                    # in, out, kernel, options, 
     "half the size, odd": (6, 8, 3, {"stride": 2, "padding": 1}, (9, 7)),
     "half the size, unpadded": (6, 8, 3, {"stride": 2}, (9, 10)),
     "patches with a rest": (4, 8, 3, {"stride": 3}, (8, 10)),
-    "one picture element": (3, 3, 3, {"padding": 1}, (1, 1)),
+    "one picture element": (6, 8, 3, {"padding": 1}, (1, 1)),
 }
 FEW_POSITIONS = {                                   # of many channels: at most half as many as there are of either
     "3x3": (40, 48, 3, {"padding": 1}, (3, 2)),
@@ -98,6 +99,7 @@ def no_convolution(*inputs, **options):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", FEW_POSITIONS)
 def test_a_convolution_of_few_positions_is_a_matrix_product(name, dtype, monkeypatch):
+    monkeypatch.setattr(lean_layers, "MANY_WEIGHTS", 0)
     ins, outs, kernel, options, size = FEW_POSITIONS[name]
     lean = frozen(Conv2d(ins, outs, kernel, **options), dtype, LAST)
     plain = nn.Conv2d(ins, outs, kernel, **options).to(dtype, memory_format=LAST).requires_grad_(False)
@@ -115,13 +117,23 @@ def test_a_convolution_of_few_positions_is_a_matrix_product(name, dtype, monkeyp
         lean(torch.cat([x] * 3))
 
 
-def test_what_trains_is_convolved():
+def test_few_weights_are_convolved(monkeypatch):
+    layer, asked = frozen(Conv2d(40, 48, 3, padding=1), torch.float32, LAST), []
+    monkeypatch.setattr(F, "conv2d", lambda *inputs: asked.append(inputs))
+    with torch.no_grad():
+        layer(draw(2, 40, 2, 2, dtype=torch.float32, layout=LAST))
+    assert len(asked) == 1
+
+
+def test_what_trains_is_convolved(monkeypatch):
+    monkeypatch.setattr(lean_layers, "MANY_WEIGHTS", 0)
     layer = Conv2d(40, 48, 3, padding=1).to(memory_format=LAST)
     layer(draw(2, 40, 2, 2, dtype=torch.float32, layout=LAST)).sum().backward()
     assert layer.weight.grad.abs().max() > 0
 
 
-def test_gradients_are_those_of_differences():
+def test_gradients_are_those_of_differences(monkeypatch):
+    monkeypatch.setattr(lean_layers, "MANY_WEIGHTS", 0)
     lean = frozen(Conv2d(3, 4, 3, stride=2, padding=1), torch.float64)
     norm = frozen(NormSiLU(2, 4), torch.float64)
     x = draw(2, 3, 5, 4).requires_grad_()
