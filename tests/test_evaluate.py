@@ -230,7 +230,7 @@ def test_jobs_share_the_work_and_a_helper_ends_with_whom_it_helps(run, calls, lo
     assert run("white-box", "--jobs", "2", "--images", "3") == cli.OK
     names = [row["name"] for rows in steps().values() for row in rows]
     assert len(set(names)) == len(names) == 6 + 54 + 36 + 54
-    assert run("white-box", "--helper-of", "1", "-o", "other") == cli.INTERRUPTED and calls.edits == 6
+    assert run("white-box", "--helper-of", str(os.getpid()), "-o", "other") == cli.INTERRUPTED and calls.edits == 6
     args = SimpleNamespace(jobs=None, helper_of=None, shard=(0, 1))
     assert evaluate._jobs(SimpleNamespace(jobs=2, helper_of=7, shard=(0, 1)), loaded) == 1   # or there were no end of them
     monkeypatch.setattr(evaluate.os, "sched_getaffinity", lambda process: {0, 1, 2})
