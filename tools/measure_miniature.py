@@ -4,6 +4,7 @@
     python tools/measure_miniature.py edits --noisy deploy              the same with another option of SIFM
     python tools/measure_miniature.py judges                            calibration of the two judges
     python tools/measure_miniature.py literal --samples 10              whether SIFM's fast step is Algorithm 1 as it is printed
+    python tools/measure_miniature.py bfloat16 --samples 20             what SIFM loses with denoiser and VAE in bfloat16
 
 Results go to --work, one JSON line per sample; a run that was interrupted goes on, and --shard 0/2 and 1/2 share the work.
 Shares are given with their 95 % Wilson interval. "of clean successes": among the samples whose edit obeys on the clean picture.
@@ -130,15 +131,28 @@ def judges(args):
 
 
 def literal(args):
-    """Whole runs beside runs of Algorithm 1 as it is printed: signs of the first step, final loss, verdicts of the edits."""
+    """Whole runs beside runs of Algorithm 1 as it is printed."""
     editor = sifm_min.load_editor(args.editor)
-    signs, losses, verdict = [], [], {"fast": [], "literal": []}
+    beside(args, editor, {"fast": (editor, sifm.sifm), "literal": (editor, as_printed)})
+
+
+def bfloat16(args):
+    """Whole runs beside runs in which denoiser, text encoder and VAE are in bfloat16."""
+    editor = sifm_min.load_editor(args.editor, dtype=torch.float32)
+    half = sifm_min.load_editor(args.editor, dtype=torch.bfloat16, vae_dtype=torch.bfloat16)
+    beside(args, editor, {"float32": (editor, sifm.sifm), "bfloat16": (half, sifm.sifm)})
+
+
+def beside(args, attacker, runs):
+    """Two runs for each picture, {name: (editor, objective)}: signs of the first step, final loss, and verdicts of what the
+    attacker, an editor, makes of the results."""
+    (one, other), signs, losses, verdict = runs, [], [], {name: [] for name in runs}
     for index, sample in enumerate(miniature.samples(args.samples, args.seed)):
-        prompt, pixels = miniature.prompt_of(sample, editor), images.to_pixels(sample.image)
-        with torch.no_grad():
-            contexts = editor.contexts([prompt])
+        prompt, pixels = miniature.prompt_of(sample, attacker), images.to_pixels(sample.image)
         ended = {}
-        for name, objective in (("fast", sifm.sifm), ("literal", as_printed)):
+        for name, (editor, objective) in runs.items():
+            with torch.no_grad():
+                contexts = editor.contexts([prompt])
             generator, told = torch.Generator().manual_seed(0), []
             run = objective(editor, pixels, contexts, generator=generator)
             steps = []
@@ -151,13 +165,12 @@ def literal(args):
             delta = pgd.pgd(pixels, keep, 0.03, steps=args.steps, step_size=1 / 255, generator=generator,
                             on_step=lambda step, loss, terms, told=told: told.append(loss))
             picture = images.quantize(images.picture(sample.image), delta, 0.03)
-            edited = editor.edit(picture, prompt, seed=args.edit_seed)
+            edited = attacker.edit(picture, prompt, seed=args.edit_seed)
             verdict[name].append(verdicts(sample, edited, editor)["success"])
             ended[name] = steps[0], told[-1]
-        signs.append((ended["fast"][0] == ended["literal"][0]).float().mean().item())
-        losses.append(abs(ended["fast"][1] / ended["literal"][1] - 1))
-        print(f"  {index}: signs {100 * signs[-1]:.3f} %, final loss {ended['fast'][1]:.4f} and {ended['literal'][1]:.4f}",
-              flush=True)
+        signs.append((ended[one][0] == ended[other][0]).float().mean().item())
+        losses.append(abs(ended[one][1] / ended[other][1] - 1))
+        print(f"  {index}: signs {100 * signs[-1]:.3f} %, final loss {ended[one][1]:.4f} and {ended[other][1]:.4f}", flush=True)
     print(f"{args.editor}: {args.samples} pictures, {args.steps} steps; of the first step's signs {100 * min(signs):.3f} % "
           f"agree at the least and {100 * sum(signs) / len(signs):.4f} % in the mean; final losses differ by "
           f"{100 * max(losses):.2f} % at the most, {100 * sum(losses) / len(losses):.2f} % in the mean")
@@ -201,7 +214,7 @@ def as_printed(editor, x_orig, contexts, *, generator):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("edits", "judges", "literal"))
+    parser.add_argument("what", choices=("edits", "judges", "literal", "bfloat16"))
     parser.add_argument("--editor", default="miniature")
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -214,7 +227,7 @@ def main(argv=None):
     parser.add_argument("--work", type=Path, default=Path("build/measurements"))
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    {"edits": edits, "judges": judges, "literal": literal}[args.what](args)
+    {"edits": edits, "judges": judges, "literal": literal, "bfloat16": bfloat16}[args.what](args)
 
 
 if __name__ == "__main__":
