@@ -176,7 +176,7 @@ def beside(args, attacker, runs):
           f"{100 * max(losses):.2f} % at the most, {100 * sum(losses) / len(losses):.2f} % in the mean")
     for name, found in verdict.items():
         print(f"  thwarted, {name}: {share(sum(found), len(found))}")
-    print(f"  another verdict: {sum(a != b for a, b in zip(*verdict.values(), strict=True))} of {len(verdict['fast'])}")
+    print(f"  another verdict: {sum(a != b for a, b in zip(*verdict.values(), strict=True))} of {len(losses)}")
 
 
 def as_printed(editor, x_orig, contexts, *, generator):
