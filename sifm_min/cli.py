@@ -185,10 +185,11 @@ def _number(text, kind):
         raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
 
 
+DTYPES = "float32", "bfloat16", "float16"
 SHARED = {
     "device": {"type": device, "help": "cpu, cuda, cuda:1 or mps (default: cuda where there is one, else cpu)"},
-    "dtype": {"choices": ("float32", "bfloat16", "float16"), "help": "of the networks (default: bfloat16 on cuda)"},
-    "vae-dtype": {"choices": ("float32", "bfloat16", "float16"),
+    "dtype": {"choices": DTYPES, "help": "of the networks (default: bfloat16 on cuda)"},
+    "vae-dtype": {"choices": DTYPES,
                   "help": "of the VAE (default: float32; bfloat16 is faster, and pictures decoded in it are a little off)"},
     "seed": {"type": seed, "default": 0, "help": "of everything drawn (default: 0)"},
     "overwrite": {"action": "store_true", "help": "replace results that exist already"},

@@ -42,8 +42,8 @@ from bench_measuring import (  # noqa: E402
     peak_rates,
     percent,
     profile,
-    race,
     read_from_disk,
+    rounds_of,
     save,
     status,
     table,
@@ -100,7 +100,7 @@ def bench_step(args):
                 pairs[count].append(Naive(*peer).prepare(pixels, contexts, T, taps))
                 if count == args.timesteps[0]:
                     pairs[count][1](x, 0)
-        rounds = race({count: [partial(side, x) for side in pair] for count, pair in pairs.items()}, args)
+        rounds = rounds_of({count: [partial(side, x) for side in pair] for count, pair in pairs.items()}, args)
         found = {"bench": "step", "editor": name, "size": pixels.shape[-1], "taps": taps, "prompts": args.prompts,
                  **dtypes(args), "options": dict(args.option), "compiled": args.compile, "first": first,
                  "peer": lacking or f"naive, {args.peer_dtype}", "clock": clock(args), "peak_gflops": {
@@ -211,7 +211,7 @@ def bench_edit(args):
 
         pair = [ours] + ([] if lacking else [pipeline_edit(folder, args, pixels, options)])
         values = [call() for call in pair]                   # which warms both up
-        rounds = race({"edit": [lambda i, call=call: call() for call in pair]}, args)["edit"]
+        rounds = rounds_of({"edit": [lambda i, call=call: call() for call in pair]}, args)["edit"]
         found = {"bench": "edit", "editor": name, "size": pixels.shape[-1], "steps": args.steps, **options,
                  **dtypes(args), "against": lacking or f"diffusers' pipeline, {args.peer_dtype}", "clock": clock(args),
                  "rounds": args.repeat, **compared(rounds)}
@@ -343,7 +343,7 @@ def bench_folder(args):
 
         calls = [together, one_by_one]
         at_once = [call(0) for call in calls][0][0].report["memory"]["pictures"]          # which warms both up
-        rounds = race({"folder": calls}, args)["folder"]
+        rounds = rounds_of({"folder": calls}, args)["folder"]
         found = {"bench": "folder", "editor": name, "size": size, "pictures": args.pictures, "at once": at_once, **options,
                  **dtypes(args), "clock": clock(args), "rounds": args.repeat, **compared(rounds)}
         print(f"\n{name}, {args.pictures} pictures of {size}x{size}, {args.steps} steps of {args.timesteps} timestep(s), "

@@ -264,7 +264,7 @@ def over(a, b):
     return a / b if a is not None and b else None
 
 
-def race(calls, args):
+def rounds_of(calls, args):
     """{key: rounds} of {key: [ours, the peer's]}, each called with the number of the round: what `timed` says of each, and in
     the first round its "memory". Every other round the peer's goes first."""
     held = {key: [most_memory(partial(call, 0), args.device) for call in pair] for key, pair in calls.items()}
