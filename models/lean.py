@@ -4,13 +4,16 @@ Training asks for the gradients of the weights, and for those a layer's input is
 frozen weights asks for the picture's gradient alone: a convolution then needs nothing that depends on its input, and
 what is cheap is computed again from what is kept anyhow. Each function here does so where no parameter of the layer
 wants a gradient and its input does, and is the plain layer everywhere else; the values are the same to the bit, except
-where a CPU convolves a few positions of many channels as a matrix product, which adds in another order.
+where a CPU convolves many channels: few positions as a matrix product, which adds in another order, and many in float32
+by Winograd's way, whose rounding is some times a plain convolution's (winograd.py says how much).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from . import winograd
 
 MANY_WEIGHTS = 2**21                                # more than the cache of a core holds
 
@@ -53,6 +56,8 @@ class _Convolution(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         if ctx.stride == (1, 1) and gradient.shape[2:] == ctx.size and _few(gradient[:, 0].numel(), weight):
             return _product_gradient(gradient, weight), None, None, None, None
+        if winograd.suits(gradient, weight, ctx.stride, ctx.padding):
+            return winograd.gradient(gradient, weight), None, None, None, None
         # The rows and columns at the end that no step of the stride reached: they have a gradient too, of zero.
         left = [(size + 2 * pad - kernel) % step for size, pad, kernel, step in
                 zip(ctx.size, ctx.padding, weight.shape[2:], ctx.stride, strict=True)]
@@ -66,6 +71,8 @@ def _convolve(x, weight, bias, stride, padding):
              zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)]
     if _few(len(x) * sides[0] * sides[1], weight):
         return _product(x, weight, bias, stride, padding)
+    if winograd.suits(x, weight, stride, padding):
+        return winograd.convolve(x, weight, bias)
     return F.conv2d(x, weight, bias, stride, padding)
 
 

@@ -31,6 +31,7 @@ FLOORS = {
     0.5: "models.hub models.readahead models.single_files models.sources",    # what loading stands on
     0: "models.clip models.mmdit models.schedulers models.t5 models.tokenizers models.unet models.vae",   # networks
     -0.5: "models.lean",                                     # layers that networks share
+    -0.75: "models.winograd",                                # what they stand on
     -1: "__init__",                                          # the package itself: __version__, and lazy names
     -2: "models.__init__",                                   # a docstring
 }
@@ -40,7 +41,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split(
 SIX = {"torch": "torch", "safetensors": "safetensors", "huggingface-hub": "huggingface_hub", "numpy": "numpy",
        "pillow": "PIL", "requests": "requests"}
 BY_NAME = ("__init__", "immunize")                           # whose lazy names a test below looks up
-NARROWER = {-2: set(), -1: set(), -0.5: {"torch"}, 0: {"torch"}, 0.5: {"huggingface_hub"},
+NARROWER = {-2: set(), -1: set(), -0.75: {"torch"}, -0.5: {"torch"}, 0: {"torch"}, 0.5: {"huggingface_hub"},
             1: {"torch", "safetensors", "huggingface_hub"}}
 
 
