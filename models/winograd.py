@@ -1,4 +1,4 @@
-"""3x3 convolutions with a quarter of the multiplications, for CPUs, whose libraries have none such for float32.
+"""3x3 convolutions in float32 with a quarter of the multiplications, for CPUs, where torch has none such.
 
 Winograd's way (Lavin and Gray 2015, arXiv 1509.09308): a row of 4 outputs is 6 inputs times a polynomial of 3 weights, and a
 product of polynomials is known by its values at enough points: 6 multiplications for 12, in both directions 36 for 144. What
