@@ -29,8 +29,8 @@ def frozen(network):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution with zero padding; where its weights are frozen it keeps nothing but them, and few positions are a
-    matrix product."""
+    """A convolution with zero padding. Where its weights are frozen it keeps nothing but them; on a CPU it may then be a
+    matrix product, or Winograd's."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding: int = 0):
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding)
