@@ -7,6 +7,8 @@
 
 The two sides take turns, in one process but for `load`; a ratio is ours over theirs within a round, and what is printed
 are medians over the rounds. Memory is what a call holds at its worst moment over what rests, of a call that is not timed.
+The floor is what matrix products, and convolutions as they are defined, take at this machine's peak: a step that convolves
+with fewer multiplications can reach more than all of it.
 What is not measured says so.
 """
 
