@@ -42,9 +42,9 @@ def gradient(y_gradient, weight):
 
 def _at_points(weight, kernel):
     """(O, C, 3, 3) -> (36, O, C), which holds until the next call."""
-    weights = weight.permute(2, 3, 0, 1)
-    found = _room(IN * IN * weights[0, 0].numel()).view(IN * IN, -1)
-    return torch.mm(kernel, weights.reshape(9, -1), out=found).view(IN * IN, *weights.shape[2:])
+    weights = weight.permute(2, 3, 0, 1).reshape(9, -1)
+    found = _room(IN * IN * weights.shape[1]).view(IN * IN, -1)
+    return torch.mm(kernel, weights, out=found).view(IN * IN, *weight.shape[:2])
 
 
 def _room(count):
@@ -65,7 +65,8 @@ def _by_tiles(x, weights, bias):
     rows = min(down, max(1, TILES * torch.get_num_threads() // across))
     y = x.new_empty(count, OUT * down, OUT * across, outs)
     seen = x.new_zeros(OUT * rows + 2, OUT * across + 2, channels)              # with a margin, zero around the picture
-    tiles, values = x.new_empty(2, IN, IN, rows, across, channels)
+    windows = seen.unfold(0, IN, OUT).unfold(1, IN, OUT).permute(3, 4, 0, 1, 2)  # (6, 6, rows, across, C)
+    tiles, values = x.new_empty(2, *windows.shape)
     products, results = x.new_empty(IN * IN, rows * across, outs), x.new_empty(OUT, OUT, rows, across, outs)
     for picture, made in zip(x, y, strict=True):
         for start in range(0, down, rows):
@@ -74,7 +75,7 @@ def _by_tiles(x, weights, bias):
             seen[:first - start + 1].zero_()
             seen[end - start + 1:].zero_()
             seen[first - start + 1:end - start + 1, 1:width + 1] = picture[first:end]
-            tiles.copy_(seen.unfold(0, IN, OUT).unfold(1, IN, OUT).permute(3, 4, 0, 1, 2))
+            tiles.copy_(windows)
             torch.mm(_TILE, tiles.view(IN * IN, -1), out=values.view(IN * IN, -1))
             torch.bmm(values.view(IN * IN, -1, channels), weights, out=products)
             torch.mm(_BACK, products.view(IN * IN, -1), out=results.view(OUT * OUT, -1))
