@@ -1,7 +1,8 @@
 """The rules of the two folders, read off the syntax trees: who may import what, and what a file may do.
 
-Every .py of sifm_min/ and models/ stands on a floor of the table below and imports strictly downwards, so there can be
-no cycle; a new file joins the table in the change that adds it. `python tests/test_layout.py` prints what is wrong.
+Rooms are folders, or single files at the top of sifm_min/. A file imports from lower lines of the table below, and from its
+own line (commands excepted) where that makes no circle.
+`python tests/test_layout.py` prints what is wrong.
 """
 
 import ast
@@ -16,33 +17,57 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FLOORS = {
-    6: "compare edit evaluate weights",                      # commands: nothing imports them
-    5.75: "suites",                                          # what an experiment is made of
-    5.5: "protocol",                                         # many pictures, step by step
-    5: "immunize",                                           # one picture
-    4: "baselines robustness sifm",                          # objectives, and what is done against them
-    3.5: "manifest",                                         # the pictures of an experiment
-    3.25: "page",                                            # tables, charts and pictures as HTML
-    3: "editors fetch judge miniature report",               # editors and verdicts
-    2.5: "ratings verdicts",                                 # what judges stand on
-    2: "canaries cli gemini images isr metrics panels pgd world",         # tools of ours
-    1: "backbones compiled ledger memory models.checkpoints wire",        # loading; what a remote judge is told and tells
-    0.5: "models.hub models.readahead models.single_files models.sources",    # what loading stands on
-    0: "models.clip models.mmdit models.schedulers models.t5 models.tokenizers models.unet models.vae",   # networks
-    -0.5: "models.lean",                                     # layers that networks share
-    -0.75: "models.winograd",                                # what they stand on
-    -1: "__init__",                                          # the package itself: __version__, and lazy names
-    -2: "models.__init__",                                   # a docstring
+ROOMS = [                                                    # from the top; eight arrows, one between each two lines
+    "compare edit evaluate weights",                         # commands: nothing imports them
+    "experiments",                                           # the paper's tables
+    "immunize",                                              # one picture
+    "judging miniature",                                     # verdicts; the world whose verdicts are exact
+    "baselines",                                             # the methods SIFM is compared with
+    "editors metrics",                                       # what is attacked; distances
+    "cli images memory pgd sifm",                            # the method and its tools
+    "files",                                                 # atomic writes, journals
+    "models",                                                # networks, tokenizers, schedulers, loading
+]
+LEVEL = {room: len(ROOMS) - i for i, rooms in enumerate(ROOMS) for room in rooms.split()}
+# Files that stand flat and belong to a room.
+FLAT = {
+    "judge": "judging",
+    "backbones": "metrics", "canaries": "judging", "compiled": "files", "fetch": "metrics", "gemini": "judging",
+    "isr": "judging", "ledger": "files", "manifest": "experiments", "page": "experiments", "panels": "judging",
+    "protocol": "experiments", "ratings": "judging", "report": "experiments", "robustness": "experiments",
+    "suites": "experiments", "verdicts": "judging", "wire": "judging", "world": "miniature",
 }
-FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
+# Inside models/: loading stands on networks, which stand on layers; a network imports no other network.
+LOADING = {"models.checkpoints", "models.hub", "models.readahead", "models.single_files", "models.sources"}
+LAYERS = {"models.lean", "models.winograd", "models.config", "models.cpu"}
 
 # distribution -> what it is imported as; no others, ever
 SIX = {"torch": "torch", "safetensors": "safetensors", "huggingface-hub": "huggingface_hub", "numpy": "numpy",
        "pillow": "PIL", "requests": "requests"}
 BY_NAME = ("__init__", "immunize")                           # whose lazy names a test below looks up
-NARROWER = {-2: set(), -1: set(), -0.75: {"torch"}, -0.5: {"torch"}, 0: {"torch"}, 0.5: {"huggingface_hub"},
-            1: {"torch", "safetensors", "huggingface_hub"}}
+
+
+def room(name):
+    """The room of a file: "editors.base" -> "editors", "pgd" -> "pgd"; None where there is none."""
+    first = name.partition(".")[0]
+    first = FLAT.get(first, "models" if first == "__init__" else first)
+    return first if first in LEVEL else None
+
+
+def inside_models(name):
+    """2: loading, 1: networks, tokenizers and schedulers, 0: what networks share."""
+    return 2 if name in LOADING else 0 if name in LAYERS or name == "models.__init__" else 1
+
+
+def third_party(name):
+    """The packages that a file may import."""
+    if name in ("__init__", "models.__init__") or name.startswith("models.") and name.endswith("tokenizer"):
+        return set()                                         # tokenizers are vendored alone by people who have no torch
+    if name == "models.tokenizers" or name == "models.config":
+        return set()
+    if room(name) != "models":
+        return set(SIX.values())
+    return {"torch", "safetensors", "huggingface_hub"} if name in LOADING else {"torch"}
 
 
 # ------------------------------------------------------------------------------------------------------------ the rules
@@ -58,25 +83,41 @@ def modules(root):
 
 def faults(root):
     """Every broken rule as 'path:line: sentence'; [] where all is well."""
-    wrong = []
-    for name, path in modules(root).items():
+    wrong, beside = [], {}
+    known = modules(root)
+    for name, path in known.items():
         where = path.relative_to(root).as_posix()
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-        if name not in FLOOR:
-            wrong.append(f"{where}:1: is not in the floor table of tests/test_layout.py")
+        if room(name) is None:
+            wrong.append(f"{where}:1: is in no room of tests/test_layout.py")
             continue
-        found = [*import_faults(tree, name), *speech_faults(tree, name), *catch_all_faults(tree), *random_faults(tree)]
-        if FLOOR[name] == 0:
+        found = [*import_faults(tree, name, known), *speech_faults(tree, name), *catch_all_faults(tree), *random_faults(tree)]
+        if room(name) == "models" and inside_models(name) == 1:
             found += network_faults(tree)
         wrong += [f"{where}:{node.lineno}: {sentence}" for node, sentence in sorted(found, key=lambda f: f[0].lineno)]
+        beside[name] = {target for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level
+                        for target in _targets(node, name, known) if room(target) and LEVEL[room(target)] == LEVEL[room(name)]}
+    wrong += [f"{known[name].relative_to(root).as_posix()}:1: imports itself by way of {' and '.join(way)}"
+              for name in beside if (way := _circle(name, beside))]
     return wrong
 
 
-def import_faults(tree, name):
-    """Imports that do not point strictly downwards, are not relative, or leave the six packages."""
-    third_party = NARROWER.get(FLOOR[name], set(SIX.values()))
-    if name == "models.tokenizers":
-        third_party = set()                                  # vendored alone by people who have no torch
+def _circle(start, beside):
+    """The names on a way from a file back to itself through its room, or None."""
+    ways, seen = [[target] for target in sorted(beside[start])], set()
+    while ways:
+        way = ways.pop()
+        if way[-1] == start:
+            return way
+        if way[-1] not in seen:
+            seen.add(way[-1])
+            ways += [[*way, target] for target in sorted(beside.get(way[-1], ()))]
+    return None
+
+
+def import_faults(tree, name, known):
+    """Imports that point upwards or sideways, are not relative, or leave the six packages."""
+    allowed = third_party(name)
     for node in ast.walk(tree):                              # also inside functions, `try` and `if TYPE_CHECKING`
         if isinstance(node, ast.Import):
             outside = [alias.name for alias in node.names]
@@ -87,22 +128,28 @@ def import_faults(tree, name):
         for package in {target.partition(".")[0] for target in outside}:
             if package in ("sifm_min", "models"):
                 yield node, f"imports {package} by its absolute name, which breaks where it is vendored under another"
-            elif package not in third_party and package not in sys.stdlib_module_names:
-                yield node, f"imports {package}; here only the standard library and {sorted(third_party)} are allowed"
+            elif package not in allowed and package not in sys.stdlib_module_names:
+                yield node, f"imports {package}; here only the standard library and {sorted(allowed)} are allowed"
         if isinstance(node, ast.ImportFrom) and node.level:
-            for target in _targets(node, name):
-                if target not in FLOOR:
-                    yield node, f"imports {target}, which the floor table does not have"
-                elif FLOOR[target] >= FLOOR[name]:
-                    yield node, f"imports {target} of floor {FLOOR[target]}, but stands on floor {FLOOR[name]} itself"
+            for target in _targets(node, name, known):
+                there, here = room(target), room(name)
+                if there is None:
+                    yield node, f"imports {target}, which is in no room"
+                elif "__init__" in (name, target):
+                    continue                                 # __init__ imports models alone, and lends the version
+                elif there == here == "models":
+                    if inside_models(target) > inside_models(name) or inside_models(target) == inside_models(name) == 1:
+                        yield node, f"imports {target}: a network stands on the shared layers alone"
+                elif LEVEL[there] > LEVEL[here] or LEVEL[there] == LEVEL[here] == len(ROOMS):
+                    yield node, f"imports {target} of the room {there}, which is not below {here}"
         if isinstance(node, ast.Call) and name not in BY_NAME and (
                 _last(node.func) in ("import_module", "__import__") or _dotted(node.func) in ("exec", "eval")):
-            yield node, f"{_last(node.func)}() hides an import from the floor table; import inside the function instead"
+            yield node, f"{_last(node.func)}() hides an import from this test; import inside the function instead"
 
 
-def _targets(node, name):
-    """The files that a relative import reads, as names of the floor table."""
-    package = ["models"] if name.startswith("models.") else []
+def _targets(node, name, known):
+    """The files that a relative import reads, as names of `modules`."""
+    package = name.split(".")[:-1]
     if node.level - 1 > len(package):
         return ["a place outside the package"]
     package = package[:len(package) - node.level + 1]
@@ -111,16 +158,18 @@ def _targets(node, name):
     targets = []
     for alias in node.names:
         inner = ".".join([*package, alias.name])
-        if inner in FLOOR:
+        if inner in known:
             targets.append(inner)                            # from . import pgd
-        elif f"{inner}.__init__" in FLOOR:
+        elif f"{inner}.__init__" in known:
             targets.append(f"{inner}.__init__")              # from . import models
-        elif ".".join(package) in FLOOR:
+        elif ".".join(package) in known:
             targets.append(".".join(package))                # from .pgd import pgd
         elif package or alias.name == "__version__":
             targets.append(".".join([*package, "__init__"]))
+        elif room(inner):
+            targets.append(inner)                            # a room that this checkout lacks, as in the planted faults
         else:
-            targets.append(inner)                            # from . import load_editor: lazy, so it could lead upwards
+            targets.append(f"{inner} (a lazy name)")         # from . import load_editor: it could lead upwards
     return targets
 
 
@@ -231,8 +280,10 @@ def test_the_two_folders_keep_the_rules():
     assert faults(ROOT) == []
 
 
-def test_the_floor_table_lists_no_file_that_is_gone():
-    assert sorted(FLOOR.keys() - modules(ROOT).keys()) == []
+def test_the_rooms_list_no_file_that_is_gone():
+    standing = {name.partition(".")[0] for name in modules(ROOT)}
+    assert sorted(FLAT.keys() - standing) == []
+    assert sorted((LOADING | LAYERS) - {"models.config", "models.cpu"} - modules(ROOT).keys()) == []
 
 
 def test_lazy_names_lead_where_the_table_says():
@@ -244,7 +295,7 @@ def test_lazy_names_lead_where_the_table_says():
         assert name in dir(sifm_min)
     for name, objective in sifm_min.METHODS.items():
         home = objective.__module__.removeprefix("sifm_min.")
-        assert FLOOR[home] < FLOOR["immunize"], f"{name} lives in {home}"
+        assert LEVEL[room(home)] < LEVEL["immunize"], f"{name} lives in {home}"
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -278,18 +329,19 @@ def test_the_tests_need_nothing_beyond_the_test_extra():
 # -------------------------------------------------------------------------------------------- each rule was seen broken
 
 PLANTED = {
-    "upward": ("sifm_min/pgd.py", "from . import immunize", "of floor 5"),
-    "upward, from a file": ("sifm_min/pgd.py", "from .editors import load_editor", "of floor 3"),
-    "sideways": ("sifm_min/pgd.py", "from . import images", "of floor 2"),
-    "itself": ("sifm_min/pgd.py", "from .pgd import pgd", "of floor 2"),
-    "in a function": ("sifm_min/pgd.py", "def f():\n from .sifm import sifm", "of floor 4"),
-    "for types only": ("sifm_min/pgd.py", "if TYPE_CHECKING:\n from .editors import Editor", "of floor 3"),
-    "out of models": ("models/checkpoints.py", "from .. import pgd", "of floor 2"),
-    "network to network": ("models/unet.py", "from .vae import AutoencoderKL", "of floor 0"),
-    "lazy name": ("sifm_min/pgd.py", "from . import load_editor", "the floor table does not have"),
+    "upward": ("sifm_min/pgd.py", "from . import immunize", "of the room immunize"),
+    "upward, from a file": ("sifm_min/pgd.py", "from .editors import load_editor", "of the room editors"),
+    "command to command": ("sifm_min/edit.py", "from . import compare", "of the room compare"),
+    "itself": ("sifm_min/pgd.py", "from .pgd import pgd", "imports itself by way of pgd"),
+    "in a function": ("sifm_min/pgd.py", "def f():\n from .editors.base import Editor", "of the room editors"),
+    "for types only": ("sifm_min/pgd.py", "if TYPE_CHECKING:\n from .editors import Editor", "of the room editors"),
+    "out of models": ("models/checkpoints.py", "from .. import pgd", "of the room pgd"),
+    "network to network": ("models/unet.py", "from .vae import AutoencoderKL", "shared layers alone"),
+    "lazy name": ("sifm_min/pgd.py", "from . import load_editor", "which is in no room"),
     "out of the package": ("sifm_min/pgd.py", "from ..tools import bench", "outside the package"),
-    "unlisted file": ("sifm_min/helpers.py", "", "is not in the floor table"),
-    "unlisted, nested": ("models/extra/net.py", "", "is not in the floor table"),
+    "unlisted file": ("sifm_min/helpers.py", "", "is in no room"),
+    "unlisted folder": ("sifm_min/extra/net.py", "", "is in no room"),
+    "circle": ("sifm_min/editors/base.py", "from .base import Editor", "imports itself by way of"),
     "absolute": ("sifm_min/edit.py", "import sifm_min.editors", "absolute name"),
     "absolute models": ("sifm_min/edit.py", "from models.unet import UNet", "absolute name"),
     "seventh package": ("sifm_min/images.py", "import scipy.ndimage", "imports scipy"),
