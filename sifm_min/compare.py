@@ -3,7 +3,7 @@
 import math
 
 from . import cli
-from .backbones import NETWORKS
+from .metrics.backbones import NETWORKS
 
 METRICS = ("linf", "psnr", "ssim", "vifp", "fsim", "lpips")
 

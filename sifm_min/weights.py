@@ -1,6 +1,6 @@
 """The editors' weights, and those of LPIPS: what there is and under which licence, fetching it beforehand, and checking it.
 
-`python -m sifm_min.weights list|download|verify`, a thin command over `models/checkpoints.py` and, for LPIPS, `fetch.py`.
+`python -m sifm_min.weights list|download|verify`, a thin command over `models/checkpoints.py` and `metrics/fetch.py`.
 What is fetched lies in the standard Hugging Face cache, that of LPIPS beside it (`HF_HOME`/sifm_min), where every command
 of this package finds it without a network.
 """
@@ -9,7 +9,8 @@ import hashlib
 import os
 import re
 
-from . import backbones, cli
+from . import cli
+from .metrics import backbones
 from .models import checkpoints
 from .models.checkpoints import EDITORS, MAIN, Unavailable
 
@@ -179,7 +180,7 @@ def _lpips_status(network):
 
 def _check_lpips(name, args):
     """`_check` for the backbones of LPIPS: an exit code."""
-    from . import fetch, metrics
+    from .metrics import fetch, lpips_weights
     code = cli.OK
     for network in LPIPS[name]:
         source, label = backbones.NETWORKS[network], f"lpips-{network}"
@@ -192,7 +193,7 @@ def _check_lpips(name, args):
                 with cli.progress(total=source.size, what=label, unit="B", quiet=args.quiet) as bar:
                     weights = fetch.backbone(network, file=args.weights, on_bytes=bar.update)
             else:
-                weights = metrics.lpips_weights(network)
+                weights = lpips_weights(network)
         except checkpoints.Unfit as error:
             if args.action == "download":
                 raise

@@ -1,4 +1,4 @@
-"""sifm_min/fetch.py and the commands over it, against a server on the loopback interface that misbehaves on request."""
+"""sifm_min/metrics/fetch.py and the commands over it, against a server on the loopback interface that misbehaves on request."""
 
 import errno
 import json
@@ -11,7 +11,8 @@ import torch
 from huggingface_hub import constants
 from safetensors import safe_open
 
-from sifm_min import backbones, cli, fetch, metrics, weights
+from sifm_min import cli, metrics, weights
+from sifm_min.metrics import backbones, fetch
 from sifm_min.models import checkpoints
 from sifm_min.models.checkpoints import Unavailable, Unfit
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sifm_min import backbones, metrics
+from sifm_min import metrics
+from sifm_min.metrics import backbones, convolutions, phase, pixels, structure
 from sifm_min.models.checkpoints import Unavailable, Unfit
 
 # metric -> the least side that it takes
@@ -113,7 +114,7 @@ def test_fsim_has_the_published_values(vectors, dtype):
         dist, ref = dist.to(dtype), ref.to(dtype)
         if name == "gray_640":                               # MATLAB's grid of blocks has a dark border there
             dist, ref = as_matlab_reduces(dist), as_matlab_reduces(ref)
-            plain, chromatic = metrics._fsim(dist, ref), metrics._fsimc(dist, ref)
+            plain, chromatic = phase._fsim(dist, ref), phase._fsimc(dist, ref)
         else:
             plain, chromatic = metrics.fsim(dist, ref, chromatic=False), metrics.fsim(dist, ref)
         expected = values["fsim"]["ref64_matlab"]
@@ -135,7 +136,7 @@ def as_matlab_reduces(pixels):
 def test_fsim_reduces_by_means_of_blocks(vectors):
     ((dist, ref),) = [(dist, ref) for name, dist, ref, _ in vectors if name == "gray_640"]
     by_hand = [pixels[:, :, :639, :639].unflatten(3, (213, 3)).mean(4).unflatten(2, (213, 3)).mean(3) for pixels in (dist, ref)]
-    assert metrics.fsim(dist, ref).item() == pytest.approx(metrics._fsimc(*by_hand).item(), abs=1e-6)
+    assert metrics.fsim(dist, ref).item() == pytest.approx(phase._fsimc(*by_hand).item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("network", ["alex", "squeeze", "vgg"])
@@ -232,7 +233,7 @@ def test_flat_pictures_tell_nothing():
         for dist, ref in ((picture, flat), (flat, other), (other, flat)):
             assert metrics.vifp(dist, ref).isnan().all()
         assert metrics.fsim(flat, other).isnan().all()
-        assert metrics._phase_congruency(255 * metrics.luma(flat)).abs().max() == 0
+        assert phase._phase_congruency(255 * metrics.luma(flat)).abs().max() == 0
         assert 0 < metrics.fsim(flat, picture).item() == metrics.fsim(picture, flat).item() < 0.9
 
 
@@ -267,11 +268,11 @@ def test_a_batch_is_its_pictures(metric):
     torch.testing.assert_close(call(metric, dist, ref), each, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("metric", [metrics._ssim, metrics._vifp, metrics._fsim, metrics._fsimc])
+@pytest.mark.parametrize("metric", [structure._ssim, structure._vifp, phase._fsim, phase._fsimc])
 def test_a_batch_at_once_is_its_pictures(metric):
     """As on a GPU; on a CPU they are taken one by one."""
     dist, ref = pictures(batch=3, height=47, width=50)
-    torch.testing.assert_close(metric(dist, ref), metrics._each(metric, dist, ref), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(metric(dist, ref), pixels.each_picture(metric, dist, ref), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("metric", LEAST)
@@ -363,7 +364,7 @@ def test_vifp_of_equal_pictures_grows_with_contrast():
 
 @pytest.mark.parametrize("metric", [metrics.fsim, metrics.lpips])
 def test_what_is_kept_from_inference_mode_serves_gradients_later(metric):
-    metrics._filters.cache_clear(), metrics._placed.cache_clear()
+    phase._filters.cache_clear(), convolutions.placed.cache_clear()
     dist, ref = pictures(1, 33, 35)
     with torch.inference_mode():
         value = call(metric, dist, ref)

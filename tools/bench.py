@@ -31,7 +31,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import bench_editors  # noqa: E402
 from bench_measuring import wait  # noqa: E402
 
-from sifm_min import backbones, images, judge, metrics, panels  # noqa: E402
+from sifm_min import images, judge, metrics, panels  # noqa: E402
+from sifm_min.metrics import backbones  # noqa: E402
 from sifm_min.models import mmdit  # noqa: E402
 from sifm_min.models.mmdit import MMDiT, MMDiTConfig  # noqa: E402
 from sifm_min.models.vae import AutoencoderKL, VAEConfig  # noqa: E402

@@ -1,8 +1,8 @@
-"""The backbones of LPIPS: which file each is made from, under which licence, of which shape, and where it is kept.
+"""The backbones of LPIPS: source file, licence, shapes and place of each.
 
 torchvision publishes whole classifiers; LPIPS needs their convolutions, `features.*`. `python -m sifm_min.weights
-download lpips` fetches a classifier once and keeps those, as safetensors: of AlexNet's 244 MB, 10. `metrics` reads
-them. Importing this file loads no torch: `weights list` need not wait for it.
+download lpips` fetches a classifier once and keeps those, as safetensors: of AlexNet's 244 MB, 10. `convolutions.py`
+reads them. Importing this file does not load torch, so `weights list` is fast.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from . import models
+from .. import models
 
 HOST = "https://download.pytorch.org/models"
 LICENCE = "BSD-3-Clause (torchvision); trained on ImageNet, which has terms of its own"
@@ -23,11 +23,11 @@ class Backbone:
 
     name: str                                                # as `metrics.lpips` and the lpips package call it
     title: str
-    file: str                                                # of torchvision's host; ends in the start of its SHA-256
-    size: int                                                # bytes of it
-    exact: bool = True                                       # whether `size` is known to the byte
+    file: str                                                # on torchvision's host; the name ends in the start of its SHA-256
+    size: int                                                # of the file, in bytes
+    exact: bool = True                                       # False if `size` is approximate
     sha256: str
-    smallest: int                                            # pixels a side that reach the last layer
+    smallest: int                                            # pixels a side with which the last layer has output
     shapes: dict[str, tuple[int, ...]]
 
     @property
@@ -36,12 +36,12 @@ class Backbone:
 
     @property
     def kept(self):
-        """Where its safetensors copy is kept: beside the hub's cache, so HF_HOME moves both."""
+        """The path of the safetensors copy: beside the hub's cache, so HF_HOME moves both."""
         return Path(constants.HF_HOME) / "sifm_min" / "lpips" / Path(self.file).with_suffix(".safetensors")
 
     @property
     def kept_size(self):
-        """Bytes of the kept tensors, float32."""
+        """The size of the kept float32 tensors in bytes."""
         return 4 * sum(_product(shape) for shape in self.shapes.values())
 
 
@@ -53,7 +53,7 @@ def _product(shape):
 
 
 def _convolutions(*rows):
-    """Rows of (name, channels in, channels out, kernel) -> the shapes of their weights and biases."""
+    """The shapes of weights and biases, from rows of (name, channels in, channels out, kernel)."""
     shapes = {}
     for name, inside, outside, kernel in rows:
         shapes |= {f"features.{name}.weight": (outside, inside, kernel, kernel), f"features.{name}.bias": (outside,)}

@@ -1,7 +1,7 @@
-"""Fetching the backbones of LPIPS: torchvision's classifier over HTTP, checked, and its convolutions kept.
+"""Fetch the backbones of LPIPS: download torchvision's classifier, check it, keep its convolutions.
 
-A file is opened only after its SHA-256 matched the pinned one. What a broken connection left is taken up where it
-stopped; what is kept appears whole or not at all. Every fault is one sentence, an `Unavailable`.
+A file is opened only after its SHA-256 matched the pinned one. A download that broke off is resumed. The kept file is
+written whole or not at all. Every fault is one sentence, an `Unavailable`.
 """
 
 import errno
@@ -16,37 +16,38 @@ from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 from safetensors.torch import save
 
-from . import backbones, metrics
-from .models.checkpoints import Unavailable, Unfit, sha256
+from ..models.checkpoints import Unavailable, Unfit, sha256
+from . import backbones
+from .convolutions import lpips_weights
 
-BLOCK, TRIES, PAUSE = 1 << 20, 4, 2                          # bytes; requests without progress, and seconds between them
-TIMEOUT = 10, 30                                             # seconds to connect, and without a byte
+BLOCK, TRIES, PAUSE = 1 << 20, 4, 2                          # bytes a read; requests without progress; seconds between them
+TIMEOUT = 10, 30                                             # seconds: to connect, and to wait for the next byte
 
 
 def backbone(network, *, file=None, on_bytes=lambda count: None):
-    """The `LPIPSWeights` of a network as kept in the cache, fetched if need be, or taken from `file` (no request).
+    """Return the `LPIPSWeights` of a network: from the cache, else fetched, or from `file` without any request.
 
-    file: torchvision's file, or the kept one of another machine. on_bytes(count) is called as bytes arrive. Raises
+    file: torchvision's file, or the kept file of another machine. on_bytes(count) is called as bytes arrive. Raises
     `Unavailable`.
     """
     source = backbones.NETWORKS[network]
     try:
         if file is None and source.kept.is_file():
-            return metrics.lpips_weights(network)
+            return lpips_weights(network)
         if file is None and constants.HF_HUB_OFFLINE:
             raise Unavailable(f"{source.file} is not here, and HF_HUB_OFFLINE is set: run this once without it, or give the "
                               "file with --weights")
         source.kept.parent.mkdir(parents=True, exist_ok=True)
         if file is not None:
             _keep(source, file)
-            return metrics.lpips_weights(network)
+            return lpips_weights(network)
         part = source.kept.with_suffix(".pth.part")
-        with WeakFileLock(source.kept.with_suffix(".lock")):             # of two runs, the second finds it done
+        with WeakFileLock(source.kept.with_suffix(".lock")):             # a second run waits, and then finds the file
             if not source.kept.is_file():
                 _fetch(source, part, on_bytes)
                 _keep(source, part)
                 part.unlink()
-        return metrics.lpips_weights(network)
+        return lpips_weights(network)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Unavailable(_full(source.kept.parent)) from error
@@ -55,7 +56,7 @@ def backbone(network, *, file=None, on_bytes=lambda count: None):
 
 
 def _fetch(source, part, on_bytes):
-    """The whole file of `source` as `part`, its hash checked."""
+    """Download the whole file of `source` to `part` and check its hash."""
     have = part.stat().st_size if part.is_file() else 0
     if shutil.disk_usage(part.parent).free < source.size - have + source.kept_size:
         raise Unavailable(_full(part.parent, f", {source.title} needs {source.size / 1e6:.0f} MB for a while"))
@@ -82,12 +83,12 @@ def _fetch(source, part, on_bytes):
 
 
 def _more(source, part, have, on_bytes):
-    """One request for what is missing of `part`: whether the file is complete then."""
+    """Request the missing bytes of `part` once; return True if the file is complete."""
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(source.url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
         goes_on = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         if have and answer.status_code in (206, 416) and not goes_on:
-            part.unlink()                                    # complete already, or no part of this file: from the start
+            part.unlink()                                    # complete already, or another file: start again
             on_bytes(-have)
             return False
         if answer.status_code != 200 and not goes_on:
@@ -112,8 +113,8 @@ def _more(source, part, have, on_bytes):
 
 
 def _keep(source, file):
-    """The convolutions of torchvision's file, or of a kept one, as safetensors in the cache."""
-    weights = metrics.lpips_weights(source.name, file)
+    """Write the convolutions of torchvision's file, or of a kept file, to the cache as safetensors."""
+    weights = lpips_weights(source.name, file)
     if not weights.pinned:
         raise Unfit(f"{file} is not known to hold {source.file}, so it is not kept as that; compare --weights takes it")
     about = {"format": "pt", "source": source.url, "source_sha256": source.sha256, "sha256": weights.sha256,
