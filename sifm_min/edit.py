@@ -1,6 +1,7 @@
 """The attacker's side as a command: edit pictures with an instruction, exactly as the published pipeline does."""
 
 from . import cli
+from .files import writing
 from .immunize import find, load
 
 EXAMPLES = """examples:
@@ -35,7 +36,7 @@ def _body(args):
 
     pictures = find(args.pictures, args.output, (ENDING,))
     editor = load(args)
-    images.make_folder(args.output)
+    writing.make_folder(args.output)
     if editor.notice:
         cli.say(editor.notice, quiet=args.quiet)
 

@@ -15,6 +15,7 @@ from argparse import SUPPRESS
 from pathlib import Path
 
 from . import cli, panels, protocol, suites
+from .files import writing
 from .immunize import PRESETS
 from .ledger import Busy
 
@@ -359,7 +360,7 @@ def _brief(seconds):
 
 def _export(folder, asked, args):
     """Write the edits as a manifest of judge.py, for people to judge."""
-    from . import images, report
+    from . import report
     lines = []
     for case in asked["cases"]:
         for cell in protocol.cells(folder, asked, case):
@@ -370,7 +371,7 @@ def _export(folder, asked, args):
                     "arm": cell["arm"], "prompt": cell["prompt"], "original": f"pictures/{cell['original']}.png",
                     "edited": f"pictures/{cell['edited']}.png", "category": cell["category"], "method": cell["arm"],
                     "prompt_type": cell["prompt_type"], "editor": cell["target"]}, ensure_ascii=False) + "\n")
-    images.write(folder.path / "edits.jsonl", "".join(lines), overwrite=True)
+    writing.write(folder.path / "edits.jsonl", "".join(lines), overwrite=True)
     cli.say(f"{folder.path / 'edits.jsonl'} lists {len(lines)} edits for `judge export-sheet`", quiet=args.quiet)
 
 
@@ -465,11 +466,11 @@ def _table(args):
 
 
 def _report(args):
-    from . import images, page
+    from . import page
     groups, tables = _collected(args)
     path = args.output or args.folder / "report.html"
     text = page.page(groups, tables, protocol.Folder(args.folder).picture, count=args.pictures)
-    images.write(path, text, overwrite=args.overwrite)
+    writing.write(path, text, overwrite=args.overwrite)
     cli.result({"report": str(path), "bytes": len(text.encode())}, str(path), as_json=args.json)
     return cli.OK
 

@@ -8,10 +8,7 @@ metadata (camera, place, thumbnails) is not passed on.
 import contextlib
 import io
 import math
-import os
-import secrets
 import struct
-import tempfile
 import warnings
 import zlib
 from dataclasses import dataclass, field
@@ -21,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from .files import writing
 
 # Only these are opened: some of Pillow's other formats start programs (EPS runs Ghostscript) or hold no single picture.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
@@ -251,33 +250,16 @@ def steps_used(one, other):
 
 # ---------------------------------------------------------------------------------------------------------------- write
 
-def make_folder(path):
-    """Make a folder for results, and try that it can be written to: better now than after minutes of work."""
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file; results need a folder")
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def write(path, content, *, overwrite=False):
-    """Write bytes, text (UTF-8) or an image (PNG) to a file, whole or not at all.
-
-    Raises FileExistsError where the file exists and `overwrite` is not set, and OSError (disk full, folder gone,
-    read-only) with nothing left behind; after a kill -9 a hidden `.*.part` may stay, and is safe to delete.
-    """
-    _write(path, content, overwrite, check=None)
+def write(path, image, *, overwrite=False):
+    """Write a PIL image to a file as PNG, whole or not at all: see `files.writing.write`."""
+    writing.write(path, _png(image), overwrite=overwrite)
 
 
 def write_checked(path, image, original, eps, *, overwrite=False):
-    """`write` an immunized picture as PNG and decode it again before it gets its name: the steps it really uses.
+    """Write an immunized picture as PNG and decode it again before it gets its name. Returns the steps it really uses.
 
-    Raises ValueError, with nothing left behind, unless size, mode and alpha are the `Picture` original's and no colour
-    is further from it than the budget.
+    Raises ValueError, with nothing left behind, unless size, mode and alpha are those of the `Picture` original and every
+    colour is within the budget.
     """
     def check(part):
         with _bombs_allowed(), Image.open(part, formats=["PNG"]) as decoded:
@@ -292,38 +274,13 @@ def write_checked(path, image, original, eps, *, overwrite=False):
             raise ValueError(f"{path}: decodes to {steps}/255 from the original, the budget is {budget(eps)}/255; "
                              "it was not written")
         return steps
-    return _write(path, image, overwrite, check)
+    return writing.write(path, _png(image), overwrite=overwrite, check=check)
 
 
-def _write(path, content, overwrite, check):
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; --overwrite replaces it")
-    if isinstance(content, Image.Image):
-        encoded = io.BytesIO()
-        content.save(encoded, "PNG")
-        content = encoded.getvalue()
-    with _whole(path) as part:
-        with part.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        found = check(part) if check else None
-        part.replace(path)
-    return found
-
-
-@contextlib.contextmanager
-def _whole(path):
-    """A new file name beside `path`, removed if an error or Ctrl-C comes before it was renamed; errors name `path`."""
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        yield part
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+def _png(image):
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    return encoded.getvalue()
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 
 from . import cli
+from .files import writing
 from .memory import pictures_at_once
 
 
@@ -381,7 +382,7 @@ def _body(args):
     editor_taps = set(editor.tap_names)
     if unknown := [name for name in args.taps or () if name not in editor_taps]:
         raise ValueError(f"--taps {unknown[0]}: this editor has no such activation; --taps list prints those it has")
-    images.make_folder(args.output)
+    writing.make_folder(args.output)
     if editor.notice:
         cli.say(editor.notice, quiet=args.quiet)
     return cli.each_file(pictures, lambda jobs: _work(jobs, editor, args), read=lambda path: _ready(path, editor, args),
@@ -492,7 +493,7 @@ def _write(job, finish, edits, args, notice):
     # The report frames the pictures: begun before them and finished after them, it tells a later run whose they are.
     report = {"finished": False, "asked": job.asked}
     with contextlib.ExitStack() as undo:                     # disk full: one file of three helps nobody
-        def put(target, content, write=images.write, **how):
+        def put(target, content, write=writing.write, **how):
             write(target, content, overwrite=args.overwrite or target in job.existing, **how)
             if target not in job.existing:
                 undo.callback(_remove, target)
@@ -501,8 +502,8 @@ def _write(job, finish, edits, args, notice):
         report |= {"finished": True, "picture": str(job.path), "immunized": immunized_path.name, **result.report}
         put(immunized_path, result.image, images.write_checked, original=job.picture, eps=args.eps)
         if preview is not None:
-            put(preview_path, preview)
-        images.write(report_path, cli.to_json(report, indent=1) + "\n", overwrite=True)
+            put(preview_path, preview, images.write)
+        writing.write(report_path, cli.to_json(report, indent=1) + "\n", overwrite=True)
         undo.pop_all()
     cli.result(_in_short(report), f"{immunized_path}: at most {report['linf_steps']}/255 per channel "
                f"(budget {report['budget_steps']}/255), PSNR {report['psnr']:.1f} dB, {report['seconds']:.0f} s",

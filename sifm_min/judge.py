@@ -31,6 +31,7 @@ from pathlib import Path
 
 from . import __version__, cli, isr, panels, ratings, verdicts
 from .canaries import PASS, canaries
+from .files import writing
 from .ledger import Ledger
 from .panels import Panel, findings, picture_sha256, read_manifest
 from .verdicts import estimated, percent
@@ -143,8 +144,7 @@ class _Run:
         self.read = lru_cache(maxsize=4)(_read)
 
     def run(self):
-        from . import images
-        images.make_folder(self.folder)
+        writing.make_folder(self.folder)
         with Ledger(self.folder / "ledger.jsonl") as self.ledger:
             self._take_over()
             self._write("run.json", cli.to_json({**self._about(), "state": "running"}, indent=1))
@@ -199,8 +199,7 @@ class _Run:
                 "calls_of_unknown_cost": sum(row["unknown"] for row in rows), "tokens": counted}
 
     def _write(self, name, text):
-        from . import images
-        images.write(self.folder / name, text, overwrite=True)
+        writing.write(self.folder / name, text, overwrite=True)
 
     # ---- asking
 
@@ -505,10 +504,9 @@ def _questions(samples, panel):
 
 
 def _export(args):
-    from . import images
     if args.attention < 0:
         raise ValueError(f"--attention {args.attention}: give a whole number of at least 0")
-    images.make_folder(args.output)
+    writing.make_folder(args.output)
     study = ratings.export(read_manifest(args.manifest), args.output, args.raters, panels.Prompt.load(args.prompt),
                            items=args.items, attention=args.attention, seed=args.seed, overwrite=args.overwrite)
     cli.result(study, f"{study['items']} items and {study['attention']} attention items for {', '.join(study['raters'])}: "
@@ -516,8 +514,7 @@ def _export(args):
 
 
 def _import(args):
-    from . import images
-    images.make_folder(args.output)
+    writing.make_folder(args.output)
     found = ratings.load(args.study, args.ratings)
     summary = {"kind": "people", "version": __version__, "time_utc": _now(), "state": "ended", "samples": len(found.samples),
                "panel": {"id": "people", "date": found.study["date"], "prompt": found.study["prompt"],
@@ -526,7 +523,7 @@ def _import(args):
     lines = (json.dumps(dataclasses.asdict(record), ensure_ascii=False) for record in found.records)
     for name, text in (("ratings.csv", found.csv), ("records.jsonl", "".join(f"{line}\n" for line in lines)),
                        ("run.json", cli.to_json(summary, indent=1))):
-        images.write(args.output / name, text, overwrite=args.overwrite)
+        writing.write(args.output / name, text, overwrite=args.overwrite)
     for rater, counts in found.raters.items():
         cli.say(f"{rater}: {counts['rated']} of {counts['items']} items rated, {counts['attention_right']} of "
                 f"{counts['attention']} attention items right; {counts['overall_differs']} overall answers differ from the OR "

@@ -22,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from . import images
+from .files import writing
 
 NAME = "manifest.jsonl"
 TEXTS = ("id", "image", "category", "prompt", "sha256")
@@ -165,7 +166,7 @@ def text(items, path=NAME):
 
 def write(path, items, *, overwrite=False):
     """Write items as a manifest file, whole or not at all. Raises ValueError and OSError."""
-    images.write(path, text(items, path), overwrite=overwrite)
+    writing.write(path, text(items, path), overwrite=overwrite)
 
 
 def _loads(line):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import __version__, cli, isr, ledger, memory, panels
+from .files import writing
 from .immunize import METHODS, PROTOCOL, immunize, options_of, settings
 from .ledger import Busy, Ledger
 
@@ -182,16 +183,14 @@ class Folder:
         self.path = Path(path)
 
     def make(self):
-        from . import images
-        images.make_folder(self.path)
+        writing.make_folder(self.path)
         for inner in ("plans", "steps", "pictures"):
-            images.make_folder(self.path / inner)
+            writing.make_folder(self.path / inner)
 
     def add_plan(self, asked):
-        from . import images
         path = self.path / "plans" / f"{asked['suite']}-{panels.digest(asked)[:16]}.json"
         if not path.exists():
-            images.write(path, cli.to_json(asked, indent=1) + "\n", overwrite=True)
+            writing.write(path, cli.to_json(asked, indent=1) + "\n", overwrite=True)
 
     def plans(self):
         """The plans asked for, oldest first; raises ValueError where there are none."""

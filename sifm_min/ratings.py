@@ -25,6 +25,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from . import isr, panels
+from .files import writing
 from .panels import FINDINGS, Sample
 
 RATINGS = ("item_id", "rater_id", "semantic_mismatch", "perceptual_degradation", "immunization_success", "seconds",
@@ -63,7 +64,7 @@ def export(samples, folder, raters, prompt, *, items=150, attention=10, seed=Non
     rng.shuffle(drawn)                                       # the order in which files are made tells nothing either
     rows = []
     for part in ("sheet/pictures", "keep"):
-        images.make_folder(folder / part)
+        writing.make_folder(folder / part)
     for sample, edited, stratum, weight, is_attention in drawn:
         row = {"item_id": new_name(), **{name: sample.details.get(name, "") for name in KINDS}, "arm": sample.arm,
                "sample_id": sample.sample_id, "image_id": sample.image_id, "prompt_id": sample.prompt_id,
@@ -83,11 +84,11 @@ def export(samples, folder, raters, prompt, *, items=150, attention=10, seed=Non
                  "items": [{name: row[name] for name in ("item_id", *SHOWN)} for row in order]}
         page = template.replace("{{STUDY}}", json.dumps(shown).replace("<", "\\u003c"))
         table = _table((*RATINGS[:2], *SHOWN, *RATINGS[2:]), blank)
-        images.write(folder / "sheet" / f"{rater}.html", page, overwrite=overwrite)
-        images.write(folder / "sheet" / f"{rater}.csv", table, overwrite=overwrite)
+        writing.write(folder / "sheet" / f"{rater}.html", page, overwrite=overwrite)
+        writing.write(folder / "sheet" / f"{rater}.csv", table, overwrite=overwrite)
     study |= {"items": len(rows) - len(posing), "attention": len(posing), "samples": len(samples)}
-    images.write(folder / "keep" / "study_items.csv", _table(ITEMS, rows), overwrite=overwrite)
-    images.write(folder / "keep" / "study.json", json.dumps(study, indent=1), overwrite=overwrite)
+    writing.write(folder / "keep" / "study_items.csv", _table(ITEMS, rows), overwrite=overwrite)
+    writing.write(folder / "keep" / "study.json", json.dumps(study, indent=1), overwrite=overwrite)
     return study
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageCms
 
 from sifm_min import images
+from sifm_min.files import writing
 
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -433,8 +434,8 @@ def test_steps_used():
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 def test_write_whole_files(tmp_path):
-    images.write(tmp_path / "a.txt", "caf\u00e9\n")
-    images.write(tmp_path / "a.bin", b"\0\1")
+    writing.write(tmp_path / "a.txt", "caf\u00e9\n")
+    writing.write(tmp_path / "a.bin", b"\0\1")
     images.write(tmp_path / "a.png", rgb())
     assert (tmp_path / "a.txt").read_bytes() == b"caf\xc3\xa9\n" and (tmp_path / "a.bin").read_bytes() == b"\0\1"
     assert images.steps_used(Image.open(tmp_path / "a.png"), rgb()) == 0
@@ -446,11 +447,11 @@ def test_write_whole_files(tmp_path):
 
 def test_nothing_is_overwritten_unless_asked(tmp_path):
     target = tmp_path / "a.txt"
-    images.write(target, "old")
+    writing.write(target, "old")
     with pytest.raises(FileExistsError, match="a.txt exists; --overwrite replaces it"):
-        images.write(target, "new")
+        writing.write(target, "new")
     assert target.read_text() == "old"
-    images.write(target, "new", overwrite=True)
+    writing.write(target, "new", overwrite=True)
     assert target.read_text() == "new"
 
 
@@ -458,7 +459,7 @@ def test_nothing_is_overwritten_unless_asked(tmp_path):
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_a_failure_on_the_way_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, stage, error):
     target = tmp_path / "a.txt"
-    images.write(target, "old")
+    writing.write(target, "old")
 
     def failing(*args, **options):
         raise error
@@ -466,7 +467,7 @@ def test_a_failure_on_the_way_leaves_the_old_file_and_nothing_else(tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(*((os, "fsync") if stage == "fsync" else (type(target), "replace")), failing)
         with pytest.raises(type(error)) as raised:
-            images.write(target, "new", overwrite=True)
+            writing.write(target, "new", overwrite=True)
     if isinstance(error, OSError):
         assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(target)
     assert target.read_text() == "old"
@@ -477,24 +478,24 @@ def test_a_place_that_cannot_be_written_is_an_oserror_that_names_it(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "gone" / "a.txt", tmp_path / "file" / "a.txt"):
         with pytest.raises(OSError) as raised:
-            images.write(path, "new")
+            writing.write(path, "new")
         assert raised.value.filename == str(path)
 
 
 def test_make_folder(tmp_path, monkeypatch):
-    images.make_folder(tmp_path / "a" / "b")
-    images.make_folder(tmp_path / "a" / "b")
+    writing.make_folder(tmp_path / "a" / "b")
+    writing.make_folder(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="file is a file; results need a folder"):
-        images.make_folder(tmp_path / "file")
+        writing.make_folder(tmp_path / "file")
 
     def failing(*args, **options):
         raise OSError(errno.EROFS, "Read-only file system", "/somewhere/tmpx3")
 
     monkeypatch.setattr("tempfile.TemporaryFile", failing)
     with pytest.raises(OSError) as raised:
-        images.make_folder(tmp_path / "a")
+        writing.make_folder(tmp_path / "a")
     assert (raised.value.errno, raised.value.filename) == (errno.EROFS, str(tmp_path / "a"))
 
 

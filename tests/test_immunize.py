@@ -26,6 +26,7 @@ from PIL import Image
 
 import sifm_min
 from sifm_min import baselines, cli, editors, images, immunize, metrics, pgd
+from sifm_min.files import writing
 from sifm_min.models import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -560,7 +561,7 @@ def test_an_output_that_is_a_file(run, capsys):
 def test_an_output_folder_that_cannot_be_written_is_told_before_the_work(run, monkeypatch, capsys):
     def refuse(*args, **options):
         raise PermissionError(errno.EACCES, "Permission denied")
-    monkeypatch.setattr(images.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(writing.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(sys.modules["sifm_min.immunize"], "immunize", lambda *args, **options: pytest.fail("it worked"))
     photo("a.png")
     assert run("a.png") == cli.SOME_FAILED

@@ -43,6 +43,7 @@ import requests
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sifm_min import cli, images, manifest  # noqa: E402
+from sifm_min.files import writing  # noqa: E402
 from sifm_min.models.checkpoints import Unavailable  # noqa: E402
 
 DATASET, SERVER = "timbrooks/instructpix2pix-clip-filtered", "https://datasets-server.huggingface.co"
@@ -174,7 +175,7 @@ def dataset(args):
             name, f"images/{file.name}", row["category"], row["prompt"], (), row["sha256"], caption=row["result"], path=file,
             origin={key: chosen.about[key] for key in ("dataset", "config", "split")} | {"row": row["row"]}))
 
-    images.make_folder(pictures)
+    writing.make_folder(pictures)
     cli.each_file(names, one, quiet=args.quiet, debug=args.debug)
     return finish(items, len(kept), args)
 
@@ -221,7 +222,7 @@ class Selection:
         head = {**self.about, "total": self.total, "pages": self.pages}
         lines = [f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}," for key, value in head.items()]
         rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in self.rows)
-        images.write(self.path, "{\n" + "\n".join(lines) + '\n "rows": [\n' + rows + "\n ]\n}\n", overwrite=True)
+        writing.write(self.path, "{\n" + "\n".join(lines) + '\n "rows": [\n' + rows + "\n ]\n}\n", overwrite=True)
 
     def missing(self):
         """{category: how many rows it still lacks}, those that are full left out."""
@@ -342,7 +343,7 @@ def fetch(row, name, pictures, server):
         raise ValueError(f"row {row['row']}: the picture is not the one of selection.json (its sha256 differs); delete the "
                          "sha256 there to take it, or reject the row")
     path = pictures / f"{name}{suffix}"
-    images.write(path, content, overwrite=True)
+    writing.write(path, content, overwrite=True)
     try:
         images.read(path)
     except ValueError:
@@ -586,7 +587,7 @@ def finish(items, expected, args):
 def place(path, content, args):
     """Write a file unless it is there already, byte for byte."""
     if not (path.is_file() and path.read_bytes() == content):
-        images.write(path, content, overwrite=args.overwrite)
+        writing.write(path, content, overwrite=args.overwrite)
 
 
 def digest(path):
@@ -697,8 +698,8 @@ def main(argv=None):
         return stop.code or cli.OK
 
     def body():
-        images.make_folder(args.output)
-        images.make_folder(args.output / "images")
+        writing.make_folder(args.output)
+        writing.make_folder(args.output / "images")
         return args.run(args)
 
     return cli.guard(body, debug=args.debug)

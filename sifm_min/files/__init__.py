@@ -1,0 +1,1 @@
+"""Files: atomic writes, journals, and the bytes of pictures."""
