@@ -28,62 +28,10 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
+from .miniature.verdict import NoVerdict, Verdict, kleene_and, kleene_not, kleene_or  # noqa: F401
+
 DRAWS, DEFINED = 10_000, 0.95                   # resamples; the share of them in which a statistic must be defined
 LABELS = ("semantic_mismatch", "perceptual_degradation", "success")
-
-
-# -- verdicts ------------------------------------------------------------------------------------------------------------
-
-def kleene_and(values):
-    """False if any is False, else None if any is None, else True (Kleene, Introduction to Metamathematics, 1952, par. 64)."""
-    values = list(values)
-    return False if any(v is False for v in values) else None if any(v is None for v in values) else True
-
-
-def kleene_not(value):
-    """True and False change places; what is not known stays so."""
-    return None if value is None else not value
-
-
-def kleene_or(values):
-    """True if any is True, else None if any is None, else False: not-and of the nots."""
-    return kleene_not(kleene_and(kleene_not(v) for v in values))
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Findings on one edit. `success`: the edit was thwarted; `obeyed`: it was not; a split is neither; None: not known."""
-
-    semantic_mismatch: bool | None
-    perceptual_degradation: bool | None
-    success: bool | None
-    obeyed: bool | None
-
-    @classmethod
-    def of(cls, semantic_mismatch, perceptual_degradation):
-        """A single judge's verdict: the OR of its two findings, each of them None where it is missing."""
-        findings = [None if v is None else bool(v) for v in (semantic_mismatch, perceptual_degradation)]
-        success = kleene_or(findings)
-        return cls(*findings, success, kleene_not(success))
-
-    @classmethod
-    def consensus(cls, verdicts):
-        """The strict consensus of several judges, the AND of each column; a finding holds where every judge found it."""
-        verdicts = list(verdicts)
-        if not verdicts:
-            raise ValueError("a consensus needs at least one verdict")
-        return cls(*(kleene_and(getattr(v, name) for v in verdicts)
-                     for name in ("semantic_mismatch", "perceptual_degradation", "success", "obeyed")))
-
-
-class NoVerdict(Exception):
-    """Raised by a judge that has no verdict on an edit; `status` says why in a word, such as "blocked_prompt"."""
-
-    def __init__(self, status):
-        if not status or status == "ok":
-            raise ValueError(f"status {status!r}: say in a word why there is no verdict")
-        super().__init__(status)
-        self.status = status
 
 
 # -- records -------------------------------------------------------------------------------------------------------------

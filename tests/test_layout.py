@@ -21,8 +21,8 @@ ROOMS = [                                                    # from the top; eig
     "compare edit evaluate weights",                         # commands: nothing imports them
     "experiments",                                           # the paper's tables
     "immunize",                                              # one picture
-    "judging miniature",                                     # verdicts; the world whose verdicts are exact
-    "baselines",                                             # the methods SIFM is compared with
+    "judging",                                               # verdicts of models and people, and their statistics
+    "baselines miniature",                                   # the methods SIFM is compared with; the world of exact verdicts
     "editors metrics",                                       # what is attacked; distances
     "cli images memory pgd sifm",                            # the method and its tools
     "files",                                                 # atomic writes, journals
@@ -35,7 +35,7 @@ FLAT = {
     "canaries": "judging", "compiled": "files", "gemini": "judging",
     "isr": "judging", "ledger": "files", "manifest": "experiments", "page": "experiments", "panels": "judging",
     "protocol": "experiments", "ratings": "judging", "report": "experiments", "robustness": "experiments",
-    "suites": "experiments", "verdicts": "judging", "wire": "judging", "world": "miniature",
+    "suites": "experiments", "verdicts": "judging", "wire": "judging",
 }
 # Inside models/: loading stands on networks, which stand on layers; a network imports no other network.
 LOADING = {"models.checkpoints", "models.hub", "models.readahead", "models.single_files", "models.sources"}
@@ -337,6 +337,7 @@ PLANTED = {
     "for types only": ("sifm_min/pgd.py", "if TYPE_CHECKING:\n from .editors import Editor", "of the room editors"),
     "out of models": ("models/checkpoints.py", "from .. import pgd", "of the room pgd"),
     "network to network": ("models/unet.py", "from .vae import AutoencoderKL", "shared layers alone"),
+    "miniature upward": ("sifm_min/miniature/oracle.py", "from ..judging import rates", "of the room judging"),
     "lazy name": ("sifm_min/pgd.py", "from . import load_editor", "which is in no room"),
     "out of the package": ("sifm_min/pgd.py", "from ..tools import bench", "outside the package"),
     "unlisted file": ("sifm_min/helpers.py", "", "is in no room"),

@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageFilter
 
 import sifm_min
-from sifm_min import isr, miniature, world
+from sifm_min import isr, miniature
+from sifm_min.miniature import consensus, drawing, world
 
 SAMPLES = 60
 
@@ -85,7 +86,7 @@ def test_slight_softness_and_grain_are_forgiven(samples, name):
 def elsewhere(scene, rng):
     """The scene as img2img may well draw it: in another pose, with another skin."""
     values = {"skin": rng.choice(world.ATTRIBUTES["portrait"]["skin"])} if scene.category == "portrait" else {}
-    return world.render(replace(scene, jitter=tuple(rng.uniform(-1, 1) for _ in scene.jitter)).changed(values))
+    return drawing.render(replace(scene, jitter=tuple(rng.uniform(-1, 1) for _ in scene.jitter)).changed(values))
 
 
 @pytest.mark.parametrize("name", miniature.caption_judges)
@@ -110,7 +111,7 @@ def test_the_judges_of_an_editor_are_those_of_its_kind(samples):
 def test_the_consensus_is_strict(samples, monkeypatch):
     yes, no = isr.Verdict.of(True, False), isr.Verdict.of(False, False)
     for verdicts, success, obeyed in (((yes, yes), True, False), ((no, no), False, True), ((yes, no), False, False)):
-        monkeypatch.setattr(miniature, "judges", {str(i): lambda s, e, v=v: v for i, v in enumerate(verdicts)})
+        monkeypatch.setattr(consensus, "judges", {str(i): lambda s, e, v=v: v for i, v in enumerate(verdicts)})
         found = miniature.judge(samples[0], samples[0].image)
         assert (found.success, found.obeyed) == (success, obeyed)
 
@@ -124,8 +125,8 @@ def test_pictures_of_any_size_and_mode_are_judged(samples):
 def test_hidden_attributes_are_not_asked_about():
     scene = world.random_scene(world.generator(0, "t"),
                                "portrait").changed({"hat": "top hat", "haircut": "bald", "hair": "black"})
-    assert not {"hair", "haircut", "person"} & miniature.visible_attributes(scene)
-    assert miniature.visible_attributes(scene.changed({"style": "negative"})) == {"style"}
+    assert not {"hair", "haircut", "person"} & world.visible_attributes(scene)
+    assert world.visible_attributes(scene.changed({"style": "negative"})) == {"style"}
 
 
 # -- the shipped editors ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import sifm_min
-from sifm_min import images, robustness, world
+from sifm_min import images, robustness
+from sifm_min.miniature import drawing, world
 from sifm_min.robustness import ATTACKS, apply
 
 FREE = [name for name, attack in ATTACKS.items() if not attack.needs]
@@ -309,7 +310,7 @@ def test_regeneration_is_an_unguided_edit_without_a_prompt_at_low_strength(mode)
 
 
 def test_stronger_attacks_leave_less_of_a_perturbation_at_the_budget():
-    image = world.render(world.draw(world.generator(0, "test"), held_out=True))
+    image = drawing.render(world.draw(world.generator(0, "test"), held_out=True))
     steps = np.random.default_rng(0).choice([-7, 7], (64, 64, 3))
     noised = Image.fromarray((array(image) + steps).clip(0, 255).astype(np.uint8))
     left = {name: np.abs(array(apply(name, noised)) - array(apply(name, image))).mean() for name in FREE}

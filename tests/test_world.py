@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from sifm_min import miniature, world
+from sifm_min import miniature
+from sifm_min.miniature import drawing, wording, world
 
-KINDS = {kind.name: kind for kind in world.KINDS}
+KINDS = {kind.name: kind for kind in wording.KINDS}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -44,9 +46,9 @@ def pixels(picture):
 @pytest.fixture
 def unrendered(monkeypatch):
     """Samples without the cost of drawing them."""
-    blank = world.Image.new("RGB", (world.SIZE, world.SIZE))
-    monkeypatch.setattr(world, "render", lambda scene: blank)
-    monkeypatch.setattr(world, "changed_share", lambda *pictures: (0.0, None))
+    blank = Image.new("RGB", (world.SIZE, world.SIZE))
+    monkeypatch.setattr(drawing, "render", lambda scene: blank)
+    monkeypatch.setattr(drawing, "changed_share", lambda *pictures: (0.0, None))
 
 
 # ---------------------------------------------------------------------------------------------------------- determinism
@@ -67,12 +69,12 @@ def test_the_same_seed_gives_the_same_samples():
 
 TELL = """
 import hashlib
-from sifm_min import world
+from sifm_min.miniature import drawing, wording, world
 rng, told = world.generator(7, "held-out samples"), []
 for _ in range(30):
     scene = world.draw(rng, True)
-    told.append((scene, list(world.instructions(scene, rng, True))))
-told = hashlib.sha256(repr(told).encode() + world.render(scene).tobytes()).hexdigest()
+    told.append((scene, list(wording.instructions(scene, rng, True))))
+told = hashlib.sha256(repr(told).encode() + drawing.render(scene).tobytes()).hexdigest()
 print(told)
 """
 
@@ -98,18 +100,18 @@ def test_a_scene_has_one_picture():
     rng = random.Random(5)
     for category in world.CATEGORIES:
         scene = world.random_scene(rng, category)
-        picture = world.render(scene)
+        picture = drawing.render(scene)
         assert (picture.size, picture.mode) == ((64, 64), "RGB") == ((world.SIZE, world.SIZE), "RGB")
-        assert picture.tobytes() == world.render(replace(scene, values=dict(scene.values))).tobytes()
-        assert picture.tobytes() != world.render(replace(scene, jitter=tuple(-j for j in scene.jitter))).tobytes()
+        assert picture.tobytes() == drawing.render(replace(scene, values=dict(scene.values))).tobytes()
+        assert picture.tobytes() != drawing.render(replace(scene, jitter=tuple(-j for j in scene.jitter))).tobytes()
 
 
 # ------------------------------------------------------------------------------------------------------- the vocabulary
 
 def test_three_categories_and_many_kinds():
     assert world.CATEGORIES == ("portrait", "landscape", "artwork")
-    assert len(KINDS) == len(world.KINDS) >= 24
-    assert all(sum(kind.category == category for kind in world.KINDS) >= 5 for category in world.CATEGORIES)
+    assert len(KINDS) == len(wording.KINDS) >= 24
+    assert all(sum(kind.category == category for kind in wording.KINDS) >= 5 for category in world.CATEGORIES)
     drawn = {world.random_scene(random.Random(i)).category for i in range(40)}
     assert drawn == set(world.CATEGORIES)
 
@@ -135,7 +137,7 @@ def test_a_kind_is_written_in_the_words_of_its_category(name):
 def test_a_wording_belongs_to_one_split_and_to_one_kind():
     """Of all prompts that can be asked, also across kinds: one kind's held-out words must not be another's."""
     split, owner = {}, {}
-    for kind, held_out in itertools.product(world.KINDS, (False, True)):
+    for kind, held_out in itertools.product(wording.KINDS, (False, True)):
         for prompt in every_wording(kind, held_out):
             assert split.setdefault(prompt, held_out) == held_out, prompt
             for category in [kind.category] if kind.category else world.CATEGORIES:
@@ -143,9 +145,9 @@ def test_a_wording_belongs_to_one_split_and_to_one_kind():
 
 
 def test_the_tokenizer_is_trained_on_the_training_wordings_alone():
-    corpus = list(world.corpus())
-    assert set(corpus) == {prompt for kind in world.KINDS for prompt in every_wording(kind, held_out=False)}
-    assert not set(corpus) & {prompt for kind in world.KINDS for prompt in every_wording(kind, held_out=True)}
+    corpus = list(wording.corpus())
+    assert set(corpus) == {prompt for kind in wording.KINDS for prompt in every_wording(kind, held_out=False)}
+    assert not set(corpus) & {prompt for kind in wording.KINDS for prompt in every_wording(kind, held_out=True)}
 
 
 # ----------------------------------------------------------------------------------------------------------- the splits
@@ -198,9 +200,9 @@ def test_samples_are_exact():
             assert one.instruction.changed == tuple(n for n, value in scene.values.items() if target.values[n] != value)
             assert one.instruction.changed
             assert one.image.tobytes() == sample.image.tobytes()
-        assert sample.image.tobytes() == world.render(sample.instruction.scene).tobytes()
-        assert sample.target.tobytes() == world.render(sample.instruction.target).tobytes()
-        assert sample.unseen[0].target.tobytes() == world.render(sample.unseen[0].instruction.target).tobytes()
+        assert sample.image.tobytes() == drawing.render(sample.instruction.scene).tobytes()
+        assert sample.target.tobytes() == drawing.render(sample.instruction.target).tobytes()
+        assert sample.unseen[0].target.tobytes() == drawing.render(sample.unseen[0].instruction.target).tobytes()
         difference = np.abs(pixels(sample.image) - pixels(sample.target)).max(2)
         assert sample.mask.shape == (64, 64) and np.array_equal(sample.mask, difference > 0.06 * 255)
         assert sample.target_caption == world.caption(sample.instruction.target)
@@ -224,14 +226,14 @@ def test_each_instruction_that_applies_is_offered_once():
     rng = random.Random(9)
     for _ in range(60):
         scene = world.random_scene(rng)
-        offered = list(world.instructions(scene, rng, held_out=False))
+        offered = list(wording.instructions(scene, rng, held_out=False))
         names = [one.kind for one in offered]
         assert len(names) == len(set(names)) >= 6
-        assert set(names) == {kind.name for kind in world.KINDS if kind.applies(scene) and kind.colours(scene)}
+        assert set(names) == {kind.name for kind in wording.KINDS if kind.applies(scene) and kind.colours(scene)}
         for one in offered:
             assert one.changed, "an instruction that asks for what is there"
             assert world.caption(one.target) != world.caption(scene)
-    orders = [[one.kind for one in world.instructions(scene, rng, held_out=False)] for _ in range(3)]
+    orders = [[one.kind for one in wording.instructions(scene, rng, held_out=False)] for _ in range(3)]
     assert orders[0] != orders[1] or orders[1] != orders[2]
 
 
@@ -240,7 +242,7 @@ def test_a_man_is_him_and_a_woman_is_her():
     for _ in range(60):
         scene = world.random_scene(rng, "portrait")
         wrong = {"her", "she"} if scene.values["person"] == "man" else {"him", "he"}
-        for one in world.instructions(scene, rng, held_out=False):
+        for one in wording.instructions(scene, rng, held_out=False):
             assert not wrong & set(one.prompt.split())
 
 
@@ -257,7 +259,7 @@ def test_every_instruction_changes_three_percent_of_the_picture(name):
         if i % 2:                                           # the smallest and largest heads, the widest shifts
             scene = replace(scene, jitter=tuple(rng.choice((-1.0, 1.0)) for _ in range(5)))
         target = kind.target(scene, rng.choice(kind.colours(scene)))
-        share, mask = world.changed_share(world.render(scene), world.render(target))
+        share, mask = drawing.changed_share(drawing.render(scene), drawing.render(target))
         # The one exception: a brown beard among long brown hair stands out from dark skin on 2.6 % at the least.
         floor = 0.025 if name == "beard" and brown_beard_on_brown_skin(scene) else 0.03
         assert share >= floor, (scene, target)
@@ -265,11 +267,11 @@ def test_every_instruction_changes_three_percent_of_the_picture(name):
 
 
 def test_the_changed_share_counts_visible_differences():
-    source = world.Image.new("RGB", (64, 64), (100, 100, 100))
+    source = Image.new("RGB", (64, 64), (100, 100, 100))
     target = source.copy()
     target.paste((100, 116, 100), (0, 0, 32, 16))           # 16/255 is more than 0.06, in one channel
     target.paste((115, 115, 115), (0, 32, 32, 48))          # 15/255 is not
-    share, mask = world.changed_share(source, target)
+    share, mask = drawing.changed_share(source, target)
     assert share == 32 * 16 / 64**2
     assert mask[:16, :32].all() and mask.sum() == 32 * 16
 
@@ -280,12 +282,12 @@ def test_what_is_called_visible_is_seen(category):
     rng = random.Random(category)
     for _ in range(3):
         scene = world.random_scene(rng, category)
-        picture, seen = pixels(world.render(scene)), miniature.visible_attributes(scene)
+        picture, seen = pixels(drawing.render(scene)), world.visible_attributes(scene)
         assert not seen & world.INVISIBLE and "style" in seen
         for name in sorted(seen):
             value = rng.choice([value for value in world.ATTRIBUTES[category][name] if value != scene.values[name]])
-            changed = pixels(world.render(scene.changed({name: value})))
+            changed = pixels(drawing.render(scene.changed({name: value})))
             assert np.abs(picture - changed).max() > 15, (scene, name, value)
     for name in world.INVISIBLE & set(world.ATTRIBUTES[category]):
         for value in world.ATTRIBUTES[category][name]:
-            assert np.array_equal(picture, pixels(world.render(scene.changed({name: value}))))
+            assert np.array_equal(picture, pixels(drawing.render(scene.changed({name: value}))))

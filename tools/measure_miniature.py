@@ -24,7 +24,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sifm_min  # noqa: E402
-from sifm_min import images, isr, miniature, pgd, sifm, world  # noqa: E402
+from sifm_min import images, isr, miniature, pgd, sifm  # noqa: E402
+from sifm_min.miniature import drawing, world  # noqa: E402
 
 
 def edits(args):
@@ -115,14 +116,14 @@ def judges(args):
     def elsewhere(scene):
         """The scene as img2img may well draw it: in another pose, with another skin."""
         values = {"skin": rng.choice(world.ATTRIBUTES["portrait"]["skin"])} if scene.category == "portrait" else {}
-        return world.render(replace(scene, jitter=tuple(rng.uniform(-1, 1) for _ in scene.jitter)).changed(values))
+        return drawing.render(replace(scene, jitter=tuple(rng.uniform(-1, 1) for _ in scene.jitter)).changed(values))
 
     arms = {"exact target": lambda s: s.target, "autoencoded target": lambda s: autoencoded(s.target),
             "autoencoded target in another pose": lambda s: autoencoded(elsewhere(s.instruction.target)),
             "untouched source": lambda s: s.image,
             "autoencoded source": lambda s: autoencoded(s.image),
             "target of another instruction": lambda s: s.unseen[0].target,
-            "target blended with another picture": lambda s: Image.blend(s.target, world.render(samples[0].instruction.scene),
+            "target blended with another picture": lambda s: Image.blend(s.target, drawing.render(samples[0].instruction.scene),
                                                                          0.5)}
     for arm, picture in arms.items():
         found = [verdicts(sample, picture(sample), editor) for sample in samples]

@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sifm_min import load_editor, miniature, world  # noqa: E402
+from sifm_min import load_editor, miniature  # noqa: E402
+from sifm_min.miniature import drawing, wording, world  # noqa: E402
 from sifm_min.models.clip import CLIPText, CLIPTextConfig  # noqa: E402
 from sifm_min.models.unet import UNet, UNetConfig  # noqa: E402
 from sifm_min.models.vae import AutoencoderKL, VAEConfig  # noqa: E402
@@ -166,10 +167,10 @@ def data(args):
     rng = world.generator(0, "train")
     (sources, targets), prompts = (np.empty((args.pairs, 64, 64, 3), np.uint8) for _ in range(2)), []
     while len(prompts) < args.pairs:
-        kind, scene = rng.choice(world.KINDS), world.draw(rng, held_out=False)
+        kind, scene = rng.choice(wording.KINDS), world.draw(rng, held_out=False)
         if kind.applies(scene) and kind.colours(scene):
-            instruction = next(i for i in world.instructions(scene, rng, held_out=False) if i.kind == kind.name)
-            sources[len(prompts)], targets[len(prompts)] = world.render(scene), world.render(instruction.target)
+            instruction = next(i for i in wording.instructions(scene, rng, held_out=False) if i.kind == kind.name)
+            sources[len(prompts)], targets[len(prompts)] = drawing.render(scene), drawing.render(instruction.target)
             prompts.append((kind.name, instruction.prompt))
     np.save(args.work / "sources.npy", sources)
     np.save(args.work / "targets.npy", targets)
@@ -231,7 +232,7 @@ def reconstruction_loss(output, clean):
 
 def held_out_pictures(count, seed=0):
     rng = world.generator(seed, "train_miniature measurements")
-    return np.stack([np.asarray(world.render(world.draw(rng, held_out=True))) for _ in range(count)])
+    return np.stack([np.asarray(drawing.render(world.draw(rng, held_out=True))) for _ in range(count)])
 
 
 def vae_psnr(encoder, decoder):
@@ -331,7 +332,7 @@ def tokenizer(args):
     folder = args.work / "tokenizer"
     if not (folder / "vocab.json").exists():
         folder.mkdir(exist_ok=True)
-        write(folder, *train_bpe(list(world.corpus()), 2000), TOKENS)
+        write(folder, *train_bpe(list(wording.corpus()), 2000), TOKENS)
     return CLIPTokenizer.from_folder(folder)
 
 
@@ -343,10 +344,10 @@ def text(args):
     tokens = tokenizer(args)
     vocabulary = len(json.loads((args.work / "tokenizer" / "vocab.json").read_text()))
     network, _ = new_text(vocabulary)
-    kinds, colours = [kind.name for kind in world.KINDS], [None, *world.COLOURS]
+    kinds, colours = [kind.name for kind in wording.KINDS], [None, *world.COLOURS]
     same = {"canvas": "background"}                          # the same words, said of another category
     labels = {}
-    for kind in world.KINDS:
+    for kind in wording.KINDS:
         for phrase in kind.phrases:
             for colour in world.COLOURS if "{c}" in phrase else (None,):
                 for him, he in (("him", "he"), ("her", "she")):
@@ -453,12 +454,12 @@ def judge(args):
     pictures, scenes = [], []
     while len(scenes) < args.renderings:
         scene = world.draw(rng, held_out=False)
-        scenes += [scene, rng.choice(list(world.instructions(scene, rng, held_out=False))).target]
-    pictures = np.stack([np.asarray(world.render(scene)) for scene in scenes])
+        scenes += [scene, rng.choice(list(wording.instructions(scene, rng, held_out=False))).target]
+    pictures = np.stack([np.asarray(drawing.render(scene)) for scene in scenes])
     names = [(category, name) for category, attributes in world.ATTRIBUTES.items() for name in attributes]
     labels = torch.full((len(scenes), len(names)), -100)     # -100: not of this category, or not to be seen
     for row, scene in enumerate(scenes):
-        for name in miniature.visible_attributes(scene):
+        for name in world.visible_attributes(scene):
             labels[row, names.index((scene.category,
                                      name))] = world.ATTRIBUTES[scene.category][name].index(scene.values[name])
     run = Run(args.work / "judge.pt", miniature.Classifier().to(args.device), lr=2e-3, steps=args.judge_steps)

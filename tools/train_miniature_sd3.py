@@ -22,7 +22,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_miniature as first  # noqa: E402
 
-from sifm_min import miniature, world  # noqa: E402
+from sifm_min import miniature  # noqa: E402
+from sifm_min.miniature import drawing, wording, world  # noqa: E402
 from sifm_min.models.clip import CLIPText, CLIPTextConfig  # noqa: E402
 from sifm_min.models.mmdit import MMDiT, MMDiTConfig  # noqa: E402
 from sifm_min.models.tokenizers import CLIPTokenizer  # noqa: E402
@@ -56,13 +57,13 @@ def data(args):
     while len(captions) < args.pictures:
         scene = world.draw(rng, held_out=False)
         if len(captions) % 2:
-            kind = rng.choice(world.KINDS)                   # each kind of result equally often, colours or not
-            asked = {i.kind: i for i in world.instructions(scene, rng, held_out=False)}
+            kind = rng.choice(wording.KINDS)                   # each kind of result equally often, colours or not
+            asked = {i.kind: i for i in wording.instructions(scene, rng, held_out=False)}
             if kind.name not in asked:
                 continue
             scene = asked[kind.name].target
-        pictures[len(captions)] = world.render(scene)
-        for name in miniature.visible_attributes(scene) - {"skin"}:
+        pictures[len(captions)] = drawing.render(scene)
+        for name in world.visible_attributes(scene) - {"skin"}:
             options = world.ATTRIBUTES[scene.category][name]
             labels[len(captions), SAID.index((scene.category, name))] = options.index(scene.values[name])
         captions.append(world.caption(scene))
@@ -91,7 +92,7 @@ def tokenizer(args):
     folder = args.work / "tokenizer"
     if not (folder / "vocab.json").exists():
         folder.mkdir(exist_ok=True)
-        write(folder, *train_bpe([*sorted(set(load_data(args)[1])), *world.corpus()], 2000), TOKENS)
+        write(folder, *train_bpe([*sorted(set(load_data(args)[1])), *wording.corpus()], 2000), TOKENS)
     return CLIPTokenizer.from_folder(folder)
 
 
