@@ -274,7 +274,6 @@ class MMDiT(nn.Module):
     """The published SD3Transformer2DModel. `checkpointing`: recompute blocks in the backward pass, for memory."""
 
     Config = MMDiTConfig
-    REPEATED = (JointBlock,)                        # what most of the work is, over and over
     checkpointing = False
 
     def __init__(self, config: MMDiTConfig):

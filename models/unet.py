@@ -360,7 +360,6 @@ class UNet(nn.Module):
     """
 
     Config = UNetConfig
-    REPEATED = (ResidualBlock, TransformerBlock)    # what most of the work is, over and over
     checkpointing = False
 
     def __init__(self, config: UNetConfig):

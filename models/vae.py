@@ -249,7 +249,6 @@ class AutoencoderKL(nn.Module):
     """
 
     Config = VAEConfig
-    REPEATED = (ResidualBlock, Attention)           # what most of the work is, over and over
     checkpointing = False
 
     def __init__(self, config: VAEConfig):

@@ -8,9 +8,9 @@ A command is a parser, a body and three lines; results go to stdout (`result`), 
     if __name__ == "__main__":
         cli.leave(main())
 
-Who is to blame decides the exit code. An option's value is checked before any input is touched: a ValueError there is
-a usage error (2). One that `each_file` meets while it works on a file belongs to that file (1), and the next file goes
-on. Weights that cannot be had end the run (3). Importing this file loads neither torch nor the hub: --help is instant.
+The exit code says whose fault it was. An option's value is checked before any input is touched: a ValueError there is a
+usage error (2). One that `each_file` meets while it works on a file belongs to that file (1), and the next file goes on.
+Weights that cannot be had end the run (3). Importing this file loads neither torch nor the hub: --help is instant.
 """
 
 import argparse
@@ -24,19 +24,12 @@ import signal
 import sys
 import traceback
 import warnings
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
-from . import compiled, memory
+from . import memory
 
 OK, SOME_FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
-
-# Read by torch when it first takes memory: large tensors then lie in huge pages, where Linux has them to give, and to have
-# new memory costs a step at full size a tenth less.
-SURROUNDINGS = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 # Errors of the place that results are written to: the next file would fail as this one did, after minutes of work.
 REMEDIES = {
@@ -79,8 +72,6 @@ class Parser(argparse.ArgumentParser):
         add("--no-t5", dest="t5", action="store_false",
             help="do without Stable Diffusion 3's largest text encoder (9.5 GB less)")
         add("--strength", type=fraction, help="of img2img, 0 to 1: how much may change (default: the editor's)")
-        add("--compile", action="store_true",
-            help="torch.compile for denoiser and VAE: minutes at the start; hardly worth it on a CPU, not measured on a GPU")
 
     def memory(self):
         """Add the flag that chooses a memory plan: see `memory.plans`."""
@@ -303,8 +294,6 @@ def _write(text, file):
 
 def run(body, parser, argv=None):
     """Parse and run a command: body(args) -> exit code or None. Returns the code; a user's mistake is one sentence."""
-    for name, value in SURROUNDINGS.items():
-        os.environ.setdefault(name, value)
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:                               # --help, or a usage error that has been told
@@ -315,7 +304,7 @@ def run(body, parser, argv=None):
 def guard(body, *, debug=False):
     """body() -> exit code or None. What may go wrong (not our own bugs) ends in one sentence and its code."""
     try:
-        with _terminable(), _plain_warnings(), _in_words():
+        with _terminable(), _plain_warnings(), memory.in_words():
             return body() or OK
     except KeyboardInterrupt:
         return fail("interrupted; what is finished is whole", INTERRUPTED)
@@ -332,50 +321,32 @@ def leave(code):
     sys.exit(code)
 
 
-def each_file(paths, work, *, read=None, write=None, key=None, most=None, unit="picture", quiet=False, debug=False,
-              as_json=False):
-    """Call work(path) for each file; one that fails is told, and told again at the end, and the next one goes on.
+def each_file(paths, work, *, output=None, unit="picture", quiet=False, debug=False, as_json=False):
+    """Call work(path) for each file. A file that fails is reported, once more at the end, and the next one goes on.
 
-    read(path) -> job, or None where nothing is left to do, and write(done) run on threads of their own, so that the device
-    that works has no wait: then it is work([job]) -> [done], while the next file is read and the last one written. Jobs
-    that follow one another and have the same key(job) are worked on together, up to most(job) of them; where that fails,
-    one by one.
-
-    A ValueError or OSError belongs to its file. The run ends where the next file could fare no better: weights
-    unavailable, output disk full or read-only, reader of stdout gone, Ctrl-C. Returns OK or SOME_FAILED.
+    A ValueError or OSError belongs to its file. The run ends where every further file would fail the same way: weights
+    unavailable, the folder `output` gone, its disk full or read-only, the reader of stdout gone, Ctrl-C.
+    Returns OK or SOME_FAILED.
     """
     paths, failures, done = list(paths), [], 0
-
-    def attempt(path, call, *given, first=None):
-        """What the call returns, None where it failed; first() is called before that is told."""
-        try:
-            with _in_words():
-                return call(*given)
-        except (ValueError, OSError) as error:
-            if _hopeless(error):
-                raise
-            if first:
-                first()
-            told = sentence(error)
-            failures.append(told if Path(path).name in told else f"{path}: {told}")
-            fail(failures[-1], error=error if debug else None)
-            if as_json:
-                out(to_json({"file": path, "error": failures[-1]}))
-            return None
-
     try:
         with progress(total=len(paths), what="files", unit=unit, quiet=quiet or len(paths) == 1) as bar:
-            def over(count=1):
-                nonlocal done
-                done += count
-                bar.update(count)
-
-            if read is None:
-                for path in paths:
-                    attempt(path, work, path)
-                    over()
-            else:
-                _conveyed(paths, read, work, write, key, most, attempt, over)
+            for path in paths:
+                try:
+                    with memory.in_words():
+                        work(path)
+                except (ValueError, OSError) as error:
+                    if output is not None and not Path(output).is_dir():
+                        raise OSError(errno.ENOENT, "the folder for results is gone", str(output)) from error
+                    if _hopeless(error):
+                        raise
+                    text = sentence(error)
+                    failures.append(text if Path(path).name in text else f"{path}: {text}")
+                    fail(failures[-1], error=error if debug else None)
+                    if as_json:
+                        out(to_json({"file": path, "error": failures[-1]}))
+                done += 1
+                bar.update()
     finally:
         if len(paths) > 1 and (failures or done < len(paths)):
             say(f"{done - len(failures)} of {len(paths)} {unit}s done, {len(failures)} failed{':' if failures else ''}")
@@ -384,79 +355,8 @@ def each_file(paths, work, *, read=None, write=None, key=None, most=None, unit="
     return SOME_FAILED if failures else OK
 
 
-def _conveyed(paths, read, work, write, key, most, attempt, over):
-    """The files of `each_file` past a thread that reads, this one that works, and a thread that writes."""
-    left, ahead, writing = deque(paths), deque(), deque()
-
-    def reading():
-        """The next file, as (path, future job), which is begun if it was not; None after the last."""
-        if not ahead and left:
-            ahead.append((left[0], reader.submit(read, left.popleft())))
-        return ahead[0] if ahead else None
-
-    def settle():
-        """Wait until all that was worked on is written."""
-        while writing:
-            path, future = writing.popleft()
-            attempt(path, future.result)
-            over()
-
-    reader, writer = (ThreadPoolExecutor(1) for _ in range(2))
-    try:
-        while reading():
-            group = []
-            while len(group) < (most(group[0][1]) if group and most else 1) and (following := reading()):
-                path, future = following
-                if group and (future.exception() or future.result() is None or key(future.result()) != key(group[0][1])):
-                    break
-                ahead.popleft()
-                job = attempt(path, future.result, first=settle)
-                if job is None:
-                    over()
-                    break
-                group.append((path, job))
-            if not group:
-                continue
-            reading()                                        # beside the work
-            for i, (path, made) in enumerate(_worked(group, work, partial(attempt, first=settle), over)):
-                if i == 0:
-                    settle()                                 # no more than one group waits in memory
-                writing.append((path, writer.submit(write, made)))
-        settle()
-    finally:
-        for pool in (reader, writer):
-            pool.shutdown(cancel_futures=True)               # Ctrl-C: what is being written is written, and counts
-        over(sum(not future.cancelled() and not future.exception() for _, future in writing))
-
-
-def _worked(group, work, attempt, over):
-    """(path, what work made of its job) of the jobs that did not fail: of all together, or else of one after the other."""
-    paths, jobs = zip(*group, strict=True)
-    if len(group) > 1:
-        try:
-            with _in_words():
-                yield from zip(paths, work(list(jobs)), strict=True)
-            return
-        except (ValueError, OSError) as error:
-            if _hopeless(error):
-                raise
-    for path, job in group:
-        made = attempt(path, work, [job])
-        if made is None:
-            over()
-        else:
-            yield path, *made
-
-
-@contextlib.contextmanager
-def _in_words():
-    """What torch raises where memory ends or a compiler fails becomes a ValueError, in a sentence."""
-    with memory.in_words(), compiled.in_words():
-        yield
-
-
 def _hopeless(error):
-    """Whether the next file could fare no better."""
+    """True if every further file would fail the same way."""
     return isinstance(error, (BrokenPipeError, _unavailable())) or getattr(error, "errno", None) in REMEDIES
 
 

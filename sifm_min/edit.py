@@ -40,28 +40,21 @@ def _body(args):
     if editor.notice:
         cli.say(editor.notice, quiet=args.quiet)
 
-    def ready(path):
+    def one(path):
         target = args.output / f"{path.stem}{ENDING}"
         if target.exists() and not args.overwrite:
             raise ValueError(f"{target} exists; add --overwrite or choose another folder")
-        return path, target, images.read(path).image.convert("RGB")
-
-    def work(jobs):
-        (path, target, picture), = jobs
+        picture = images.read(path).image.convert("RGB")
         with cli.progress(total=len(editor.plan(args.steps).timesteps), what=path.name, quiet=args.quiet) as bar:
-            return [(path, target, editor.edit(
-                picture, args.prompt, negative_prompt=args.negative_prompt, seed=args.seed, steps=args.steps,
-                guidance=args.guidance, image_guidance=args.image_guidance, size=args.size,
-                on_step=lambda i, n: bar.update()))]
-
-    def write(done):
-        path, target, edited = done
+            edited = editor.edit(picture, args.prompt, negative_prompt=args.negative_prompt, seed=args.seed, steps=args.steps,
+                                 guidance=args.guidance, image_guidance=args.image_guidance, size=args.size,
+                                 on_step=lambda i, n: bar.update())
         images.write(target, edited, overwrite=args.overwrite)
         record = {"picture": path, "edited": target, "prompt": args.prompt, "seed": args.seed,
                   "editor": editor.provenance()} if args.json else {}    # provenance hashes the weights: seconds of work
         cli.result(record, str(target), as_json=args.json)
 
-    return cli.each_file(pictures, work, read=ready, write=write, quiet=args.quiet, debug=args.debug, as_json=args.json)
+    return cli.each_file(pictures, one, output=args.output, quiet=args.quiet, debug=args.debug, as_json=args.json)
 
 
 def main(argv=None):

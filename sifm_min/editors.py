@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from . import compiled, images
+from . import images
 from .models import checkpoints, mmdit, schedulers, unet
 from .models.clip import CLIPText
 from .models.lean import Prepared, frozen
@@ -90,7 +90,6 @@ class Editor:
 
     kind = "instruct"
     OPTIONS = frozenset({"image_guidance"})                  # what `edit` takes besides steps and guidance
-    compiled = False
 
     def __init__(self, *, name, vae, scheduler, device, dtype, defaults, notice="", checkpoint=None):
         self.name, self.vae, self.scheduler, self.checkpoint = name, vae, scheduler, checkpoint
@@ -113,13 +112,6 @@ class Editor:
     def checkpointing(self, value):
         self.denoiser.checkpointing = self.vae.checkpointing = value
 
-    def compile(self):
-        """Has torch.compile compile the blocks of denoiser and VAE when they first run; ValueError where it does not work."""
-        compiled.check(self.device)
-        for network in (self.denoiser, self.vae):
-            compiled.compile_blocks(network)
-        self.compiled = True
-
     def forget_text(self):
         """Lets go of what reads prompts, until it is needed again."""
 
@@ -132,7 +124,7 @@ class Editor:
             "weights": checkpoint.hashes() if checkpoint else {}, "scheduler": self.scheduler.config.sampler,
             "scheduler_note": self.scheduler.note, "defaults": asdict(self.defaults),
             "dtype": str(self.dtype).removeprefix("torch."), "vae_dtype": str(self.vae_dtype).removeprefix("torch."),
-            "device": self.device.type, "compiled": self.compiled,
+            "device": self.device.type,
             "notice": self.notice,
         }
 

@@ -15,17 +15,16 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from . import cli
 from .files import writing
-from .memory import pictures_at_once
+from .memory import in_words
 
 
 class _Methods(Mapping):
-    """Name -> objective, imported when it is asked for: listing the names loads no torch."""
+    """Name -> objective, imported at the first use: listing the names loads no torch."""
 
     HOMES = {"sifm": "sifm"} | dict.fromkeys(
         ("photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack", "sds", "mist", "ace", "noise"),
@@ -47,7 +46,6 @@ METHODS = _Methods()
 # The paper's protocol, which is the same for all methods; preset "native" runs a baseline as its original was run.
 PROTOCOL = {"steps": 100, "step_size": 1 / 255, "schedule": "constant", "init": "random"}
 PRESETS = ("protocol", "native")
-TOGETHER = ("sifm",)                                         # methods that run several pictures at once
 
 
 def options_of(method):
@@ -57,9 +55,9 @@ def options_of(method):
 
 
 def settings(method, preset="protocol", **given):
-    """What a run uses, as two dicts: of the loop (the keys of PROTOCOL) and of the method.
+    """The settings of a run as two dicts: the loop's (the keys of PROTOCOL) and the method's.
 
-    What is given wins over the preset; None counts as not given. Raises ValueError for an unknown method, preset or option.
+    Arguments win over the preset; None counts as not given. Raises ValueError for an unknown method, preset or option.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r}: choose one of {', '.join(METHODS)}")
@@ -89,151 +87,107 @@ class Result:
 
 
 def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, seed=0, step_size=None,
-             schedule=None, init=None, preset="protocol", mask=None, memory="auto",
-             on_step=None, **options):
-    """Immunize a picture against one editor; a list of pictures gives a list of results.
+             schedule=None, init=None, preset="protocol", mask=None, memory="auto", on_step=None, **options):
+    """Immunize a picture against one editor.
 
-    image: a PIL picture, an `images.Picture`, or a path; or a list of them. prompts: the edit to defeat, or several that the
-    steps cycle through (Algorithm 1 has one). method: a name in METHODS; options go to its objective (for SIFM: lam,
-    timesteps, taps, reduction, aggregate, noisy, resample, batch). eps: budget on [0,1]. steps, step_size, schedule
-    ("constant" or "linear" decay), init ("random" in the budget, or "zero"): of the PGD loop; where not given, and for
-    options not given, the preset decides: "protocol", the paper's (100 steps of 1/255, constant, random), or "native", a
-    baseline as its original was run. No preset changes eps. mask: the path of a picture of the same size; only where it is
-    bright is the picture perturbed. memory: "fast", "low", or "auto", which gives way where memory ends and warns (see
-    `memory.plans`); the result is the same. on_step(step, loss, terms) is called after each step of each picture, and from
-    the first again where a plan did not fit. Raises ValueError, in one sentence, for whatever the caller can mend.
-
-    Pictures of one size in a list run at once where that is faster (SIFM's can); each gets what it would get alone, but for
-    the order in which floats are added. Their seconds are then equal shares.
+    image: a PIL picture, an `images.Picture`, or a path. prompts: the edit to defeat, or several that the steps cycle
+    through (Algorithm 1 has one). method: a name in METHODS; options go to its objective (for SIFM: lam, timesteps, taps,
+    reduction, aggregate, noisy, resample, batch). eps: budget on [0,1]. steps, step_size, schedule ("constant" or "linear"
+    decay), init ("random" in the budget, or "zero"): of the PGD loop. Where these and the options are not given, the
+    preset decides: "protocol", the paper's (100 steps of 1/255, constant, random), or "native", a baseline as its original
+    was run. No preset changes eps. mask: the path of a picture of the same size; only where it is bright is the picture
+    perturbed. memory: "fast", "low", or "auto", which gives way where memory ends and warns (see `memory.plans`); the
+    result is the same. on_step(step, loss, terms) is called after each step, and from the first again where a plan did not
+    fit. Raises ValueError, in one sentence, for whatever the caller can mend.
     """
-    listed = isinstance(image, list | tuple)
-    found = perturb(image if listed else [image], editor, prompts, method=method, eps=eps, seed=seed, preset=preset, mask=mask,
-                    memory=memory, on_step=on_step, steps=steps, step_size=step_size, schedule=schedule, init=init, **options)
-    results = [finish() for _, finish in found]
-    return results if listed else results[0]
-
-
-def perturb(pictures, editor, prompts, *, method, eps, seed, preset, mask, memory, on_step, **given):
-    """What `immunize` does on the device: for each picture the immunized one, and a function that measures and reports it,
-    () -> Result, which other work can go on beside."""
-    from PIL import Image
-
-    from . import images
-
-    loop, options = settings(method, preset, **given)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise ValueError("immunize needs at least one prompt")
-    if isinstance(editor, str | Path):
-        raise ValueError(f"editor {str(editor)!r} is a name; load it first: load_editor({str(editor)!r})")
-    groups = {}
-    for i, picture in enumerate(pictures := list(pictures)):
-        if not isinstance(picture, str | Path | Image.Image | images.Picture):
-            raise ValueError(f"image is of type {type(picture).__name__}; give a PIL picture or a path")
-        if not isinstance(picture, images.Picture):
-            picture = images.read(picture) if isinstance(picture, str | Path) else images.picture(picture)
-        pictures[i] = picture
-        groups.setdefault(batch_key(picture), []).append(i)
-    images.budget(eps)                                       # an impossible budget is refused before any work
-    found = {}
-    for members in groups.values():
-        size = at_once(method, memory, editor, pictures[members[0]])
-        for part in (members[start:start + size] for start in range(0, len(members), size)):
-            made = _together([pictures[i] for i in part], editor, prompts, method, loop, options, eps=eps, seed=seed, mask=mask,
-                             memory=memory, preset=_told(method, preset), on_step=on_step)
-            found |= zip(part, made, strict=True)
-    return [found[i] for i in range(len(pictures))]
-
-
-def batch_key(picture):
-    """What pictures that run at once have in common: size and channels."""
-    return picture.image.size, picture.channels
-
-
-def at_once(method, memory, editor, picture):
-    """How many pictures of this one's `batch_key` run at once."""
-    return pictures_at_once(memory, editor, *picture.image.size) if method in TOGETHER else 1
-
-
-def _together(pictures, editor, prompts, method, loop, options, *, eps, seed, mask, memory, preset, on_step):
-    """`perturb` of pictures of one size and as many channels."""
     import torch
 
     from . import images
     from . import memory as plans
     from .pgd import pgd
 
-    started, count, channels = time.perf_counter(), len(pictures), pictures[0].channels
-    region = images.read_mask(mask, *pictures[0].image.size) if mask is not None else None
+    loop, options = settings(method, preset, steps=steps, step_size=step_size, schedule=schedule, init=init, **options)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ValueError("immunize needs at least one prompt")
+    if isinstance(editor, str | Path):
+        raise ValueError(f"editor {str(editor)!r} is a name; load it first: load_editor({str(editor)!r})")
+    images.budget(eps)                                       # an impossible budget is refused before any work
+    picture = _picture(image)
+    region = images.read_mask(mask, *picture.image.size) if mask is not None else None
+
+    started = time.perf_counter()
     _reset_peak(editor.device)
-    original = torch.cat([images.to_pixels(picture.image) for picture in pictures]).to(editor.device)
+    original = images.to_pixels(picture.image).to(editor.device)
     with torch.no_grad():
         contexts = editor.contexts(prompts)
-    texts = {"prompts": prompts} if "prompts" in inspect.signature(METHODS[method]).parameters else {}
-    curves = [[] for _ in pictures]
+    parameters = inspect.signature(METHODS[method]).parameters
+    texts = {"prompts": prompts} if "prompts" in parameters else {}
+    curve = []
 
-    def perturbed(part, plan):
-        """(deltas, objective, the loop as it ran) of the pictures in this slice; each starts from the seed."""
-        generator = [torch.Generator().manual_seed(seed) for _ in pictures[part]]
-        generator = generator if len(generator) > 1 else generator[0]
-        batch = {"batch": plan.batch} if "batch" in options_of(method) else {}
-        objective = METHODS[method](editor, original[part], contexts, generator=generator, **texts, **options | batch)
+    def record(step, loss, terms):
+        curve.append({"loss": loss, **terms})
+        if on_step:
+            on_step(step, loss, terms)
+
+    def perturb(plan):
+        """(delta, objective, the loop as it ran) under this memory plan."""
+        curve.clear()
+        generator = torch.Generator().manual_seed(seed)
+        batch = {"batch": plan.batch} if "batch" in parameters else {}
+        objective = METHODS[method](editor, original, contexts, generator=generator, **texts, **options | batch)
 
         def in_colour(x, step):                              # a grey picture is perturbed as one channel, and stays grey
             return objective(x.expand(-1, 3, -1, -1), step)
 
-        def record(step, loss, terms):
-            for i, curve in enumerate(curves[part]):
-                own = (loss, terms) if isinstance(loss, float) else (loss[i], {name: each[i] for name, each in terms.items()})
-                curve.append({"loss": own[0], **own[1]})
-                if on_step:
-                    on_step(step, *own)
-
         # The noise control has no objective: it is the loop's random start as it is.
         ran = loop | ({"steps": 0, "init": "random"} if objective is None else {})
-        return pgd(original[part, :channels], in_colour, eps, **ran, mask=region, generator=generator,
+        return pgd(original[:, :picture.channels], in_colour, eps, **ran, mask=region, generator=generator,
                    on_step=record), objective, ran
 
-    def work(plan):
-        for curve in curves:
-            curve.clear()
-        found = [perturbed(slice(start, start + plan.pictures), plan) for start in range(0, count, plan.pictures)]
-        return torch.cat([deltas for deltas, _, _ in found]), *found[0][1:]
-
     begun = time.perf_counter()
-    (deltas, objective, loop), plan = plans.run(work, memory, editor, **_timesteps_of(method, options), pictures=count)
+    (delta, objective, loop), plan = plans.run(perturb, memory, editor, **_timesteps_of(method, options))
     looped = time.perf_counter() - begun
-    made = [images.quantize(picture, delta, eps) for picture, delta in zip(pictures, deltas.split(1), strict=True)]
-    seconds = {"seconds": round((time.perf_counter() - started) / count, 3), "loop_seconds": round(looped / count, 3)}
-    shared = {
+    immunized = images.quantize(picture, delta, eps)
+    seconds = {"seconds": round(time.perf_counter() - started, 3), "loop_seconds": round(looped, 3)}
+    return Result(immunized, {
+        "input": {"width": picture.image.width, "height": picture.image.height, "mode": picture.mode, **picture.info},
         "editor": editor.provenance(),
-        "method": method, "note": getattr(objective, "note", ""), "prompts": prompts, "preset": preset,
+        "method": method, "note": getattr(objective, "note", ""), "prompts": prompts, "preset": _preset(method, preset),
         "options": {"eps": eps, **loop, "seed": seed, "mask": str(mask) if mask is not None else None,
                     **_spelled_out(METHODS[method], editor, options)},
-    }
-    spent = {
-        "passes": _passes(objective, len(curves[0])), **seconds,
+        **_measured(picture, immunized, eps),
+        "loss": curve, "passes": _passes(objective, len(curve)), **seconds,
         "memory": {"asked": memory, **plan._asdict()}, "peak_memory_bytes": _peak(editor.device),
         "versions": {"sifm_min": import_module(__package__).__version__, "torch": torch.__version__,
                      "python": platform.python_version()},
-    }
-    return [(image, partial(_result, picture, image, eps, shared, {"loss": curve, **spent}))
-            for picture, image, curve in zip(pictures, made, curves, strict=True)]
+    })
 
 
-def _result(picture, image, eps, shared, spent):
+def _picture(image):
+    from PIL import Image
+
+    from . import images
+    if isinstance(image, images.Picture):
+        return image
+    if isinstance(image, str | Path):
+        return images.read(image)
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"image is of type {type(image).__name__}; give one PIL picture or a path")
+    return images.picture(image)
+
+
+def _measured(picture, immunized, eps):
+    """The perturbation that the 8-bit picture really has."""
     from . import images, metrics
-    width, height = picture.image.size
-    after, before = images.to_pixels(image), images.to_pixels(picture.image)
-    return Result(image, {
-        "input": {"width": width, "height": height, "mode": picture.mode, **picture.info}, **shared,
-        "linf_steps": images.steps_used(picture.image, image), "budget_steps": images.budget(eps),
-        "psnr": metrics.psnr(after, before).item(),
-        "ssim": metrics.ssim(after, before).item() if min(width, height) >= 11 else None, **spent})
+    after, before = images.to_pixels(immunized), images.to_pixels(picture.image)
+    return {"linf_steps": images.steps_used(picture.image, immunized), "budget_steps": images.budget(eps),
+            "psnr": metrics.psnr(after, before).item(),
+            "ssim": metrics.ssim(after, before).item() if min(picture.image.size) >= 11 else None}
 
 
 def _timesteps_of(method, options):
-    """What a method's memory depends on: how many timesteps it has, and how many at once it was asked for."""
+    """The number of the method's timesteps, and how many at once were asked for: what its memory depends on."""
     if "batch" not in options_of(method):
         return {}
     timesteps = options.get("timesteps", inspect.signature(METHODS[method]).parameters["timesteps"].default)
@@ -251,15 +205,14 @@ def _spelled_out(method, editor, options):
     return values
 
 
-def _told(method, preset):
-    """What a report states of the preset: of "native" also whose it is, and the original's budget, which it leaves alone."""
+def _preset(method, preset):
+    """The preset as a report states it; "native" with its source, and with the original's budget, which is not used."""
     native = _native(method) if preset == "native" else None
     return {"name": preset} | ({"source": native.source, "budget": native.budget} if native else {})
 
 
 def _passes(objective, steps):
-    """How many forward and backward passes of VAE encoder and denoiser the run took, as the objective counts them: "100
-    iterations" says nothing of cost."""
+    """Forward and backward passes of VAE encoder and denoiser, as the objective counts them."""
     if hasattr(objective, "passes"):
         return objective.passes(steps)
     return {} if objective else dict.fromkeys(("encoder_forward", "encoder_backward", "denoiser_forward",
@@ -385,10 +338,7 @@ def _body(args):
     writing.make_folder(args.output)
     if editor.notice:
         cli.say(editor.notice, quiet=args.quiet)
-    return cli.each_file(pictures, lambda jobs: _work(jobs, editor, args), read=lambda path: _ready(path, editor, args),
-                         write=lambda done: _write(*done, args, editor.notice),
-                         key=lambda job: batch_key(job.picture),
-                         most=lambda job: at_once(args.method, args.memory, editor, job.picture),
+    return cli.each_file(pictures, lambda path: _immunize_file(path, editor, args), output=args.output,
                          quiet=args.quiet, debug=args.debug, as_json=args.json)
 
 
@@ -404,8 +354,6 @@ def load(args):
         if "strength" not in editor.OPTIONS:
             raise ValueError(f"--strength is for img2img, which {args.editor} does not do")
         set_strength(editor, args.strength)
-    if args.compile:
-        editor.compile()
     return editor
 
 
@@ -438,76 +386,85 @@ def find(names, output, endings):
     return list(stems.values())
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A picture that was read, and where its results go. paths: of OUTPUTS; existing: those of them that lie there, and may
-    be replaced; asked: what decides the result."""
-
-    path: Path
-    picture: object
-    paths: list
-    existing: list
-    asked: dict
-
-
-def _ready(path, editor, args):
-    """The picture of this file, None where its results are there already."""
+def _immunize_file(path, editor, args):
+    """One picture from its file to its results: read, perturb, quantize, write with the report, preview."""
     from . import images
 
-    paths = [args.output / f"{path.stem}{end}" for end in OUTPUTS]
-    immunized_path, _, report_path = paths
-    asked, before = _asked(path, editor, args), _read_report(report_path)
-    existing = [p for p in paths if p.exists()]
-    if not args.overwrite and before.get("asked") == asked:
-        wanted = {immunized_path, report_path} if args.no_preview else set(paths)
-        if before.get("finished") and wanted <= set(existing):
-            cli.say(f"{path}: done before, skipped", quiet=args.quiet)
-            if args.json:
-                cli.out(cli.to_json(_in_short(before) | {"skipped": True}))
-            return None
-    elif existing and not args.overwrite:
+    immunized_path, preview_path, report_path = paths = [args.output / f"{path.stem}{end}" for end in OUTPUTS]
+    asked = _asked(path, editor, args)
+    before = _read_report(report_path)
+    replace_all = args.overwrite or before.get("asked") == asked
+    if existing := [p for p in paths if p.exists() and not replace_all]:
         raise ValueError(f"{existing[0]} exists, from another picture or other options; "
                          "add --overwrite or choose another folder")
-    return _Job(path, images.read(path), paths, existing, asked)
-
-
-def _work(jobs, editor, args):
-    """[(job, a function that reports, the edits of the preview)]: what the device does for these pictures."""
-    given, first = _given(args), jobs[0].path.name
-    what = first if len(jobs) == 1 else f"{first} and {len(jobs) - 1} more"
-    steps = settings(args.method, args.preset, **given)[0]["steps"]
-    with cli.progress(total=steps * len(jobs), what=what, quiet=args.quiet) as bar:
-        found = perturb([job.picture for job in jobs], editor, args.prompt, method=args.method, eps=args.eps, seed=args.seed,
-                        preset=args.preset, mask=args.mask, memory=args.memory,
-                        on_step=lambda step, loss, terms: bar.update(), **given)
-    return [(job, finish, None if args.no_preview else _edits(job.picture, image, editor, args))
-            for job, (image, finish) in zip(jobs, found, strict=True)]
-
-
-def _write(job, finish, edits, args, notice):
-    from . import images
-
-    result = finish()
-    preview = None if args.no_preview else _preview(job.picture, result.image, edits, args.prompt[0], notice)
-    immunized_path, preview_path, report_path = job.paths
-    # The report frames the pictures: begun before them and finished after them, it tells a later run whose they are.
-    report = {"finished": False, "asked": job.asked}
-    with contextlib.ExitStack() as undo:                     # disk full: one file of three helps nobody
-        def put(target, content, write=writing.write, **how):
-            write(target, content, overwrite=args.overwrite or target in job.existing, **how)
-            if target not in job.existing:
-                undo.callback(_remove, target)
-
-        put(report_path, cli.to_json(report) + "\n")
-        report |= {"finished": True, "picture": str(job.path), "immunized": immunized_path.name, **result.report}
-        put(immunized_path, result.image, images.write_checked, original=job.picture, eps=args.eps)
-        if preview is not None:
-            put(preview_path, preview, images.write)
-        writing.write(report_path, cli.to_json(report, indent=1) + "\n", overwrite=True)
-        undo.pop_all()
+    picture = images.read(path)
+    done = before.get("asked") == asked and before.get("finished") and immunized_path.exists() and not args.overwrite
+    if done and (args.no_preview or preview_path.exists()):
+        cli.say(f"{path}: done before, skipped", quiet=args.quiet)
+        if args.json:
+            cli.out(cli.to_json(_in_short(before) | {"skipped": True}))
+        return
+    if done:
+        immunized, report = picture.put_together(images.read(immunized_path).image), before
+    else:
+        steps = settings(args.method, args.preset, **_given(args))[0]["steps"]
+        with cli.progress(total=steps, what=path.name, quiet=args.quiet) as bar:
+            result = immunize(picture, editor, args.prompt, method=args.method, eps=args.eps, seed=args.seed,
+                              preset=args.preset, mask=args.mask, memory=args.memory,
+                              on_step=lambda step, loss, terms: bar.update(), **_given(args))
+        immunized = result.image
+        report = {"finished": True, "asked": asked, "picture": str(path), "immunized": immunized_path.name, **result.report}
+        _write_results(picture, result.image, report, immunized_path, report_path, args)
     cli.result(_in_short(report), f"{immunized_path}: at most {report['linf_steps']}/255 per channel "
                f"(budget {report['budget_steps']}/255), PSNR {report['psnr']:.1f} dB, {report['seconds']:.0f} s",
                as_json=args.json)
+    if not args.no_preview:
+        _add_preview(picture, immunized, preview_path, editor, args)
+
+
+def _write_results(picture, immunized, report, immunized_path, report_path, args):
+    """Write the report unfinished, the picture, and the report finished.
+
+    The unfinished report claims the names for this question, so that a later run, or another one at the same time, knows
+    whose files these are: the same question may be written over, any other is a FileExistsError. Where the disk is full
+    nothing new is left behind.
+    """
+    from . import images
+
+    def claimed():
+        return args.overwrite or _read_report(report_path).get("asked") == report["asked"]
+
+    with contextlib.ExitStack() as undo:
+        def put(target, content, write=writing.write, **how):
+            if not target.exists():
+                undo.callback(_remove, target)
+            write(target, content, **how)
+
+        mine = claimed()
+        if immunized_path.exists() and not mine:
+            raise FileExistsError(f"{immunized_path} exists; --overwrite replaces it")
+        try:
+            put(report_path, cli.to_json({"finished": False, "asked": report["asked"]}) + "\n", overwrite=mine)
+        except FileExistsError:
+            if not claimed():                                # else another run asks the same, and writes the same
+                raise
+        put(immunized_path, immunized, images.write_checked, original=picture, eps=args.eps, overwrite=True)
+        put(report_path, cli.to_json(report, indent=1) + "\n", overwrite=True)
+        undo.pop_all()
+
+
+def _add_preview(picture, immunized, path, editor, args):
+    """Write the preview; its failure is a remark, because the immunized picture is finished and written."""
+    from . import images
+    try:
+        with in_words():
+            edits = _edits(picture, immunized, editor, args)
+            sheet = _preview(picture, immunized, edits, args.prompt[0], editor.notice)
+    except (ValueError, RuntimeError) as error:
+        cli.say(f"{path}: no preview, because its edit failed: {cli.sentence(error)}; the immunized picture is not affected "
+                "(--no-preview leaves the preview out)", quiet=args.quiet)
+        return
+    images.write(path, sheet, overwrite=True)
 
 
 def _remove(path):

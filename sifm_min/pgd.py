@@ -14,19 +14,19 @@ def pgd(pixels, objective, eps, *, steps, step_size, schedule="constant", init="
     """The delta, shaped like `pixels`, with |delta| <= eps and pixels + delta in [0,1], after `steps` descents.
 
     steps 0 gives the start itself: with init "random", the noise control that every method is compared with.
-    pixels: (B,C,H,W) in [0,1], native size. A grey picture has C = 1, and an objective that expands it to three,
+    pixels: (1,C,H,W) in [0,1], native size. A grey picture has C = 1, and an objective that expands it to three,
       so that it stays grey.
-    objective(x, step) -> the loss to minimise at x = pixels + delta, a scalar tensor with a graph back to x, or one loss
-      for each picture, (B,); or (loss, terms), where terms is a dict that only `on_step` sees. An objective that computes
-      its gradient g itself returns loss.detach() + ((x - x.detach()) * g).sum(): a scalar with that value and gradient.
+    objective(x, step) -> the loss to minimise at x = pixels + delta, a scalar tensor with a graph back to x; or
+      (loss, terms), where terms is a dict that only `on_step` sees. An objective that computes its gradient g itself
+      returns loss.detach() + ((x - x.detach()) * g).sum(): a scalar with that value and gradient.
     schedule: "constant", or "linear": from step_size at the first step down to a hundredth of it at the last.
-    init: "random", uniform in the budget, drawn from `generator` (one for all pictures, or a list with one for each), or
-      "zero". Where the loss is a distance to the features of the picture itself, zero is a stationary point.
+    init: "random", uniform in the budget, drawn from `generator`, or "zero". Where the loss is a distance to the features
+      of the picture itself, zero is a stationary point.
     mask: (1,1,H,W) of zeros and ones; delta is zero where it is zero.
-    on_step(step, loss, terms) is called after each step with the loss before it: a float, or a list of B.
+    on_step(step, loss, terms) is called after each step with the loss before it, a float.
 
-    Raises ValueError where an argument is out of range, where a picture's first gradient is zero (that would be no run) and
-    where one is not finite.
+    Raises ValueError where an argument is out of range, where the first gradient is zero (that would be no run) and where
+    a gradient is not finite.
     """
     _check(pixels, eps, steps, step_size, schedule, init, mask, generator)
     pixels = pixels.detach()
@@ -36,34 +36,29 @@ def pgd(pixels, objective, eps, *, steps, step_size, schedule="constant", init="
         low, high = low * mask, high * mask
     delta = torch.zeros_like(pixels)
     if init == "random":
-        generators = generator if isinstance(generator, list) else [generator]
-        shape = (pixels.shape[0] // len(generators), *pixels.shape[1:])
-        start = torch.cat([torch.empty(shape, device=own.device).uniform_(-eps, eps, generator=own) for own in generators])
+        start = torch.empty(pixels.shape, device=generator.device).uniform_(-eps, eps, generator=generator)
         delta = start.to(pixels).clamp(low, high)
     for step in range(steps):
         x = (pixels + delta).requires_grad_(True)
-        loss, terms = _pair(objective(x, step))
-        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        value = objective(x, step)
+        loss, terms = value if isinstance(value, tuple) else (value, {})
+        (gradient,) = torch.autograd.grad(loss, x)
         if not gradient.isfinite().all():
-            raise ValueError(f"step {step}: the gradient is not finite (loss {loss.sum().item():.4g}); "
+            raise ValueError(f"step {step}: the gradient is not finite (loss {loss.item():.4g}); "
                              "a wider dtype, such as float32, may help")
-        if step == 0 and not (gradient if mask is None else gradient * mask).flatten(1).any(1).all():
+        if step == 0 and not (gradient if mask is None else gradient * mask).any():
             raise ValueError("the loss has no gradient at this picture, so nothing would move; a random start, another "
                              "objective or a wider mask may help")
         decay = 1 - 0.99 * step / max(steps - 1, 1) if schedule == "linear" else 1
         delta = (delta - step_size * decay * gradient.sign()).clamp(low, high)
         if on_step:
-            on_step(step, loss.tolist(), terms)
+            on_step(step, loss.item(), terms)
     return delta
 
 
-def _pair(found):
-    return found if isinstance(found, tuple) else (found, {})
-
-
 def _check(pixels, eps, steps, step_size, schedule, init, mask, generator):
-    if pixels.ndim != 4 or not (pixels.detach().min() >= 0 and pixels.detach().max() <= 1):
-        raise ValueError(f"pixels must be (B,C,H,W) in [0,1], got {tuple(pixels.shape)}, "
+    if pixels.ndim != 4 or len(pixels) != 1 or not (pixels.detach().min() >= 0 and pixels.detach().max() <= 1):
+        raise ValueError(f"pixels must be (1,C,H,W) in [0,1], got {tuple(pixels.shape)}, "
                          f"{pixels.min().item():.4g} to {pixels.max().item():.4g}")
     if not 0 < eps <= 1:
         raise ValueError(f"eps {eps}: the budget is a fraction of the pixel range, such as 0.03 or 8/255")
@@ -74,8 +69,6 @@ def _check(pixels, eps, steps, step_size, schedule, init, mask, generator):
             raise ValueError(f"{name} {value!r}: choose one of {', '.join(known)}")
     if init == "random" and generator is None:
         raise ValueError("init 'random' draws from a generator: pass one, seeded")
-    if isinstance(generator, list) and len(generator) != len(pixels):
-        raise ValueError(f"{len(generator)} generators for {len(pixels)} pictures: give one for each, or one for all")
     if mask is not None:
         size = (1, 1, *pixels.shape[2:])
         if tuple(mask.shape) != size:

@@ -55,7 +55,7 @@ def identity(editor):
     config = panels.digest([str(editor.scheduler.config), str(editor.vae.config)])
     found = {name: told[name] for name in ("weights", "scheduler", "defaults", "dtype", "device")} | {"config": config}
     # Told where it is not as always. Compiled, floats are added in another order.
-    strange = {"compiled": told["compiled"], "vae_dtype": told["vae_dtype"] != "float32" and told["vae_dtype"]}
+    strange = {"vae_dtype": told["vae_dtype"] != "float32" and told["vae_dtype"]}
     return found | {name: value for name, value in strange.items() if value}
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -103,16 +102,6 @@ def test_help(capsys):
     assert cli.run(lambda args: None, parser(), ["--help"]) == cli.OK
     shown = capsys.readouterr()
     assert "python -m sifm_min.immunize photo.png" in shown.out and shown.err == ""
-
-
-@pytest.mark.parametrize("given", [None, "0"])
-def test_what_torch_is_told_by_the_environment_unless_that_says_otherwise(given, monkeypatch):
-    name, value = next(iter(cli.SURROUNDINGS.items()))
-    if given:
-        monkeypatch.setenv(name, given)
-    else:
-        monkeypatch.delenv(name, raising=False)
-    assert run(lambda args: None) == cli.OK and os.environ.pop(name) == (given or value)
 
 
 def test_shared_flags():
@@ -248,102 +237,6 @@ def test_what_the_next_file_would_meet_too_ends_the_run(capsys, error, code):
     assert seen == ["a", "b"]
     told = capsys.readouterr().err.splitlines()
     assert told[0] == "1 of 3 pictures done, 0 failed" and told[1].startswith("error: ") and len(told) == 2
-
-
-class Line:
-    """Three hands at one line of files, which note what they do; a name that ends in a stage's letter fails there."""
-
-    def __init__(self):
-        self.seen, self.lock = [], threading.Lock()
-
-    def note(self, stage, name):
-        with self.lock:
-            self.seen.append((stage, name))
-        if stage[0] in name[1:]:
-            raise ValueError(f"{name} failed")
-
-    def read(self, name):
-        self.note("read", name)
-        return None if "-" in name else name
-
-    def work(self, jobs):
-        for name in jobs:
-            self.note("work", name)
-        with self.lock:
-            self.seen.append(("together", len(jobs)))
-        return jobs
-
-    def write(self, name):
-        self.note("see", name)
-
-    def run(self, paths, **options):
-        return cli.each_file(paths, self.work, read=self.read, write=self.write, **options)
-
-    def of(self, stage):
-        return [name for found, name in self.seen if found == stage]
-
-
-def test_a_line_reads_ahead_and_writes_behind():
-    """The second is read before the first is written, and the first written after the second was begun on."""
-    line, begun = Line(), threading.Event()
-    work, write = line.work, line.write
-    line.work = lambda jobs: (jobs == ["b"] and begun.set(), work(jobs))[1]
-    line.write = lambda name: (name == "a" and begun.wait(10), write(name))[1]
-    assert line.run("abc") == cli.OK and begun.is_set()
-    assert [line.of(stage) for stage in ("read", "work", "see")] == [[*"abc"]] * 3
-    assert line.seen.index(("read", "b")) < line.seen.index(("see", "a"))
-
-
-def test_a_line_goes_on_after_failures_anywhere(capsys):
-    line = Line()
-    assert line.run(["a", "br", "cw", "ds", "e-", "f"]) == cli.SOME_FAILED
-    assert line.of("work") == ["a", "cw", "ds", "f"] and line.of("see") == ["a", "ds", "f"]
-    told = capsys.readouterr().err.splitlines()
-    assert sorted(told[:3]) == ["error: br failed", "error: cw failed", "error: ds failed"]
-    assert told[3] == "3 of 6 pictures done, 3 failed:" and len(told) == 7
-
-
-def test_jobs_of_one_key_are_worked_on_together(capsys):
-    line = Line()
-    options = {"key": lambda name: name[0].isupper(), "most": lambda name: 3}
-    assert line.run(["a", "b", "c", "d", "E", "-", "F", "gr", "h"], **options) == cli.SOME_FAILED
-    assert line.of("together") == [3, 1, 1, 1, 1] and line.of("see") == ["a", "b", "c", "d", "E", "F", "h"]
-    line = Line()                                            # where they fail together, each is tried alone
-    assert line.run(["a", "bw", "c"], **options) == cli.SOME_FAILED
-    assert line.of("together") == [1, 1] and line.of("see") == ["a", "c"]
-    assert "2 of 3 pictures done, 1 failed" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("stage", ["read", "work", "write"])
-def test_a_full_disk_ends_a_line_and_what_was_written_counts(capsys, stage):
-    line = Line()
-    usual = getattr(line, stage)
-
-    def full(given):
-        if "b" in given:
-            raise OSError(errno.ENOSPC, "No space left on device", "b")
-        return usual(given)
-
-    setattr(line, stage, full)
-    assert run(lambda args: line.run("abcdef")) == cli.SOME_FAILED
-    told = capsys.readouterr().err.splitlines()
-    assert told == ["1 of 6 pictures done, 0 failed",
-                    "error: b: no space left on device; free some space and run the same command again"]
-    assert line.of("see") == ["a"] and len(line.of("work")) <= 3
-
-
-def test_an_interrupted_line_finishes_what_it_writes(capsys):
-    line, written = Line(), threading.Event()
-    work, write = line.work, line.write
-
-    def interrupted(jobs):
-        if jobs == ["b"]:
-            raise KeyboardInterrupt
-        return work(jobs)
-
-    line.work, line.write = interrupted, lambda name: (time.sleep(0.3), write(name), written.set())
-    assert run(lambda args: line.run("abc")) == cli.INTERRUPTED and written.is_set()
-    assert capsys.readouterr().err == "1 of 3 pictures done, 0 failed\nerror: interrupted; what is finished is whole\n"
 
 
 # -- streams and processes ---------------------------------------------------------------------------------------------

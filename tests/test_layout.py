@@ -32,7 +32,7 @@ LEVEL = {room: len(ROOMS) - i for i, rooms in enumerate(ROOMS) for room in rooms
 # Files that stand flat and belong to a room.
 FLAT = {
     "judge": "judging",
-    "canaries": "judging", "compiled": "files", "gemini": "judging",
+    "canaries": "judging", "gemini": "judging",
     "isr": "judging", "ledger": "files", "manifest": "experiments", "page": "experiments", "panels": "judging",
     "protocol": "experiments", "ratings": "judging", "report": "experiments", "robustness": "experiments",
     "suites": "experiments", "verdicts": "judging", "wire": "judging",

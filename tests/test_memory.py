@@ -8,7 +8,7 @@ from PIL import Image
 
 import sifm_min
 from sifm_min import edit, editors
-from sifm_min.memory import Plan, pictures_at_once, plans
+from sifm_min.memory import Plan, plans
 
 
 class Device:
@@ -33,11 +33,11 @@ class Device:
     ("fast", "meta", None, None, [(None, False)]),
 ])
 def test_the_plans(name, device, count, batch, expected):
-    assert plans(name, Device(device), count, batch) == [(*plan, 1) for plan in expected]
+    assert plans(name, Device(device), count, batch) == expected
 
 
 def test_a_miniature_runs_all_at_once_on_a_cpu():
-    assert plans("auto", Device("cpu", miniature=True), 10)[0] == (10, False, 1)
+    assert plans("auto", Device("cpu", miniature=True), 10)[0] == (10, False)
 
 
 def test_an_unknown_plan_is_told():
@@ -47,9 +47,8 @@ def test_an_unknown_plan_is_told():
 
 @pytest.mark.parametrize(("plan", "words"), [
     (Plan(None, False), "everything at once"), (Plan(1, False), "one timestep at a time"),
-    (Plan(4, False), "4 timesteps at once"), (Plan(None, True), "activations computed again on the way back"),
-    (Plan(1, True), "one timestep at a time, activations computed again on the way back"),
-    (Plan(4, False, 8), "8 pictures at once, 4 timesteps at once"), (Plan(None, False, 2), "2 pictures at once")])
+    (Plan(4, False), "4 timesteps at once"), (Plan(None, True), "activations computed again in the backward pass"),
+    (Plan(1, True), "one timestep at a time, activations computed again in the backward pass")])
 def test_plans_in_words(plan, words):
     assert str(plan) == words
 
@@ -102,49 +101,10 @@ def test_where_memory_ends_the_next_plan_is_taken_and_said(error, editor, pictur
     assert [str(w.message) for w in told] == [
         "out of memory with 10 timesteps at once; going on with 5 timesteps at once",
         "out of memory with 5 timesteps at once; going on with 2 timesteps at once"]
-    assert result.report["memory"] == {"asked": "auto", "batch": 2, "checkpointing": False, "pictures": 1}
+    assert result.report["memory"] == {"asked": "auto", "batch": 2, "checkpointing": False}
     assert result.image.tobytes() == whole.image.tobytes()
     assert len(result.report["loss"]) == 2 and result.report["loss"] == whole.report["loss"]
     assert set(calls) == {2}
-
-
-def test_pictures_at_once_are_what_each_is_alone(editor):
-    """Three of one size, one of another between them, and a grey one: in the order given, each with its own losses."""
-    pictures = [sample.image for sample in sifm_min.miniature.samples(5, 5)]
-    pictures[1], pictures[3] = pictures[1].resize((96, 80)), pictures[3].convert("L")
-    together = sifm_min.immunize(pictures, editor, "make it night", steps=3, seed=3)
-    assert [result.report["memory"]["pictures"] for result in together] == [3, 1, 3, 1, 3]
-    for picture, found in zip(pictures, together, strict=True):
-        alone = immunized(picture, editor, steps=3)
-        assert found.image.size == picture.size and found.image.mode == alone.image.mode
-        for one, other in zip(found.report["loss"], alone.report["loss"], strict=True):
-            assert one == pytest.approx(other, rel=1e-3)
-        differ = sum(a != b for a, b in zip(found.image.tobytes(), alone.image.tobytes(), strict=True))
-        assert differ <= 1e-2 * len(alone.image.tobytes())
-        assert found.report["passes"] == alone.report["passes"]
-
-
-def test_pictures_that_do_not_fit_together_go_one_by_one(editor, monkeypatch):
-    pictures = [sample.image for sample in sifm_min.miniature.samples(2, 5)]
-    alone, encode, steps = [immunized(picture, editor, steps=2) for picture in pictures], editor.encode, []
-
-    def small(pixels):
-        if len(pixels) > 1:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return encode(pixels)
-
-    monkeypatch.setattr(editor, "encode", small)
-    with pytest.warns(UserWarning, match="with 2 pictures at once, 10 timesteps at once; going on with 10 timesteps at once"):
-        found = sifm_min.immunize(pictures, editor, "make it night", steps=2, seed=3,
-                                  on_step=lambda step, loss, terms: steps.append((step, loss)))
-    for one, other in zip(found, alone, strict=True):
-        assert one.image.tobytes() == other.image.tobytes() and one.report["loss"] == other.report["loss"]
-    assert steps == [(step, row["loss"]) for one in alone for step, row in enumerate(one.report["loss"])]
-
-
-def test_small_pictures_alone_run_at_once(editor):
-    assert [pictures_at_once("auto", editor, *size) for size in ((128, 128), (300, 300), (4000, 3000))] == [8, 2, 1]
-    assert pictures_at_once("low", editor, 128, 128) == 1
 
 
 def test_where_no_plan_fits_it_is_one_sentence(editor, picture, monkeypatch):

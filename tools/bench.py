@@ -4,7 +4,6 @@
     python tools/bench.py metrics --threads 1 --repeat 9 --backward
     python tools/bench.py memory                        one SIFM step on Stable Diffusion 3 at full size, random weights
     python tools/bench.py step                          one SIFM step, beside a naive one on diffusers; so are edit and load
-    python tools/bench.py folder --editor miniature     pictures at once, beside one after the other
     python tools/bench.py judge                         a run of 1,000 samples, 16 in flight, a service that takes 1 s a call
 
 A subcommand is a function that takes the parsed arguments, and an entry in `main`. Times are the least of --repeat calls

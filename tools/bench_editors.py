@@ -3,7 +3,6 @@
     step    one SIFM step, beside Algorithm 1 of the paper as one would write it on diffusers' networks (`Naive`)
     edit    an edit, beside diffusers' pipeline with the same scheduler
     load    cold files to the first SIFM step, each side in a process of its own
-    folder  pictures of one size as `immunize` takes them from a folder, beside the same one after the other
 
 The two sides take turns, in one process but for `load`; a ratio is ours over theirs within a round, and what is printed
 are medians over the rounds. Memory is what a call holds at its worst moment over what rests, of a call that is not timed.
@@ -65,9 +64,8 @@ from bench_peers import (  # noqa: E402
     weights,
 )
 
-from sifm_min import cli, images, memory  # noqa: E402
+from sifm_min import memory  # noqa: E402
 from sifm_min.editors import load_editor  # noqa: E402
-from sifm_min.immunize import immunize  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------- step
 
@@ -82,10 +80,7 @@ def bench_step(args):
         with torch.no_grad():
             contexts = editor.contexts([PROMPTS[i % len(PROMPTS)] + i // len(PROMPTS) * " again" for i in range(args.prompts)])
         rates = {dtype: peak_rates(args, dtype) for dtype in {editor.dtype, editor.vae_dtype}}
-        pairs, options, first = {}, dict(args.option), {}
-        if args.compile:
-            editor.compile()
-            args.profile = False                             # which looks into modules and operations as they are written
+        pairs, options = {}, dict(args.option)
         batch = options.pop("batch", None)
         for count in args.timesteps:
             T = editor.timesteps(count)
@@ -96,31 +91,19 @@ def bench_step(args):
                     made(x, n)
                 return made
 
-            with spent(first, count):
-                pairs[count] = [memory.run(ours, args.memory, editor, len(T), batch)[0]]
+            pairs[count] = [memory.run(ours, args.memory, editor, len(T), batch)[0]]
             if not lacking:
                 pairs[count].append(Naive(*peer).prepare(pixels, contexts, T, taps))
                 if count == args.timesteps[0]:
                     pairs[count][1](x, 0)
         rounds = rounds_of({count: [partial(side, x) for side in pair] for count, pair in pairs.items()}, args)
         found = {"bench": "step", "editor": name, "size": pixels.shape[-1], "taps": taps, "prompts": args.prompts,
-                 **dtypes(args), "options": dict(args.option), "compiled": args.compile, "first": first,
-                 "peer": lacking or f"naive, {args.peer_dtype}", "clock": clock(args), "peak_gflops": {
+                 **dtypes(args), "options": dict(args.option), "peer": lacking or f"naive, {args.peer_dtype}",
+                 "clock": clock(args), "peak_gflops": {
                      str(dtype).removeprefix("torch."): {kind: rate / 1e9 for kind, rate in best.items()}
                      for dtype, best in rates.items()},
                  "timesteps": {count: one_count(args, pairs[count][0], x, rounds[count], rates) for count in args.timesteps}}
         return tell_step(args, found)
-
-
-@contextlib.contextmanager
-def spent(found, key):
-    """found[key] becomes {"wall", "cpu": seconds} of the block, with those of the processes that it started and waited for."""
-    def both():
-        return time.perf_counter(), sum(os.times()[:4])
-
-    before = both()
-    yield
-    found[key] = {name: after - start for name, start, after in zip(("wall", "cpu"), before, both(), strict=True)}
 
 
 def size_of(editor, args):
@@ -172,7 +155,7 @@ def one_count(args, ours, x, rounds, rates):
 
 def tell_step(args, found):
     print(f"\n{found['editor']}, {found['size']}x{found['size']}, taps {', '.join(found['taps'])}, {found['prompts']} "
-          f"prompt(s), {found['dtype']} (VAE {found['vae_dtype']}){', compiled' * found['compiled']}; peer: {found['peer']}")
+          f"prompt(s), {found['dtype']} (VAE {found['vae_dtype']}); peer: {found['peer']}")
     print("this machine's peak, GFLOP/s: " + "; ".join(
         f"{dtype} matrix product {best['mm']:.0f}, 3x3 convolution {best['conv']:.0f}"
         for dtype, best in found["peak_gflops"].items()))
@@ -180,9 +163,6 @@ def tell_step(args, found):
     table(["timesteps", *heads(own), "cosine", "same sign", "ours runs"], [
         [count, *cells(one, own), figure(one.get("cosine"), 6), figure(one.get("same_sign"), 5), one["plan"]]
         for count, one in found["timesteps"].items()])
-    if args.compile:
-        print("before the first round, with what had to be compiled: " + "; ".join(
-            f"{figure(one['cpu'])} s of CPU, {figure(one['wall'])} s" for one in found["first"].values()))
     if args.profile:
         names = ["VAE forward", "denoiser forward", "denoiser backward", "VAE backward", "other"]
         table(["timesteps", *names, "GFLOP", "floor, s", "of it reached"],
@@ -274,11 +254,9 @@ def in_new_process(args, folder, side, taps, timestep):
     options = {"side": side, "editor": folder, "size": args.size, "dtype": args.dtype, "vae-dtype": args.vae_dtype,
                "peer-dtype": args.peer_dtype,
                "device": args.device, "threads": args.threads, "taps": ",".join(taps), "timestep": timestep}
-    surroundings = {**cli.SURROUNDINGS, **os.environ} if side == "ours" else None        # as our commands run
     started = time.perf_counter()
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("bench.py")), "load",
-                           *(f"--{name}={value}" for name, value in options.items())], text=True, stdout=subprocess.PIPE,
-                          env=surroundings)
+                           *(f"--{name}={value}" for name, value in options.items())], text=True, stdout=subprocess.PIPE)
     if done.returncode:
         raise SystemExit(f"the process of {side} ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1]) | {"seconds with imports": time.perf_counter() - started}
@@ -327,33 +305,6 @@ def one_side(args):
         "GPU peak": torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else None}))
 
 
-# -------------------------------------------------------------------------------------------------------------- folder
-
-def bench_folder(args):
-    keep_memory(False)
-    with weights(args) as (folder, name):
-        editor = load_ours(folder, args)
-        size = size_of(editor, args)
-        pictures = [images.to_image(picture(size)[0].roll(37 * n, 3)) for n in range(args.pictures)]
-        options = {"steps": args.steps, "timesteps": args.timesteps, "memory": args.memory}
-
-        def together(i):
-            return immunize(pictures, editor, PROMPTS[0], **options)
-
-        def one_by_one(i):
-            return [immunize(one, editor, PROMPTS[0], **options) for one in pictures]
-
-        calls = [together, one_by_one]
-        at_once = [call(0) for call in calls][0][0].report["memory"]["pictures"]          # which warms both up
-        rounds = rounds_of({"folder": calls}, args)["folder"]
-        found = {"bench": "folder", "editor": name, "size": size, "pictures": args.pictures, "at once": at_once, **options,
-                 **dtypes(args), "clock": clock(args), "rounds": args.repeat, **compared(rounds)}
-        print(f"\n{name}, {args.pictures} pictures of {size}x{size}, {args.steps} steps of {args.timesteps} timestep(s), "
-              f"{args.dtype} (VAE {args.vae_dtype}), {at_once} at once; peer: one after the other")
-        table(heads(clock(args)), [cells(found, clock(args))])
-        return save(args, found)
-
-
 # ---------------------------------------------------------------------------------------------------------- the command
 
 def option(text):
@@ -385,16 +336,10 @@ def add(commands, shared):
                       help="how many, comma-separated (default: 1,4,10)")
     made.add_argument("--prompts", type=int, default=1)
     made.add_argument("--memory", choices=memory.MEMORY, default="auto", help="our plan, as of `immunize` (default: auto)")
-    made.add_argument("--compile", action="store_true", help="with torch.compile; times, memory and agreement alone")
     made.add_argument("--option", type=option, action="append", default=[], metavar="NAME=VALUE", help="of `sifm`, as batch=2")
     made.add_argument("--no-profile", dest="profile", action="store_false", help="times, memory and agreement alone")
     made = command("edit", bench_edit, "an edit, beside diffusers' pipeline", repeat=3)
     made.add_argument("--steps", type=int, default=4, help="denoising steps (default: 4)")
-    made = command("folder", bench_folder, "pictures at once, beside one after the other", repeat=3)
-    made.add_argument("--pictures", type=int, default=8, help="(default: 8)")
-    made.add_argument("--steps", type=int, default=3, help="PGD iterations (default: 3)")
-    made.add_argument("--timesteps", type=int, default=10, help="(default: 10)")
-    made.add_argument("--memory", choices=memory.MEMORY, default="auto", help="as of `immunize` (default: auto)")
     made = command("load", bench_load, "cold files to the first SIFM step, beside diffusers' pipeline", repeat=3)
     made.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     made.add_argument("--timestep", type=int, help=argparse.SUPPRESS)
