@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import replace
+from datetime import datetime, timezone
 from functools import lru_cache
 from urllib.parse import quote
 
@@ -116,44 +117,86 @@ def _private_text(path):
 
 
 class Budget:
-    """What a run may spend, shared by its clients. A call is only made if its upper bound still fits.
+    """The limits of a run on calls and cost, shared by its clients. A call is made only if its upper bound still fits.
 
-    calls: made so far; cost: USD that the answers told; unknown: calls whose cost nobody told, which are held against
-    max_cost at their upper bound.
+    calls: made so far; cost: USD that the answers state; unknown: calls whose cost is not known; held: USD, the upper
+    bounds of those calls, which count against max_cost.
+
+    journal: a Ledger, or None. Each call is written there before it is sent ("intent") and after it has ended
+    ("settled"), so that a call in flight when the process is killed still counts in the next run.
     """
 
-    def __init__(self, max_cost=None, max_calls=None):
-        self.max_cost, self.max_calls = max_cost, max_calls
-        self.calls, self.cost, self.unknown = 0, 0.0, 0
-        self._held, self._reserved, self._changed = 0.0, {}, threading.Condition()
+    def __init__(self, max_cost=None, max_calls=None, journal=None):
+        self.max_cost, self.max_calls, self.journal = max_cost, max_calls, journal
+        self.calls, self.cost, self.unknown, self.held = 0, 0.0, 0, 0.0
+        self._reserved, self._changed, self._last = {}, threading.Condition(), 0
 
-    def take(self, bound):
-        """Reserve a call of at most `bound` USD, waiting while calls in flight may leave some of theirs; raises Stop."""
+    def resume(self, rows):
+        """Count the calls in the rows of a journal. Returns (calls, USD) of those that never ended: they were in flight.
+
+        A journal that was written before there were intents has the calls in the `attempts` of each answer.
+        """
+        in_flight = {}
+        for row in rows:
+            if row.get("kind") == "intent":
+                in_flight[row["call"]] = row["bound_usd"] or 0.0
+                self.calls += 1
+                self._last = max(self._last, row["call"])
+            elif row.get("kind") == "settled":
+                self._count(row["cost_usd"], in_flight.pop(row["call"], 0.0))
+            else:
+                earlier = [attempt for attempt in row.get("attempts", ()) if "call" not in attempt]
+                self.calls += len(earlier)
+                for attempt in earlier:
+                    self._count(attempt["cost"], row.get("bound_usd") or 0.0)
+        for call, bound in in_flight.items():
+            self._count(None, bound)
+            self._write({"kind": "settled", "call": call, "status": "in_flight_at_the_end", "cost_usd": None})
+        return len(in_flight), sum(in_flight.values())
+
+    def take(self, bound, **about):
+        """Reserve a call of at most `bound` USD and return its number; raises Stop where a limit is reached.
+
+        Waits while calls in flight may turn out cheaper than their bounds. `about` is written with the intent.
+        """
         with self._changed:
-            while self.max_cost is not None and self._committed() + bound > self.max_cost:
+            while self.max_cost is not None and self.cost + self.held + sum(self._reserved.values()) + bound > self.max_cost:
                 if not any(self._reserved.values()):
-                    told = f", up to {self._held:.4f} in calls whose cost nobody told" if self._held else ""
+                    unknown = f", up to {self.held:.4f} in calls of unknown cost" if self.held else ""
                     raise Stop("budget", f"the next call could exceed the limit of {self.max_cost} USD "
-                                         f"({self.cost:.4f} spent{told}); raise it to go on from here")
+                                         f"({self.cost:.4f} spent{unknown}); raise it to go on from here")
                 self._changed.wait()
             if self.max_calls is not None and self.calls >= self.max_calls:
                 raise Stop("budget", f"the limit of {self.max_calls} calls is reached; raise it to go on from here")
             self.calls += 1
-            ticket = object()
-            self._reserved[ticket] = bound or 0.0
-            return ticket
+            self._last += 1
+            call = self._last
+            self._reserved[call] = bound or 0.0
+        try:
+            self._write({"kind": "intent", "call": call, **about, "bound_usd": bound})
+        except OSError:                                      # a full disk: the call is not made
+            with self._changed:
+                self.calls -= 1
+                del self._reserved[call]
+                self._changed.notify_all()
+            raise
+        return call
 
-    def _committed(self):
-        return self.cost + self._held + sum(self._reserved.values())
-
-    def settle(self, ticket, cost):
-        """Give back what a call did not use; cost None: nobody told."""
+    def settle(self, call, cost, status):
+        """End a call: release its reservation. cost: USD, or None where it is not known."""
         with self._changed:
-            bound = self._reserved.pop(ticket)
-            self.cost += cost or 0.0
-            self.unknown += cost is None
-            self._held += bound if cost is None else 0.0
+            self._count(cost, self._reserved.pop(call))
             self._changed.notify_all()
+        self._write({"kind": "settled", "call": call, "status": status, "cost_usd": cost})
+
+    def _count(self, cost, bound):
+        self.cost += cost or 0.0
+        self.unknown += cost is None
+        self.held += bound if cost is None else 0.0
+
+    def _write(self, row):
+        if self.journal is not None:
+            self.journal.append({**row, "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds")})
 
 
 class _TooLarge(Exception):
@@ -229,7 +272,7 @@ class Client:
         self._notify, self._clock, self._sleep = notify or (lambda text: None), clock, sleep or self._ended.wait
         self._jitter = jitter or random.Random().uniform
         self._lock, self._first = threading.Lock(), threading.Lock()
-        self._proven, self._warned, self._in_flight, self._failures = False, False, 0, 0
+        self._proven, self._warned, self._remarked, self._in_flight, self._failures = False, False, False, 0, 0
         self._paused_until = self._next_slot = -math.inf
         self._sessions = queue.LifoQueue()
 
@@ -327,13 +370,13 @@ class Client:
             self._back_off(outcome, failures)
 
     def _call(self, request, body, room, attempts):
-        """One call, within pause and budget, put down in `attempts`."""
+        """Make one call within pause and budget, and add it to `attempts`."""
         self._wait_for_turn()
         try:
-            ticket = self.budget.take(self.estimate(request, room)[1])
+            number = self.budget.take(self.estimate(request, room)[1], model=self.spec.model, question=request.name)
         except Stop as stop:
             raise self._halt(*stop.args) from None
-        started, outcome, tokens, cost = time.monotonic(), None, {}, None
+        started, outcome, tokens, cost, status = time.monotonic(), None, {}, None, "failed"
         try:
             outcome = self._understood(self._post(self.spec.url, body))
             if outcome.kind == "reply":
@@ -342,10 +385,10 @@ class Client:
                 cost = _cost(tokens, self.spec.price)
             elif not outcome.billed:
                 cost = 0.0
+            status = outcome.reply["status"] if outcome.kind == "reply" else outcome.status
         finally:
-            self.budget.settle(ticket, cost)
-        status = outcome.reply["status"] if outcome.kind == "reply" else outcome.status
-        attempts.append({"status": status, "http_status": outcome.http, "tokens": tokens, "cost": cost,
+            self.budget.settle(number, cost, status)
+        attempts.append({"call": number, "status": status, "http_status": outcome.http, "tokens": tokens, "cost": cost,
                          "seconds": round(time.monotonic() - started, 3), "answered": outcome.kind == "reply"})
         return outcome
 
@@ -365,8 +408,12 @@ class Client:
         elif status is None:
             reply["status"] = "ok"
         if reply["status"] not in ("ok", "model_mismatch"):
-            why = reply.get("block_reason") or reply.get("finish_reason")
-            reply["message"] = f"{model}: {reply['status'].replace('_', ' ')}{f' ({why})' if why else ''}"
+            why, remark = reply.get("block_reason") or reply.get("finish_reason"), reply["message"]
+            reply["message"] = (f"{model}: {reply['status'].replace('_', ' ')}{f' ({why})' if why else ''}"
+                                f"{f': {remark}' if remark else ''}")
+            if remark and not self._remarked:
+                self._remarked = True
+                self._notify(self._clean(reply["message"]))
         told = reply.get("model_status") or {}
         if told.get("modelStage") in ("LEGACY", "DEPRECATED", "RETIRED") and not self._warned:
             self._warned = True

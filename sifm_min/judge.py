@@ -6,10 +6,11 @@
 
 A run asks every judge of the panel about every sample, and writes each answer to DIR/ledger.jsonl before that judge is
 asked anything else. The ledger is evidence and cache: an answer is found again by what was asked (pictures by their
-pixels, words, model, settings, vote), so that a run that was killed, stopped or extended buys nothing twice. No picture
-and no key is written. A DIR belongs to one panel.
+pixels, words, model, settings, vote). A run that was killed, stopped or extended buys no written answer again; at most
+the calls that were in flight are bought twice. Each call is written down before it is sent, so that these calls, too,
+count in the limits of the next run. No picture and no key is written. A DIR belongs to one panel.
 
-  ledger.jsonl    every answer, in the order of arrival: what was asked (hashes), said, counted, paid
+  ledger.jsonl    every call (intent, settled) and every answer, in order of time: what was asked (hashes), said, paid
   records.jsonl   one isr.Record per sample and judge, in the manifest's order
   manifest.jsonl  the samples as they were judged;  run.json  panel, canaries, costs, rates, and whether it ended
 
@@ -37,6 +38,7 @@ from .panels import Panel, findings, picture_sha256, read_manifest
 from .verdicts import estimated, percent
 from .wire import Stop
 
+ANSWERS = ("verdict", "canary")                              # kinds of a ledger's rows; the others are calls
 PASSING = ("http_error", "timeout", "model_mismatch")        # no answer of this judge: asked again by the next run
 CANARY_HOURS = 20                                            # for so long canaries vouch for a model
 UNAVAILABLE = ("credential", "request", "model", "unreachable", "tls", "redirect")      # reasons of Stop: nothing to be had
@@ -164,7 +166,7 @@ class _Run:
     # ---- before and after
 
     def _take_over(self):
-        """What earlier runs into this folder left: their answers, and what they spent."""
+        """Read the answers of earlier runs into this folder, and count their calls and cost."""
         if self.ledger.repaired:
             self.notify(f"{self.ledger.path}: the last line was cut off, {self.ledger.repaired} bytes; it is removed")
         before = verdicts.load(self.folder / "run.json")
@@ -174,11 +176,14 @@ class _Run:
             raise ValueError(f"{self.folder} holds verdicts of {verdicts.whose(before)}, which were asked otherwise; "
                              "choose another folder")
         for row in self.ledger.rows:
-            self._take(row)
-            self.budget.calls += len(row["attempts"])
-            self.budget.cost += sum(attempt["cost"] or 0.0 for attempt in row["attempts"])
-            self.budget.cost += row["unknown"] * (row["bound_usd"] or 0.0)       # calls that may have cost so much
-            self.budget.unknown += row["unknown"]
+            if row.get("kind") in ANSWERS:
+                self._take(row)
+        self.budget.journal = self.ledger
+        calls, cost = self.budget.resume(list(self.ledger.rows))
+        if calls:
+            price = f" and {cost:.4f} USD at most" if cost else ""
+            self.notify(f"{calls} calls were in flight when the last run ended: they count as {calls} calls{price}, and their "
+                        "questions are asked again")
 
     def _about(self):
         return {"kind": "models", "version": __version__, "time_utc": _now(), "panel": self.panel.record(),
@@ -192,11 +197,11 @@ class _Run:
         return sample.record() | files
 
     def _spent(self):
-        rows = self.ledger.rows
-        cost = [attempt["cost"] for row in rows for attempt in row["attempts"]]
+        rows = [row for row in self.ledger.rows if row.get("kind") in ANSWERS]
         counted = {name: sum(row["tokens"].get(name) or 0 for row in rows) for name in ("prompt", "output", "thoughts")}
-        return {"calls": len(cost), "cost_usd": round(sum(c or 0.0 for c in cost), 6),
-                "calls_of_unknown_cost": sum(row["unknown"] for row in rows), "tokens": counted}
+        return {"calls": self.budget.calls, "cost_usd": round(self.budget.cost, 6),
+                "calls_of_unknown_cost": self.budget.unknown, "their_cost_usd_at_most": round(self.budget.held, 6),
+                "tokens": counted}
 
     def _write(self, name, text):
         writing.write(self.folder / name, text, overwrite=True)
@@ -263,22 +268,20 @@ class _Run:
 
         def requests(judge, questions):
             for row, make in questions:
-                request = make()
-                asked[judge].append((row, judge.client.estimate(request)[1]))
-                yield request
+                asked[judge].append(row)
+                yield dataclasses.replace(make(), name=row["key"])
         busy = list(work)
         answers = ask_many([(judge.client, requests(judge, work[judge])) for judge in busy], concurrency=self.concurrency)
         with contextlib.closing(answers):                    # an error here ends the calls in flight now, not at exit
             for which, index, answer in answers:
-                row, bound = asked[busy[which]][index]
-                self._keep(busy[which], row, bound, answer)
+                self._keep(busy[which], asked[busy[which]][index], answer)
                 asked[busy[which]][index] = None
         for judge in busy:
             stop = judge.client.stopped
             if stop and judge.name not in [name for name, _, _ in self.stops]:
                 self.stops.append((judge.name, stop.reason, str(stop)))
 
-    def _keep(self, judge, row, bound, answer):
+    def _keep(self, judge, row, answer):
         told = answer.record()
         data = told.pop("data")
         mismatch, degradation, evidence = findings(data) if answer.ok else (None, None, {})
@@ -289,7 +292,7 @@ class _Run:
         row = {**row, "judge": judge.name, "panel": self.panel.id, "prompt": self.panel.prompt.id,
                "prompt_sha256": self.panel.prompt.sha256, "schema_sha256": self.panel.prompt.schema_sha256,
                "semantic_mismatch": mismatch, "perceptual_degradation": degradation, "evidence": evidence, **told,
-               "bound_usd": bound, "version": __version__, "time_utc": _now()}
+               "version": __version__, "time_utc": _now()}
         self.ledger.append(row)
         self._take(row)
 
@@ -312,9 +315,11 @@ class _Run:
                 self.notify(f"{judge.name} misjudged {len(wrong)} of {len(found)} canaries ({', '.join(wrong)}); "
                             "the run is marked")
             return True
+        silent = [row for _, row in found if row["status"] != "ok"]
+        why = f"; {len(silent)} of these had no verdict at all ({silent[0]['message']})" if silent else ""
         self.stops.append((judge.name, "canaries", f"{judge.name} misjudged {len(wrong)} of {len(found)} pictures of known "
-                           f"verdict ({', '.join(wrong)}), so it was asked no more; take another model, or judge with it all "
-                           "the same by --accept-canaries"))
+                           f"verdict ({', '.join(wrong)}){why}, so it was asked no more; take another model, or judge with "
+                           "it all the same by --accept-canaries"))
         return False
 
     # ---- results
@@ -384,7 +389,8 @@ A manifest has a JSON object a line: sample_id, original, edited, prompt, arm ("
 image_id, prompt_id, prompt_type, category, editor, method where known; files are relative to it. A panel is a name or a .json
 file. Keys come from the environment (GEMINI_API_KEY, or what the panel names) or a file of mode 600 (GEMINI_API_KEY_FILE);
 only `run` and `dry-run --count` send pictures, and only to the panel's addresses. Exit codes: 0 all done, 1 some samples
-without verdict, 2 usage or key, 3 service unavailable, 130 interrupted (run again: nothing is bought twice)."""
+without verdict, 2 usage or key, 3 service unavailable, 130 interrupted (run the command again: at most the calls that were in
+flight are bought twice, and they count in the limits)."""
 
 
 def _parser():
@@ -464,7 +470,8 @@ def _dry_run(args):
     known = {}
     if args.output and (args.output / "ledger.jsonl").exists():
         from . import ledger
-        known = {row["key"]: row for row in ledger.read(args.output / "ledger.jsonl") if row["status"] == "ok"}
+        known = {row["key"]: row for row in ledger.read(args.output / "ledger.jsonl")
+                 if row.get("kind") in ANSWERS and row["status"] == "ok"}
     total, priced = 0.0, True
     for name, spec in panel.judges.items():
         judge = Judge(name, Client(spec, Key("offline", "a dry run")), panel)       # which is never sent

@@ -9,8 +9,10 @@ elsewhere is not repaired in silence: the file is evidence.
 """
 
 import contextlib
+import errno
 import json
 import os
+import threading
 from pathlib import Path
 
 
@@ -24,6 +26,7 @@ class Ledger:
     def __init__(self, path):
         self.path, self.rows, self.repaired = Path(path), [], 0
         self._file = self._lock = None
+        self._writing = threading.Lock()
 
     def __enter__(self):
         self._lock = _locked(self.path.with_name(f".{self.path.name}.lock"), self.path)
@@ -43,23 +46,31 @@ class Ledger:
         return self
 
     def __exit__(self, *_):
-        for file in (self._file, self._lock):
-            if file is not None:
-                os.close(file)
-        self._file = self._lock = None
+        with self._writing:                                  # a row of another thread is written whole
+            for file in (self._file, self._lock):
+                if file is not None:
+                    os.close(file)
+            self._file = self._lock = None
 
     def append(self, row):
-        """Write a JSON-ready dict and wait for the disk; raises OSError, and then no part of it is written."""
-        line, whole = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n", os.fstat(self._file).st_size
-        try:
-            while line:
-                line = line[os.write(self._file, line):]
-            os.fsync(self._file)
-        except OSError as error:
-            with contextlib.suppress(OSError):               # else the next row would be written behind half of this one
-                os.ftruncate(self._file, whole)
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
-        self.rows.append(row)
+        """Write a JSON-ready dict and wait for the disk; raises OSError, and then no part of it is written.
+
+        Safe to call from several threads. After the context has ended it raises OSError.
+        """
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        with self._writing:
+            if self._file is None:
+                raise OSError(errno.EBADF, "the journal is closed", str(self.path))
+            whole = os.fstat(self._file).st_size
+            try:
+                while line:
+                    line = line[os.write(self._file, line):]
+                os.fsync(self._file)
+            except OSError as error:
+                with contextlib.suppress(OSError):           # else the next row would follow half of this one
+                    os.ftruncate(self._file, whole)
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+            self.rows.append(row)
 
 
 def read(path):

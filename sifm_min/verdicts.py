@@ -31,7 +31,7 @@ def load_records(folder):
     if about is None:
         raise ValueError(f"{folder}: is no folder of verdicts; `run` and `import-ratings` make one")
     if about.get("state") == "running":
-        raise ValueError(f"{folder}: its run has not ended; run the same command again, it buys nothing twice")
+        raise ValueError(f"{folder}: its run has not ended; run the same command again, it goes on from there")
     try:
         lines = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
         return [isr.Record(**json.loads(line)) for line in lines], about
@@ -74,6 +74,8 @@ def describe(about):
            f"{', '.join(panel['judges'])}; {about['samples']} samples, {percent(results['coverage'])} judged by all")
     if not people:
         unknown = f", and {about['calls_of_unknown_cost']} calls of unknown cost" if about["calls_of_unknown_cost"] else ""
+        if most := about.get("their_cost_usd_at_most"):
+            unknown += f" (at most {most:.4f} USD)"
         yield f"{about['calls']} calls, {about['cost_usd']:.4f} USD{unknown}"
         for name, canary in about["canaries"].items():
             if wrong := canary["wrong"]:

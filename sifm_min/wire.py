@@ -22,7 +22,9 @@ REASONS = ("credential", "request", "model", "quota_day", "quota", "breaker", "b
            "tls", "redirect", "interrupted")
 
 TRIES, FEW = 6, 3                                            # calls for one answer, and where another seldom helps
-PATIENCE = 3600                                              # seconds: a longer wait that is asked for is a mistake
+PATIENCE = 3600                                              # seconds: the longest wait within a run; a longer one ends it
+LONGEST = 31 * 86400                                         # seconds: a wait beyond this is a mistake, and is ignored
+SECONDS = r"(\d{1,9}(?:\.\d{1,9})?)"
 TEXT_CAP = 2**16                                             # characters in which a verdict is looked for
 # What no official page confirms yet; each is decided here and nowhere else.
 INLINE_CAP = 18 * 2**20                                      # the limit is 20 MB, or 100 MB since January 2026
@@ -32,9 +34,11 @@ GEMINI_SCHEMA = "responseJsonSchema"                         # deprecated in fav
 BLOCKED = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT",
            "IMAGE_RECITATION", "content_filter")
 HARMS = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")
-# A 400 about this sample's picture, and errors that every picture would meet.
-ONE_IMAGE = re.compile(r"(?i)\bimages?\b|inline_?data|mime ?type")
-NO_IMAGES = re.compile(r"(?i)not support|unsupported (content|parameter)|at most \d+ image|mmproj|multimodal|missing data")
+# Errors about a picture; those that every picture would meet, because the model takes none; and a quota of zero.
+ONE_IMAGE = re.compile(r"(?i)\bimages?\b|image_url|inline_?data|mime ?type")
+NO_IMAGES = re.compile(r"(?i)not support|unsupported (content|parameter)|at most \d+ image|mmproj|multimodal|missing data|"
+                       r"modality|not enabled|unknown variant|only supported by certain models|no endpoints found")
+ZERO_LIMIT = re.compile(r"(?i)\blimit:? ?0\b(?![.,]?\d)")
 
 
 # ------------------------------------------------------------------------------------------------ the models, as data
@@ -195,13 +199,15 @@ class Request:
     """A question: `parts` are texts and PIL pictures in order; `schema` is that of the answer, or None for plain text.
 
     schema: JSON Schema of a flat object; its required properties are checked by type, others are ignored.
-    seed: sent where the family takes one; best effort on the other side.
+    seed: sent where the family takes one; the service does its best to follow it. name: of the question in a journal; not
+    sent.
     """
 
     system: str
     parts: list
     schema: dict | None = None
     seed: int | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -209,7 +215,8 @@ class Answer:
     """What came of a request, after all its calls. tokens: sums over the answered calls, None where not told.
 
     cost: USD of the answered calls, None if one of them is not known; unknown: how many calls may have cost something
-    that nobody told. attempts: each call as {"status", "http_status", "tokens", "cost", "seconds"}.
+    that nobody told. attempts: each call as {"call", "status", "http_status", "tokens", "cost", "seconds"}; "call" is its
+    number in the journal.
     """
 
     status: str
@@ -303,12 +310,13 @@ def _gemini_reply(answer):
     candidates = answer.get("candidates")
     candidate = _dict(candidates[0]) if isinstance(candidates, list) and candidates else {}
     parts = _dict(candidate.get("content")).get("parts")
-    texts = [_string(part.get("text")) or "" for part in parts if isinstance(part, dict) and not part.get("thought")] \
-        if isinstance(parts, list) else []
+    parts = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    texts = [_string(part.get("text")) or "" for part in parts if not part.get("thought")]
+    thoughts = "parts marked as thought" if any(part.get("thought") and _string(part.get("text")) for part in parts) else None
     usage = _dict(answer.get("usageMetadata"))
     tokens = _tokens(usage, prompt="promptTokenCount", cached="cachedContentTokenCount", output="candidatesTokenCount",
                      thoughts="thoughtsTokenCount", total="totalTokenCount")
-    return _reply("".join(texts), _string(candidate.get("finishReason")), block, bool(candidate), tokens,
+    return _reply("".join(texts), _string(candidate.get("finishReason")), block, bool(candidate), tokens, thoughts,
                   model_version=_string(answer.get("modelVersion")), response_id=_string(answer.get("responseId")),
                   model_status={k: short(v) for k, v in _dict(answer.get("modelStatus")).items() if _string(v)} or None)
 
@@ -321,6 +329,8 @@ def _openai_reply(answer):
     if isinstance(content, list):
         content = "".join(_string(_dict(part).get("text")) or "" for part in content)
     text = _without_thoughts(_string(content) or "")
+    thoughts = next((name for name in ("reasoning", "reasoning_content") if (_string(message.get(name)) or "").strip()),
+                    "a <think> block" if _string(content) and content.strip() and not text.strip() else None)
     usage = _dict(answer.get("usage"))
     reasoning = _dict(usage.get("completion_tokens_details")).get("reasoning_tokens", 0)
     cached = _dict(usage.get("prompt_tokens_details")).get("cached_tokens", 0)
@@ -328,7 +338,7 @@ def _openai_reply(answer):
                      output="completion_tokens", thoughts="reasoning", total="total_tokens")
     if tokens["output"] is not None and tokens["thoughts"] is not None:
         tokens["output"] = max(0, tokens["output"] - tokens["thoughts"])     # here it includes the reasoning
-    reply = _reply(text, _string(choice.get("finish_reason")), None, bool(choice), tokens,
+    reply = _reply(text, _string(choice.get("finish_reason")), None, bool(choice), tokens, thoughts,
                    model_version=_string(answer.get("model")), response_id=_string(answer.get("id")),
                    fingerprint=_string(answer.get("system_fingerprint")))
     if reply["status"] in (None, "empty") and (refusal := _string(message.get("refusal"))):
@@ -336,8 +346,11 @@ def _openai_reply(answer):
     return reply
 
 
-def _reply(text, finish, block, candidate, tokens, **rest):
-    """One decision for both wires. A reason that is not known is abnormal: only STOP is an answer."""
+def _reply(text, finish, block, candidate, tokens, thoughts, **rest):
+    """The fields of an Answer, by the same rules for both wires. An unknown finish reason is abnormal: only STOP is an answer.
+
+    thoughts: the place where the reply has its reasoning, or None. Reasoning is never read as an answer.
+    """
     if block:
         status = "blocked_prompt"
     elif not candidate:
@@ -352,7 +365,12 @@ def _reply(text, finish, block, candidate, tokens, **rest):
         status = None if text.strip() else "empty"
     told = {"finish_reason": finish, "block_reason": block, **rest}
     told = {name: short(value, 200) if isinstance(value, str) else value for name, value in told.items()}
-    return {"status": status, "text": text, "tokens": tokens, **told}
+    remark = ""
+    if thoughts and not text.strip() and status in ("empty", "truncated"):
+        remark = f"the text is in {thoughts} alone, which is not read as an answer; " + (
+            "raise max_output_tokens, or let the model think less" if status == "truncated" else
+            "switch thinking off for this model, or have the server put the answer into its content")
+    return {"status": status, "text": text, "tokens": tokens, "message": remark, **told}
 
 
 def _without_thoughts(text):
@@ -489,7 +507,7 @@ def understand(spec, status, headers, raw):
         read = _gemini_reply if spec.provider == "gemini" else _openai_reply
         return Outcome("reply", http=status, reply=read(content))
     if status == 200 and not utf8:
-        return Outcome("reply", http=status, reply={"status": "bad_encoding", "text": "", "tokens": {}})
+        return Outcome("reply", http=status, reply={"status": "bad_encoding", "text": "", "tokens": {}, "message": ""})
     if 200 <= status < 300 and not isinstance(content, dict):
         return Outcome("again", http=status, message=f"{spec.host} answers with something that is not JSON", tries=FEW,
                        billed=FAILED_MAY_BE_BILLED)
@@ -500,23 +518,27 @@ def understand(spec, status, headers, raw):
 
 
 def _refusal(spec, status, headers, name, message, details):
-    told = f"{spec.host} answers {status}{' ' + name if name else ''}: {message}"
+    told = f"{spec.host} answers {status}{' ' + name if name else ''}: {short(message)}"
     stop = Outcome("stop", http=status, message=told)
-    if NO_IMAGES.search(message) and ONE_IMAGE.search(message):
+    about = message.replace(spec.model, "")                  # whose name may have "image" in it
+    if status not in (401, 402, 403, 429) and NO_IMAGES.search(about) and ONE_IMAGE.search(about):
         return replace(stop, reason="model", message=f"{told}; {spec.model} must be able to see two pictures at once")
     if status == 429 or (status == 503 and name == "RESOURCE_EXHAUSTED"):
-        return _quota(spec, headers, stop, details, name)
+        return _quota(spec, headers, stop, details, name, message)
     if status in (408, 425, 499) or status >= 500:
+        wait = _asked(headers, details)
+        if wait > PATIENCE:
+            return replace(stop, reason="unreachable", billed=FAILED_MAY_BE_BILLED,
+                           message=f"{told}; it asks to wait {_span(wait)}: run the same command again then")
         return Outcome("again", "timeout" if status in (408, 504) else "http_error", told, status,
-                        wait=_asked(headers, details), tries=FEW if status == 500 else TRIES, billed=FAILED_MAY_BE_BILLED)
+                        wait=wait, tries=FEW if status == 500 else TRIES, billed=FAILED_MAY_BE_BILLED)
     if "content_filter" in name or "content_policy" in name:
         return Outcome("final", "blocked_prompt", told, status)
-    if status == 413 or (status in (400, 422) and ONE_IMAGE.search(message)):
+    if status == 413 or (status in (400, 422) and ONE_IMAGE.search(about)):
         return Outcome("final", "bad_input", told, status)
     reasons = " ".join(_string(d.get("reason")) or "" for d in details)
     if status in (401, 402, 403) or "API_KEY" in reasons or re.search(r"(?i)\bAPI key\b|credential", message):
-        advice = "add credit and start again" if status == 402 else "check the key: it is wrong, blocked or of another kind"
-        return replace(stop, reason="credential", message=f"{told}; {advice}")
+        return replace(stop, reason="credential", message=f"{told}; {_key_advice(status, reasons, message)}")
     if name == "FAILED_PRECONDITION":
         return replace(stop, reason="request", message=f"{told}; the free tier may not serve this country, or billing is off")
     if status == 404:
@@ -525,31 +547,56 @@ def _refusal(spec, status, headers, name, message, details):
     return replace(stop, reason="request", message=f"{told}; the panel's settings do not suit this model")
 
 
-def _quota(spec, headers, stop, details, told):
-    """A 429: wait, or stop where no wait of this hour helps."""
+def _key_advice(status, reasons, message):
+    """The remedy for a refused key, by Google's ErrorInfo reasons and by what the message says."""
+    if status == 402:
+        return "add credit and start again"
+    if "SERVICE_DISABLED" in reasons or re.search(r"(?i)has not been used in project|API (is|was) (not enabled|disabled)|"
+                                                  r"API is not (enabled|activated)|API not enabled", message):
+        return "the key is sound, but its project has this API switched off: enable it in the project's console, wait a few " \
+               "minutes and start again"
+    if "BILLING_DISABLED" in reasons or re.search(r"(?i)requires billing|enable billing", message):
+        return "link billing to the key's project and start again"
+    if "API_KEY_SERVICE_BLOCKED" in reasons or re.search(r"(?i)requests to this API .*blocked", message):
+        return "the key is restricted to other APIs: allow this one among the key's restrictions, or take another key"
+    if re.search(r"_(IP_ADDRESS|HTTP_REFERRER|ANDROID_APP|IOS_APP)_BLOCKED", reasons):
+        return "the key may not be used from this machine: change its restrictions, or take another key"
+    return "check the key: it is wrong, blocked or of another kind"
+
+
+def _quota(spec, headers, stop, details, name, message):
+    """The Outcome of a 429: wait, or stop where a wait within the hour does not help."""
     lists = [d.get("violations") for d in details]
     violations = [v for found in lists if isinstance(found, list) for v in found if isinstance(v, dict)]
-    if "insufficient_quota" in told:
+    if "insufficient_quota" in name:
         return replace(stop, reason="quota", message=f"{stop.message}; add credit and start again")
-    if any(v.get("quotaValue") in ("0", 0) for v in violations):
-        return replace(stop, reason="quota", message=f"the quota for {spec.model} is 0: it is withdrawn, or not offered to "
-                       "this project; take another panel or link billing")
+    if any(v.get("quotaValue") in ("0", 0) for v in violations) or ZERO_LIMIT.search(message):
+        return replace(stop, reason="quota", message=f"{spec.model} is not in the plan of this key: its quota is 0, so that no "
+                       "waiting helps (or the model was withdrawn); take another panel, or link billing to the key's project")
     if any("PerDay" in (_string(v.get("quotaId")) or "") for v in violations):
         return replace(stop, reason="quota_day", message=f"today's quota for {spec.model} is spent; it starts anew at midnight "
                        "Pacific time (8:00 UTC in winter, 7:00 in summer): run the same command again then")
-    return replace(stop, kind="again", limited=True, wait=_asked(headers, details))
+    wait = _asked(headers, details)
+    if wait > PATIENCE:
+        return replace(stop, reason="quota", message=f"the quota for {spec.model} is spent, and {spec.host} asks to wait "
+                       f"{_span(wait)}: run the same command again then")
+    return replace(stop, kind="again", limited=True, wait=wait)
 
 
 def _asked(headers, details):
     """The longest sane wait in seconds that the header or the details ask for, else 0."""
-    found = [(re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)s", _string(d.get("retryDelay")) or "") or [0, 0])[1] for d in details]
+    found = [re.fullmatch(SECONDS + "s", _string(d.get("retryDelay")) or "") for d in details]
     after = headers.get("Retry-After", "").strip()
-    if re.fullmatch(r"\d{1,9}", after):
-        found.append(after)
-    elif after:
+    found.append(re.fullmatch(SECONDS + "s?", after))
+    waits = [float(match[1]) for match in found if match]
+    if after and not found[-1]:
         with contextlib.suppress(ValueError, TypeError):     # a date: against the server's own clock, not ours
-            found.append((parsedate_to_datetime(after) - parsedate_to_datetime(headers.get("Date", ""))).total_seconds())
-    return max([seconds for seconds in map(float, found) if 0 <= seconds <= PATIENCE], default=0.0)
+            waits.append((parsedate_to_datetime(after) - parsedate_to_datetime(headers.get("Date", ""))).total_seconds())
+    return max([seconds for seconds in waits if 0 <= seconds <= LONGEST], default=0.0)
+
+
+def _span(seconds):
+    return f"{seconds / 3600:.1f} hours" if seconds < 2 * 86400 else f"{seconds / 86400:.1f} days"
 
 
 def _problem(content, text):
@@ -561,7 +608,7 @@ def _problem(content, text):
     if message.lstrip().startswith("<"):
         message = "a web page"
     details = error.get("details")
-    return short(name, 60), short(message), [d for d in details if isinstance(d, dict)] if isinstance(details, list) else []
+    return short(name, 60), message[:TEXT_CAP], [d for d in details if isinstance(d, dict)] if isinstance(details, list) else []
 
 
 # -------------------------------------------------------------------------------------------------------- small helpers

@@ -83,13 +83,15 @@ def verdict(mismatch, degradation, **rest):
                             "perceptual_degradation": degradation}), **rest)
 
 
-def says(text, *, finish="STOP", usage=USAGE, version=None, thought=None, refusal=None, reasoning=None, extra=None):
-    """A 200 with this text; text None: a content without parts. finish None: no reason is given."""
+def says(text, *, finish="STOP", usage=USAGE, version=None, thought=None, refusal=None, thoughts=None, extra=None):
+    """A 200 with this text; text None: a content without parts. finish None: no reason is given.
+
+    thought: the text of a part marked as thought (Gemini); thoughts: fields of the message (the OpenAI form).
+    """
     def step(handler, call):
         model = version or call.model
         if call.openai:
-            message = {"role": "assistant", "content": text} | ({"refusal": refusal} if refusal else {}) | (
-                {"reasoning": reasoning} if reasoning else {})
+            message = {"role": "assistant", "content": text} | ({"refusal": refusal} if refusal else {}) | (thoughts or {})
             reasons = {"STOP": "stop", "MAX_TOKENS": "length", "SAFETY": "content_filter"}
             counts = {"prompt_tokens": 2710, "completion_tokens": 707, "total_tokens": 3417,
                       "completion_tokens_details": {"reasoning_tokens": 611}} if usage is USAGE else usage

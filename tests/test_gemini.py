@@ -340,8 +340,9 @@ def test_13_a_paused_model_starts_nothing(bench):
 
 @pytest.mark.parametrize("step, waited", [
     (quota(Retry_After="7"), 8), (quota("2s", Retry_After="7"), 8), (quota("9.5s", Retry_After="7"), 10.5),
-    (quota("0.000000001s"), 2), (quota(Retry_After="-1"), 1), (quota(Retry_After="abc"), 1), (quota(Retry_After="999999"), 1),
-    (quota("999999s"), 1), (quota("soon"), 1), (error(429), 1), (sends("", 429), 1), (quota(Retry_After="1" * 400), 1),
+    (quota("0.000000001s"), 2), (quota(Retry_After="-1"), 1), (quota(Retry_After="abc"), 1), (quota(Retry_After="12.5"), 13.5),
+    (quota(Retry_After="99999999"), 1), (quota("99999999s"), 1), (quota(Retry_After="7.25s"), 8.25), (quota("soon"), 1),
+    (error(503, Retry_After="2.5"), 3.5), (error(429), 1), (sends("", 429), 1), (quota(Retry_After="1" * 400), 1),
     (error(503, "RESOURCE_EXHAUSTED", details=[{"retryDelay": "4s"}]), 5)])
 def test_14_sane_waits_are_honoured(bench, step, waited):
     assert bench.ask([step, verdict(True, True)])[0].ok
@@ -356,11 +357,41 @@ def test_14_a_date_is_read_against_the_clock_of_the_server():
 
 @pytest.mark.parametrize("step, reason, words, calls", [
     (quota(per="Day"), "quota_day", "midnight Pacific time", 1), (quota("30s", per="Day"), "quota_day", "today's quota", 1),
-    (quota("30s", value="0"), "quota", "withdrawn", 1), (quota(), "quota", "it never answered", 6),
-    (quota("1800s"), "quota", "it never answered", 1)])
+    (quota("30s", value="0"), "quota", "is not in the plan of this key", 1), (quota(), "quota", "it never answered", 6),
+    (quota("1800s"), "quota", "it never answered", 1), (quota("7200s"), "quota", "asks to wait 2.0 hours", 1),
+    (quota(Retry_After="260000"), "quota", "asks to wait 3.0 days", 1),
+    (error(503, "UNAVAILABLE", Retry_After="5400"), "unreachable", "asks to wait 1.5 hours", 1)])
 def test_15_a_quota_that_no_wait_helps(bench, step, reason, words, calls):
     stop, made = bench.stop([step])
     assert (stop.reason, made) == (reason, calls) and words in str(stop)
+
+
+NO_PLAN = (
+    "You exceeded your current quota, please check your plan and billing details. For more information on this error, head to: "
+    "https://ai.google.dev/gemini-api/docs/rate-limits. To monitor your current usage, head to: https://ai.dev/usage?tab=rate-"
+    "limit. \n* Quota exceeded for metric: generativelanguage.googleapis.com/generate_content_free_tier_{}, limit: {}, model: "
+    "gemini-2.5-pro\n* Quota exceeded for metric: generativelanguage.googleapis.com/generate_content_free_tier_requests, "
+    "limit: {}, model: gemini-2.5-pro\nPlease retry in 21.5s.")
+PER_DAY = [{"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [
+    {"quotaMetric": "generativelanguage.googleapis.com/generate_content_free_tier_requests", "quotaId": f"{name}-FreeTier",
+     "quotaDimensions": {"location": "global", "model": "gemini-2.5-pro"}} for name in (
+        "GenerateRequestsPerDayPerProjectPerModel", "GenerateRequestsPerMinutePerProjectPerModel")]},
+    {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "21s"}]
+
+
+@both
+def test_15_quota_of_zero_is_no_quota_of_today(bench, provider):
+    """The limit is only in the message, far behind its start, and the per-day id is among the violations."""
+    step = error(429, "RESOURCE_EXHAUSTED", NO_PLAN.format("input_token_count", 0, 0), PER_DAY)
+    stop, made = bench.stop([step], provider)
+    assert (stop.reason, made) == ("quota", 1)
+    assert str(stop).startswith(f"{MODELS[provider]} is not in the plan of this key: its quota is 0, so that no waiting helps")
+
+
+@pytest.mark.parametrize("limits", [(250000, 100), ("0.5", "05"), ("0,5", "10")])
+def test_15_quota_above_zero_is_spent_for_today(bench, limits):
+    stop, _ = bench.stop([error(429, "RESOURCE_EXHAUSTED", NO_PLAN.format("requests", *limits), PER_DAY)])
+    assert stop.reason == "quota_day" and "today's quota" in str(stop)
 
 
 def test_15_credit_that_is_used_up(bench):
@@ -413,6 +444,14 @@ FATAL = [
     (BAD_KEY, "credential", "400 INVALID_ARGUMENT"), (error(401, "UNAUTHENTICATED"), "credential", "check the key"),
     (error(402, "RESOURCE_EXHAUSTED"), "credential", "credit"),
     (error(403, "PERMISSION_DENIED", "reported as leaked"), "credential", "leaked"),
+    (error(403, "PERMISSION_DENIED", "Generative Language API has not been used in project 12345 before or it is disabled. "
+           "Enable it by visiting https://console.developers.google.com/apis/api/generativelanguage.googleapis.com/overview?"
+           "project=12345 then retry."), "credential", "project=12345 then retry.; the key is sound, but"),
+    (error(403, "PERMISSION_DENIED", "no", [{"reason": "SERVICE_DISABLED"}]), "credential", "enable it in the project's"),
+    (error(403, "PERMISSION_DENIED", "API not enabled for image-lab"), "credential", "enable it in the project's console"),
+    (error(403, "PERMISSION_DENIED", "no", [{"reason": "BILLING_DISABLED"}]), "credential", "link billing"),
+    (error(403, "PERMISSION_DENIED", "no", [{"reason": "API_KEY_SERVICE_BLOCKED"}]), "credential", "restricted to other APIs"),
+    (error(403, "PERMISSION_DENIED", "no", [{"reason": "API_KEY_IP_ADDRESS_BLOCKED"}]), "credential", "from this machine"),
     (error(404, "NOT_FOUND", "no longer available to new users"), "model", "another panel"),
     (error(400, "FAILED_PRECONDITION", "User location is not supported"), "request", "country"),
     (error(400, "INVALID_ARGUMENT", "thinking budget (7) is invalid"), "request", "settings"),
@@ -453,11 +492,25 @@ def test_19_one_unreadable_picture(bench):
     assert found == ["ok", "bad_input", "ok", "ok"]
 
 
-@pytest.mark.parametrize("step", [error(400, message="At most 1 image(s) may be provided in one request."),
-                                  error(500, message="image input is not supported - hint: you may need the mmproj")])
-def test_19_a_model_that_cannot_see(bench, step):
-    stop, calls = bench.stop([step], "openai")
-    assert (stop.reason, calls) == ("model", 1) and "two pictures" in str(stop)
+@both
+@pytest.mark.parametrize("step", [
+    error(400, message="At most 1 image(s) may be provided in one request."),
+    error(500, message="image input is not supported - hint: you may need the mmproj"),
+    error(400, "INVALID_ARGUMENT", "Image input modality is not enabled for models/gemma-3-1b-it"),
+    error(404, message="No endpoints found that support image input"),
+    error(400, message="Invalid content type. image_url is only supported by certain models."),
+    error(422, message="messages[1]: unknown variant `image_url`, expected `text`")])
+def test_19_a_model_that_cannot_see(bench, step, provider):
+    client = bench.client(provider)
+    bench.server.script(client.spec.model, [step])
+    assert list(ask_many([(client, [ask()] * 10)], concurrency=4)) == [] and len(bench.server.calls) == 1
+    assert client.stopped.reason == "model" and "two pictures" in str(client.stopped)
+
+
+def test_19_a_model_with_image_in_its_name_is_unknown(bench):
+    message = "models/gemini-3.1-image is not found for API version v1beta, or is not supported for generateContent."
+    stop, _ = bench.stop([error(404, "NOT_FOUND", message)], model="gemini-3.1-image")
+    assert stop.reason == "model" and "unknown there" in str(stop) and "two pictures" not in str(stop)
 
 
 def test_19_what_is_refused_before_it_is_sent(bench, monkeypatch):
@@ -731,13 +784,35 @@ def test_33_an_instruction_is_only_a_text(bench, provider):
 @pytest.mark.parametrize("step, status, calls", [
     (says(None, refusal="I cannot."), "refused_text", 2), (says(f"<think>{GOOD} or not</think>\n{GOOD}"), "ok", 1),
     (says(f"perhaps {GOOD}, no</think>{GOOD}"), "ok", 1), (says(f"<think>{GOOD}"), "empty", 3),
-    (says(GOOD, reasoning="{}"), "ok", 1),
+    (says(GOOD, thoughts={"reasoning": "{}"}), "ok", 1),
     (says(None, finish="SAFETY"), "blocked_output", 1), (blocked("SAFETY"), "blocked_prompt", 1),
     (says([{"type": "text", "text": GOOD}]), "ok", 1), (says(GOOD.replace('"a"', '"</think>"')), "ok", 1)])
 def test_34_the_openai_form(bench, step, status, calls):
     answer, made = bench.ask([step], "openai")
     assert (answer.status, made) == (status, calls)
     assert bench.server.calls[0].headers["Authorization"] == f"Bearer {SENTINEL}"
+
+
+@pytest.mark.parametrize("content", [None, "", f"<think>{GOOD}"])
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content", None])
+def test_34_answers_in_the_reasoning_alone_are_told_so(bench, name, content):
+    """They are not read, and one remark and the message say where the text is."""
+    if not name and not content:                             # nothing was said at all: see scenario 7
+        return
+    answer, calls = bench.ask([says(content, thoughts={name: GOOD} if name else {})], "openai")
+    assert (answer.status, calls, answer.data) == ("empty", 3, None)
+    where = name or "a <think> block"
+    assert f"empty (stop): the text is in {where} alone, which is not read as an answer; switch thinking off" in answer.message
+    assert [note for note in bench.notices if "alone" in note] == [answer.message]
+
+
+def test_34_reasoning_that_fills_the_room_is_told_so(bench):
+    answer, _ = bench.ask([says(None, finish="MAX_TOKENS", thoughts={"reasoning_content": GOOD})], "openai")
+    assert answer.status == "truncated" and "in reasoning_content alone" in answer.message
+    assert "raise max_output_tokens" in answer.message
+    answer, _ = bench.ask([says("", thought=GOOD)])
+    assert answer.status == "empty" and "in parts marked as thought alone" in answer.message
+    assert "alone" not in bench.ask([says("")], "openai")[0].message
 
 
 def test_34_usage_of_the_openai_form(bench):
