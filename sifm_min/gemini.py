@@ -231,7 +231,7 @@ def _exchange(session, given_up, **call):
         return Outcome("stop", reason="tls", message=f"no trusted connection: {_cause(error)}")
     except requests.Timeout:
         return replace(lost, status="timeout", message="no answer in time", tries=wire.FEW)
-    except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError,
+    except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError, requests.exceptions.InvalidHeader,
             requests.exceptions.ContentDecodingError) as error:
         cause = _cause(error)
         lost.status = "timeout" if "timed out" in cause else "http_error"
@@ -250,7 +250,7 @@ def _root(error):
 def _cause(error):
     """The innermost error, in its own words: the outer ones quote objects and addresses."""
     error = _root(error)
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return wire.short(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 # ------------------------------------------------------------------------------------------------------------- the client

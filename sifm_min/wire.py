@@ -618,7 +618,8 @@ def _is_number(value):
 
 
 def short(text, most=300):
-    text = " ".join(text.split())
+    """The text on one line, cut at `most` characters, for a terminal: what is not printable is replaced."""
+    text = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(text[:10 * most].split()))
     return text if len(text) <= most else text[:most] + "..."
 
 
