@@ -372,6 +372,7 @@ class FlowPlan:
     """
 
     draws_noise = False
+    sigma_start = 1.0
 
     def __init__(self, scheduler: FlowScheduler, steps: int, strength: float):
         train, shift = scheduler.config.num_train_timesteps, scheduler.config.shift

@@ -23,7 +23,6 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 from . import images
-from .editors import three_ways, together
 from .models import schedulers
 
 NOT_IN_THE_PAPER = ("the paper leaves this method out on Stable Diffusion 3, as incompatible with its transformer; "
@@ -302,7 +301,7 @@ def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repea
 
     def count(steps):
         times = steps * repeats
-        evaluations = times * unroll * ((3 if editor.kind == "instruct" else 2) if _guided(editor) else 1)
+        evaluations = times * unroll * len(editor.guide().views)
         runs = evaluations * (1 if editor.is_miniature else 2)
         return passes(encoder=(steps + 1, steps), denoiser=(runs, evaluations), decoder=(times, times))
 
@@ -321,37 +320,15 @@ def short_edit(editor, E, eta, context, nothing, steps):
         scheduler = schedulers.Scheduler(replace(scheduler.config, sampler=schedulers.EULER))
     if editor.kind == "instruct":
         plan = scheduler.plan(steps)
-        latent = eta * getattr(plan, "sigma_start", 1)       # a flow's plan starts at the noise itself
     else:                                                    # the noise levels of an edit, but only so many of them
         plan = editor.plan()
         kept = torch.linspace(0, len(plan.timesteps), steps + 1).round().long()[:-1]
         plan.timesteps, plan.sigmas = plan.timesteps[kept], torch.cat([plan.sigmas[kept], plan.sigmas[-1:]])
-        latent = editor.noise_latent(E, eta, plan.timesteps[:1])
+    latent = editor.first_latent(E, eta, plan)
     run = editor.predict if editor.is_miniature else partial(checkpoint, editor.predict, use_reentrant=False,
                                                              preserve_rng_state=False)
-    for i, t in enumerate(plan.timesteps):
-        noisy = plan.scale_input(latent, i)
-
-        def predict(conditions, contexts, noisy=noisy, t=t):
-            conditions, noisy = torch.cat(conditions), noisy.expand(len(conditions), -1, -1, -1)
-            predicted = run(conditions, noisy, t, together(contexts))
-            return predicted.to(E).chunk(len(conditions))
-
-        if not _guided(editor):
-            prediction, = predict([E], [context])
-        elif editor.kind == "instruct":
-            prediction = three_ways(*predict([E, E, torch.zeros_like(E)], [context, nothing, nothing]),
-                                    editor.defaults.guidance, editor.defaults.image_guidance)
-        else:
-            prediction, neither = predict([E, E], [context, nothing])
-            prediction = neither + editor.defaults.guidance * (prediction - neither)
-        latent = plan.step(prediction, i, latent)
+    latent = editor.denoise(latent, plan, E, context, nothing, guide=editor.guide(), predict=lambda *inputs: run(*inputs).to(E))
     return editor.decode(latent)
-
-
-def _guided(editor):
-    """Whether the editor's default edit is guided at all: it takes more than one evaluation in a step."""
-    return editor.defaults.guidance > 1 and (editor.kind != "instruct" or editor.defaults.image_guidance >= 1)
 
 
 # ------------------------------------------------------------------------------------------------------ attention to words

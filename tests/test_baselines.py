@@ -6,6 +6,7 @@ for attention, and no gradient at all, only differences of the loss along random
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -373,7 +374,7 @@ def test_what_a_run_costs_is_what_it_says(form, prompts, steps, counted, editor,
 
 
 def test_an_edit_without_guidance_costs_one_evaluation_in_a_step(counted, editor, contexts, x_orig, monkeypatch):
-    monkeypatch.setattr(baselines, "_guided", lambda editor: False)
+    monkeypatch.setattr(editor, "defaults", replace(editor.defaults, guidance=1.0))
     objective = made("photoguard-diffusion", editor, x_orig, contexts[:1], unroll=3)
     pgd(x_orig, objective, 0.03, steps=2, step_size=1 / 255, generator=seeded())
     assert counted == objective.passes(2) and counted["denoiser_backward"] == 6

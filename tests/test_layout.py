@@ -393,7 +393,7 @@ def test_what_is_allowed_is_not_a_fault(tmp_path):
     allowed = {
         "sifm_min/__init__.py": "from pathlib import Path\nfrom . import models",
         "sifm_min/cli.py": "import sys\nprint(1)\nsys.exit(0)",
-        "sifm_min/editors.py": "import torch\nfrom PIL import Image\nfrom . import __version__, images\n"
+        "sifm_min/editors/loading.py": "import torch\nfrom PIL import Image\nfrom . import __version__, images\n"
                                "from .models.unet import UNet\nUNet().eval()\nx = torch.randn(3, generator=g)",
         "sifm_min/immunize.py": "def f():\n from . import sifm as methods, models\n from .models import checkpoints",
         "models/unet.py": "import torch\nfrom torch import nn\nclass UNet(nn.Module):\n def __init__(self):\n"

@@ -1,0 +1,18 @@
+"""Editors: networks, scheduler and text encoders that turn a picture and an instruction into an edited picture.
+
+    base.py               `Editor`: sizes, encoding, plans and the edit itself, for all editors
+    guidance.py           classifier-free guidance, over the text or over text and picture
+    instruct_pix2pix.py   InstructPix2Pix and HQ-Edit
+    sd3.py                Stable Diffusion 3 by img2img, and UltraEdit
+    text.py               text contexts and Stable Diffusion 3's text encoders
+    loading.py            `load_editor`
+"""
+
+from .base import Defaults, Editor
+from .instruct_pix2pix import InstructPix2Pix
+from .loading import DEFAULTS, EDITORS, load_editor
+from .sd3 import StableDiffusion3, UltraEdit
+from .text import Text, TextEncoders
+
+__all__ = ["DEFAULTS", "EDITORS", "Defaults", "Editor", "InstructPix2Pix", "StableDiffusion3", "Text", "TextEncoders",
+           "UltraEdit", "load_editor"]

@@ -1,0 +1,283 @@
+"""The editor that all others derive from: sizes, encoding, plans of denoising, and the edit itself.
+
+Pictures are PIL images; `pixels` are (B,3,H,W) in [0,1]; the [-1,1] that the VAE wants exists only in this file. An *image
+latent* is the mean of the VAE's posterior at a picture, unscaled, (B,C,h,w): E(x) in the formulas. InstructPix2Pix and
+UltraEdit see it beside a latent of pure noise; Stable Diffusion 3 denoises a noisy latent of the picture itself. The methods
+use every editor through the same calls, all differentiable: `encode`, `noise_latent`, `features` and `predict`, with the
+`context` of the prompts.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from PIL import Image
+
+from .. import images
+from ..models.lean import Prepared, frozen
+from .guidance import UNGUIDED, over_text, over_text_and_picture
+from .text import apart, together
+
+LOWEST_TIMESTEP = 50                                         # below it the noisy latent is the picture itself
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The settings of an edit where the call gives none: denoising steps, the two guidances, the working size (long side),
+    and for Stable Diffusion 3 the strength of img2img and the number of tokens that T5 reads."""
+
+    steps: int = 100
+    guidance: float = 7.5
+    image_guidance: float = 1.5
+    size: int = 512
+    strength: float = 0.6
+    text_length: int = 256
+
+
+class Editor:
+    """The base of all editors.
+
+    `tap_names` lists what `features` can return, and `probs_names` the attention maps, at a cost; `default_taps` is what SIFM
+    perturbs; `working_size` is the long side that pictures are edited at; `notice` is a sentence that belongs beside every
+    result of a shipped miniature. `kind` is "instruct" where the denoiser sees the image latent beside a latent of pure
+    noise, "img2img" where the image latent, noised, is what it denoises.
+    """
+
+    kind = "instruct"
+    OPTIONS = frozenset({"image_guidance"})                  # what `edit` takes besides steps and guidance
+
+    def __init__(self, *, name, vae, scheduler, device, dtype, defaults, notice="", checkpoint=None):
+        self.name, self.vae, self.scheduler, self.checkpoint = name, vae, scheduler, checkpoint
+        self.device, self.dtype, self.defaults, self.notice = torch.device(device), dtype, defaults, notice
+
+    @property
+    def working_size(self):
+        return self.defaults.size
+
+    @property
+    def is_miniature(self):
+        return self.defaults.size < 512
+
+    @property
+    def checkpointing(self):
+        """True where the networks compute their activations again in the backward pass, instead of keeping them."""
+        return self.vae.checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, value):
+        self.denoiser.checkpointing = self.vae.checkpointing = value
+
+    def forget_text(self):
+        """Release the text encoders until they are needed again."""
+
+    def provenance(self):
+        """The editor as a report states it: the source of its weights, their hashes, and how it samples."""
+        checkpoint = self.checkpoint
+        return {
+            "name": self.name, "source": getattr(checkpoint, "source", None),
+            "revision": getattr(checkpoint, "revision", None),
+            "weights": checkpoint.hashes() if checkpoint else {}, "scheduler": self.scheduler.config.sampler,
+            "scheduler_note": self.scheduler.note, "defaults": asdict(self.defaults),
+            "dtype": str(self.dtype).removeprefix("torch."), "vae_dtype": str(self.vae_dtype).removeprefix("torch."),
+            "device": self.device.type, "notice": self.notice,
+        }
+
+    # -- what the methods use ------------------------------------------------------------------------------------------
+
+    def frame(self, width, height, size=None):
+        """(height, width) at which a picture of this size is edited: see `images.working_size`."""
+        size = size or self.defaults.size
+        width, height = images.working_size(width, height, limit=size, multiple=self.multiple,
+                                            upscale=self.is_miniature)     # which sees nothing in less than its own size
+        return height, width
+
+    @property
+    def multiple(self):
+        """The number that both sides of a working size are multiples of."""
+        return self.vae.factor
+
+    def resize(self, pixels, size=None):
+        """Pixels of any size -> the working size, by the filter that `edit` uses (antialiased Lanczos), differentiably."""
+        height, width = self.frame(pixels.shape[3], pixels.shape[2], size)
+        return images.resize(pixels, height, width)
+
+    def encode(self, pixels):
+        """Pixels (B,3,H,W) in [0,1] at the working size -> the image latent (B,C,h,w), in float32 or wider."""
+        return self.posterior(pixels)[0]
+
+    def posterior(self, pixels):
+        """Mean and log variance of the VAE's posterior, (B,C,h,w) each.
+
+        Only the network itself runs in its dtype: budget and gradients are summed in float32.
+        """
+        pixels = 2 * _wide(pixels.to(self.device)) - 1
+        return tuple(_wide(moment) for moment in self.vae.encode(pixels.to(self.vae_dtype)))
+
+    def decode(self, latent):
+        """A latent as the sampler leaves it (B,C,h,w) -> pixels in [0,1], not clipped."""
+        latent = _wide(latent) / self.vae.config.scaling_factor + self.shift_factor
+        return _wide(self.vae.decode(latent.to(self.vae_dtype))) / 2 + 0.5
+
+    @property
+    def shift_factor(self):
+        """The number that is subtracted from an image latent before it is scaled."""
+        return self.vae.config.shift_factor
+
+    def scaled(self, image_latent):
+        """The latent z in the scale that the denoiser works at."""
+        return (image_latent - self.shift_factor) * self.vae.config.scaling_factor
+
+    @property
+    def vae_dtype(self):
+        return next(self.vae.parameters()).dtype
+
+    def contexts(self, prompts):
+        """One context for each prompt, all encoded at once: the text encoders are loaded no more than once."""
+        return apart(self.context(prompts))
+
+    def timesteps(self, count):
+        """`count` timesteps, (count,), evenly spaced over what a default edit visits, noisiest first."""
+        if count < 1:
+            raise ValueError(f"{count} timesteps: at least one is needed")
+        visited = self.plan().timesteps
+        highest = math.floor(visited.max())                  # an edit at a strength sees nothing noisier
+        lowest = min(max(float(visited.min()), LOWEST_TIMESTEP), highest)
+        if count == 1:
+            return torch.tensor([round((highest + lowest) / 2)])
+        return torch.linspace(highest, lowest, count).round().long()
+
+    def plan(self, steps=None):
+        """The timesteps and transitions of an edit: see `models/schedulers.py`."""
+        return self.scheduler.plan(self.defaults.steps if steps is None else steps)
+
+    def noise_latent(self, image_latent, noise, timesteps):
+        """The noisy latent z_t of a picture; noise (B,C,h,w) standard normal, timesteps (B,)."""
+        return self.scheduler.add_noise(self.scaled(image_latent), noise.to(image_latent), timesteps.to(image_latent.device))
+
+    def prepare_text(self, context):
+        """A context for many calls of `features`: what the denoiser computes from the text alone is computed once."""
+        return self.denoiser.prepare_context(context) if frozen(self.denoiser) else context
+
+    def prepare_timesteps(self, timesteps, context):
+        """Timesteps for many calls of `features` with this context: what they add to each block is computed once."""
+        return self.denoiser.prepare_timestep(timesteps.to(self.device)) if frozen(self.denoiser) else timesteps
+
+    # -- the edit ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def edit(self, image, prompt, *, negative_prompt="", seed=0, steps=None, guidance=None, image_guidance=None,
+             strength=None, size=None, on_step=None):
+        """Edit pictures as the published pipeline does; PIL in, PIL out, of the input's size (lists in, list out).
+
+        `steps` are denoising steps and `guidance` weighs the text (defaults: `self.defaults`); `image_guidance` weighs the
+        image latent, for instruction editors; `strength`, for img2img, is the share of the steps that is taken, and so how
+        much may change. Where guidance <= 1 or image_guidance < 1 there is no guidance, as in the pipelines. Every picture
+        of a batch draws from its own generator seeded with `seed`, so a batch gives what single calls give.
+        """
+        options = {"image_guidance": image_guidance, "strength": strength}
+        options = {key: value for key, value in options.items() if value is not None}
+        if wrong := sorted(options.keys() - self.OPTIONS):
+            raise ValueError(f"{self.name} has no {wrong[0]}; it takes steps, guidance and {', '.join(self.OPTIONS)}")
+        pictures, prompts = _lists(image, prompt)
+        results = [None] * len(pictures)
+        groups = {}
+        for i, picture in enumerate(pictures):
+            groups.setdefault(self.frame(*picture.size, size), []).append(i)
+        for (height, width), members in groups.items():
+            pixels = torch.cat([images.to_pixels(pictures[i].convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+                                for i in members])
+            edited = self.sample(pixels, [prompts[i] for i in members], negative_prompt=negative_prompt,
+                                 seeds=[seed] * len(members), steps=steps, guidance=guidance, on_step=on_step, **options)
+            if not edited.isfinite().all():                  # as 8 bits it would look like an edit that was defeated
+                raise ValueError("the edit is not a finite picture; a wider dtype, such as float32, or a smaller guidance "
+                                 "may help")
+            for i, output in zip(members, edited.split(1), strict=True):
+                picture = images.to_image(output)
+                results[i] = picture if picture.size == pictures[i].size else picture.resize(pictures[i].size,
+                                                                                             Image.Resampling.LANCZOS)
+        return results[0] if isinstance(image, Image.Image) and isinstance(prompt, str) else results
+
+    def sample(self, pixels, prompts, *, negative_prompt="", seeds, steps=None, guidance=None, image_guidance=None,
+               strength=None, on_step=None):
+        """Pixels (B,3,H,W) in [0,1] at a working size -> edited pixels, not clipped. Differentiable if the caller wants it."""
+        guide = self.guide(guidance, image_guidance)
+        plan = self.plan(steps) if strength is None else self.plan(steps, strength)
+        if guide is UNGUIDED:
+            context = empty = self.context(prompts)
+        else:                                                # encoded at once: the text encoders are loaded once
+            *contexts, empty = self.contexts([*prompts, negative_prompt])
+            context, empty = together(contexts), together([empty] * len(prompts))
+        image_latent, latent, draw = self.start(pixels, plan, seeds)
+        latent = self.denoise(latent.to(self.dtype), plan, image_latent, context, empty, guide=guide, draw=draw,
+                              on_step=on_step)
+        return self.decode(latent)
+
+    def denoise(self, latent, plan, image_latent, context, empty, *, guide, draw=None, predict=None, on_step=None):
+        """Take a latent (B,C,h,w) through all steps of a plan; returns the last one.
+
+        context, empty: of the prompts and of the negative prompt. guide: a `Guidance`. draw() -> fresh noise like the
+        latent, needed where the plan draws it. predict: called in place of `self.predict`.
+        """
+        predict = predict or self.predict
+        image_latents, contexts = guide.inputs(image_latent, context, empty)
+        for i, timestep in enumerate(plan.timesteps):
+            noisy = torch.cat([plan.scale_input(latent, i)] * len(guide.views))
+            prediction = guide(predict(image_latents, noisy, timestep, contexts))
+            latent = plan.step(prediction, i, latent, draw() if plan.draws_noise else None)
+            if on_step:
+                on_step(i, len(plan.timesteps))
+        return latent
+
+    def guide(self, guidance=None, image_guidance=None):
+        """The `Guidance` of an edit with these weights (None: the defaults), `UNGUIDED` where the pipelines use none."""
+        guidance = self.defaults.guidance if guidance is None else guidance
+        image_guidance = self.defaults.image_guidance if image_guidance is None else image_guidance
+        if guidance <= 1 or self.kind == "instruct" and image_guidance < 1:
+            return UNGUIDED
+        return over_text_and_picture(guidance, image_guidance) if self.kind == "instruct" else over_text(guidance)
+
+    def start(self, pixels, plan, seeds):
+        """(image latent, first latent, draw) of an edit: draw() continues the noise, each picture's from its own seed."""
+        image_latent = self.encode(pixels)
+        draw = self.draws(seeds, image_latent.shape[1:])
+        return image_latent, self.first_latent(image_latent, draw(), plan), draw
+
+    def first_latent(self, image_latent, noise, plan):
+        """The latent that a plan starts from, (B,C,h,w); noise is standard normal."""
+        return noise * plan.sigma_start
+
+    def draws(self, seeds, shape):
+        """A function that draws standard normal noise (B, *shape), every picture's from its own generator."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def draw(dtype=self.dtype):
+            return torch.cat([torch.randn((1, *shape), generator=generator, dtype=dtype)
+                              for generator in generators]).to(self.device)
+
+        return draw
+
+
+def on(timesteps, device):
+    """Timesteps, plain or prepared, on a device."""
+    return timesteps if isinstance(timesteps, Prepared) else timesteps.to(device)
+
+
+def _wide(tensor):
+    """A tensor in float32, unless it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _lists(image, prompt):
+    """(pictures, prompts), equally many; one of either serves for all of the other."""
+    pictures = list(image) if isinstance(image, list | tuple) else [image]
+    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    for values, kind, wanted in ((pictures, Image.Image, "PIL pictures"), (prompts, str, "prompts, as text")):
+        if wrong := [value for value in values if not isinstance(value, kind)]:
+            raise ValueError(f"edit takes {wanted}; it got {type(wrong[0]).__name__}")
+    if not pictures or not prompts:
+        raise ValueError("edit needs at least one picture and one prompt")
+    count = max(len(pictures), len(prompts))
+    if {len(pictures), len(prompts)} - {1, count}:
+        raise ValueError(f"edit got {len(pictures)} pictures and {len(prompts)} prompts; "
+                         "give one of either, or as many of both")
+    return pictures * (count // len(pictures)), prompts * (count // len(prompts))

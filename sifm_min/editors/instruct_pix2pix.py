@@ -1,0 +1,104 @@
+"""InstructPix2Pix: a U-Net denoises a latent of pure noise beside the image latent (Brooks et al. 2023, section 3.2).
+
+HQ-Edit is the same networks trained on other data.
+"""
+
+import torch
+
+from ..models import schedulers, unet
+from ..models.clip import CLIPText
+from ..models.tokenizers import CLIPTokenizer
+from ..models.unet import UNet
+from ..models.vae import AutoencoderKL
+from .base import Defaults, Editor, on
+from .text import warn_if_cut
+
+
+class InstructPix2Pix(Editor):
+    """InstructPix2Pix and HQ-Edit."""
+
+    PIPELINES = ("StableDiffusionInstructPix2PixPipeline",)
+    DEFAULTS = Defaults()                                    # the published pipeline's
+    # HQ-Edit: its README and demo (text 7.0, image 1.5, 512, 30 steps).
+    KNOWN = {"instruct-pix2pix": DEFAULTS, "hq-edit": Defaults(steps=30, guidance=7.0)}
+
+    def __init__(self, *, unet, vae, text_encoder, tokenizer, scheduler, name, device=None, dtype=None, defaults=None,
+                 notice="", checkpoint=None):
+        weight = next(unet.parameters())                     # says both, unless it is still to be read
+        super().__init__(name=name, vae=vae, scheduler=scheduler, device=device or weight.device,
+                         dtype=dtype or weight.dtype, defaults=defaults or self.DEFAULTS, notice=notice,
+                         checkpoint=checkpoint)
+        self.unet, self.text_encoder, self.tokenizer = unet, text_encoder, tokenizer
+        if unet.config.in_channels != 2 * vae.config.latent_channels:
+            raise ValueError(f"{name}: the U-Net takes {unet.config.in_channels} channels; an instruction editor takes "
+                             f"{2 * vae.config.latent_channels}, the noisy latent and the picture's")
+        if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
+            raise ValueError(f"{name}: the U-Net attends to {unet.config.cross_attention_dim} channels of text, "
+                             f"the text encoder has {text_encoder.config.hidden_size}")
+
+    @classmethod
+    def load(cls, checkpoint, *, name, device, dtype, vae_dtype, **more):
+        # The published repositories' stored sampler is not the one that anybody, their authors included, edits with.
+        scheduler = schedulers.load(checkpoint.text("scheduler/scheduler_config.json"), ancestral=name in cls.KNOWN)
+        if not isinstance(scheduler, schedulers.Scheduler):
+            raise ValueError(f"{name}: scheduler_config.json is of rectified flow, which an InstructPix2Pix does not sample by")
+        return cls(unet=checkpoint.load(UNet, "unet", device=device, dtype=dtype, lazily=True),
+                   vae=checkpoint.load(AutoencoderKL, "vae", device=device, dtype=vae_dtype, lazily=True),
+                   text_encoder=checkpoint.load(CLIPText, "text_encoder", device=device, dtype=dtype, lazily=True),
+                   tokenizer=CLIPTokenizer.from_folder(checkpoint.path("tokenizer")),
+                   scheduler=scheduler, name=name, device=device, dtype=dtype, checkpoint=checkpoint, **more)
+
+    @property
+    def tap_names(self):
+        return self.unet.tap_names
+
+    @property
+    def default_taps(self):
+        return unet.default_taps(self.unet.config)
+
+    @property
+    def probs_names(self):
+        return self.unet.probs_names
+
+    @property
+    def denoiser(self):
+        return self.unet
+
+    def forget_text(self):
+        if self.checkpoint:
+            self.text_encoder = self.checkpoint.load(CLIPText, "text_encoder", device=self.device, dtype=self.dtype,
+                                                     lazily=True)
+
+    @property
+    def shift_factor(self):
+        return 0.0                                           # the published pipeline ignores the VAE's
+
+    def context(self, prompts):
+        """Prompts -> context (B,L,C): the last state of CLIP after its final norm."""
+        prompts = list(prompts)
+        for prompt in prompts:
+            warn_if_cut(prompt, len(self.tokenizer.encode(prompt)) + 2, self.tokenizer.length, "CLIP")
+        ids = torch.tensor(self.tokenizer(prompts), device=self.device)
+        return self.text_encoder(ids).last
+
+    def features(self, image_latent, noisy_latent, timesteps, context, *, taps):
+        """Activations of the U-Net, name -> tensor, with their graph; the forward pass ends at the last tap."""
+        return self.unet.features(*self._inputs(image_latent, noisy_latent, timesteps), context, taps=taps)
+
+    def predict(self, image_latent, noisy_latent, timesteps, context):
+        """The U-Net's prediction (B,C,h,w), in the scheduler's parameterisation."""
+        return self.unet(*self._inputs(image_latent, noisy_latent, timesteps), context)
+
+    def _inputs(self, image_latent, noisy_latent, timesteps):
+        # Only the network itself runs in its dtype: noise, noising and the sum of gradients stay in float32.
+        return torch.cat([noisy_latent, image_latent], 1).to(self.dtype), on(timesteps, image_latent.device)
+
+    def noise_prediction(self, prediction, noisy_latent, timesteps):
+        """The noise (B,C,h,w) that a prediction implies in noisy_latent, for each parameterisation of the scheduler."""
+        if self.scheduler.config.prediction_type == "epsilon":
+            return prediction
+        kept = self.scheduler.alphas_cumprod_at(timesteps).reshape(-1, 1, 1, 1)          # z_t = sqrt(a) z + sqrt(1-a) noise
+        kept, lost = kept.sqrt().to(noisy_latent), (1 - kept).sqrt().to(noisy_latent)
+        if self.scheduler.config.prediction_type == "v_prediction":                      # v = sqrt(a) noise - sqrt(1-a) z
+            return lost * noisy_latent + kept * prediction
+        return (noisy_latent - kept * prediction) / lost                                 # "sample": z itself

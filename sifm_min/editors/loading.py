@@ -1,0 +1,43 @@
+"""Load an editor by its name: from the shipped ones, a folder, a single file or a hub repository."""
+
+from dataclasses import replace
+
+import torch
+
+from ..models import checkpoints
+from ..models.mmdit import MMDiT
+from .instruct_pix2pix import InstructPix2Pix
+from .sd3 import StableDiffusion3, UltraEdit
+
+EDITORS = (InstructPix2Pix, StableDiffusion3, UltraEdit)
+DEFAULTS = {name: defaults for editor_class in EDITORS for name, defaults in editor_class.KNOWN.items()}
+
+
+def load_editor(source="miniature", *, device=None, dtype=None, vae_dtype=None, revision=None, offline=None, t5=True,
+                components=None):
+    """Load the editor called `source`: a known name (`checkpoints.EDITORS`), a folder in the published (diffusers) layout,
+    a single file of Stable Diffusion 3, or a hub id.
+
+    device: default cuda where there is one, else cpu.
+    dtype: of denoiser and text encoders; default bfloat16 on cuda, float32 elsewhere.
+    vae_dtype: default float32 everywhere. Pictures decoded in bfloat16 are one or two steps of 1/255 off, and some VAEs
+      overflow in float16.
+    t5: False does without Stable Diffusion 3's largest text encoder, as its pipeline allows, and does not fetch it.
+    components: the source of the parts that a single file lacks (a folder, "sd3", or a hub id; default: the file's folder).
+
+    Raises `checkpoints.Unavailable` where the weights cannot be had and ValueError where they do not fit; both in one
+    sentence.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    checkpoint = checkpoints.open_checkpoint(source, t5=t5, revision=revision, offline=offline, rest=components)
+    name, index = str(source), checkpoint.index
+    editor_class = next((known for known in EDITORS if index.get("_class_name") in known.PIPELINES), InstructPix2Pix)
+    if editor_class is StableDiffusion3:
+        config = checkpoint.check(MMDiT, "transformer")
+        if config.in_channels > config.out_channels:         # saved by a pipeline of the plain class's name
+            editor_class = UltraEdit
+    own = index.get("_sifm_min", {})
+    defaults = replace(DEFAULTS.get(name, editor_class.DEFAULTS), **own.get("defaults", {}))
+    return editor_class.load(checkpoint, name=name, device=device, dtype=dtype, vae_dtype=vae_dtype or torch.float32,
+                             defaults=defaults, notice=own.get("notice", ""))

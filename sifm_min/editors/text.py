@@ -1,0 +1,110 @@
+"""Text contexts: the text encoders of Stable Diffusion 3, and contexts joined into batches and split again.
+
+A *context* is the text as a denoiser takes it: a tensor (B,L,C) of one vector for each token, or `Text`, which has one
+pooled vector beside it. Methods pass contexts on and never look inside.
+"""
+
+import warnings
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..models.clip import CLIPText
+from ..models.t5 import T5Encoder
+from ..models.tokenizers import CLIPTokenizer, T5Tokenizer
+
+
+class Text(NamedTuple):
+    """The context of Stable Diffusion 3: states (B,L,C), CLIP's tokens and then T5's, and pooled (B,P)."""
+
+    states: torch.Tensor
+    pooled: torch.Tensor
+
+
+def together(contexts):
+    """Several contexts, tensors or `Text`, as one batch."""
+    if isinstance(contexts[0], torch.Tensor):
+        return torch.cat(contexts)
+    return Text(*(torch.cat(parts) for parts in zip(*contexts, strict=True)))
+
+
+def apart(context):
+    """A batch of contexts as a list of single ones."""
+    if isinstance(context, torch.Tensor):
+        return list(context.split(1))
+    return [Text(*parts) for parts in zip(*(part.split(1) for part in context), strict=True)]
+
+
+def warn_if_cut(prompt, tokens, limit, encoder):
+    """Warn where a prompt has more tokens than its encoder reads."""
+    if tokens > limit:
+        start = prompt if len(prompt) <= 40 else prompt[:40] + "..."
+        warnings.warn(f"the prompt {start!r} is {tokens} tokens long, and {encoder} reads {limit}: the rest is cut off, as in "
+                      "the published pipeline", stacklevel=2)
+
+
+class TextEncoders:
+    """The text encoders of Stable Diffusion 3 as one: prompts -> `Text` (Esser et al. 2024, figure 2).
+
+    The networks are loaded one after the other when new prompts come, and released again: together they are three times
+    as large as the transformer. The texts of the last `KEPT` prompts are kept. The usual negative prompt, "", is always
+    encoded along, so that an edit that follows, with the transformer in memory, need not load the encoders again.
+    """
+
+    KEPT = 32
+
+    def __init__(self, checkpoint, *, width, length, device, dtype):
+        self.checkpoint, self.width, self.length, self.device, self.dtype = checkpoint, width, length, device, dtype
+        self.clips = ("text_encoder", "text_encoder_2")
+        configs = [checkpoint.check(CLIPText, component) for component in self.clips]
+        self.tokenizers = [CLIPTokenizer.from_folder(checkpoint.path(name)) for name in ("tokenizer", "tokenizer_2")]
+        lengths, places = [t.length for t in self.tokenizers], [config.max_position_embeddings for config in configs]
+        if len(set(lengths)) > 1 or lengths[0] > min(places):
+            raise ValueError(f"{checkpoint.source}: the tokenizers make {lengths[0]} and {lengths[1]} tokens of a prompt, "
+                             f"the two CLIP have places for {places[0]} and {places[1]}")
+        self.t5_tokenizer = None
+        if "text_encoder_3" in checkpoint.components:
+            t5 = checkpoint.check(T5Encoder, "text_encoder_3")
+            self.t5_tokenizer = T5Tokenizer.from_folder(checkpoint.path("tokenizer_3"))
+            if t5.d_model != width:
+                raise ValueError(f"{checkpoint.source}: the transformer takes {width} channels of text, T5 has {t5.d_model}")
+        self.pooled_width = sum(config.projection_dim or config.hidden_size for config in configs)
+        if (clip := sum(config.hidden_size for config in configs)) > width:
+            raise ValueError(f"{checkpoint.source}: the transformer takes {width} channels of text, the two CLIP have {clip}")
+        self._known = OrderedDict()
+
+    def __call__(self, prompts):
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        if new:
+            if "" not in (*new, *self._known):
+                new.append("")
+            self._known.update(zip(new, apart(self._encode(new)), strict=True))
+        texts = [self._known[prompt] for prompt in prompts]
+        for prompt in prompts:
+            self._known.move_to_end(prompt)
+        while len(self._known) > self.KEPT:
+            self._known.popitem(last=False)
+        return together(texts)
+
+    def _encode(self, prompts):
+        outputs = []
+        for prompt in prompts:                               # both CLIP read the same words
+            warn_if_cut(prompt, len(self.tokenizers[0].encode(prompt)) + 2, self.tokenizers[0].length, "CLIP")
+        for component, tokenizer in zip(self.clips, self.tokenizers, strict=True):
+            outputs.append(self._run(CLIPText, component, tokenizer(prompts)))
+        states = torch.cat([output.penultimate for output in outputs], -1)      # without the final norm
+        states = F.pad(states, (0, self.width - states.shape[-1]))
+        if self.t5_tokenizer is None:                        # zeros in its place, as many as it would have had tokens
+            t5_states = states.new_zeros(len(prompts), self.length, self.width)
+        else:
+            for prompt in prompts:
+                warn_if_cut(prompt, self.t5_tokenizer.count(prompt), self.length, "T5")
+            t5_states = self._run(T5Encoder, "text_encoder_3", self.t5_tokenizer(prompts, self.length))
+        return Text(torch.cat([states, t5_states.to(states.dtype)], 1), torch.cat([output.pooled for output in outputs], -1))
+
+    @torch.no_grad()
+    def _run(self, network_class, component, ids):
+        network = self.checkpoint.load(network_class, component, device=self.device, dtype=self.dtype)
+        return network(torch.tensor(ids, device=self.device))
