@@ -393,8 +393,8 @@ def test_what_is_allowed_is_not_a_fault(tmp_path):
     allowed = {
         "sifm_min/__init__.py": "from pathlib import Path\nfrom . import models",
         "sifm_min/cli.py": "import sys\nprint(1)\nsys.exit(0)",
-        "sifm_min/editors/loading.py": "import torch\nfrom PIL import Image\nfrom . import __version__, images\n"
-                               "from .models.unet import UNet\nUNet().eval()\nx = torch.randn(3, generator=g)",
+        "sifm_min/editors/loading.py": "import torch\nfrom PIL import Image\nfrom .. import __version__, images\n"
+                                       "from ..models.unet import UNet\nUNet().eval()\nx = torch.randn(3, generator=g)",
         "sifm_min/immunize.py": "def f():\n from . import sifm as methods, models\n from .models import checkpoints",
         "models/unet.py": "import torch\nfrom torch import nn\nclass UNet(nn.Module):\n def __init__(self):\n"
                           "  nn.init.zeros_(self.w)\n def forward(self, x, seen, name):\n  seen[name] = x\n"
@@ -402,7 +402,7 @@ def test_what_is_allowed_is_not_a_fault(tmp_path):
         "models/tokenizers.py": "count = 0\ncount += 1",
     }
     for path, source in allowed.items():
-        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / path).write_text(source)
     assert faults(tmp_path) == []
 
