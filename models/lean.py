@@ -1,11 +1,11 @@
-"""Layers that keep little for the way back where weights are frozen, and what need not be computed at every step.
+"""Layers that save almost nothing for the backward pass where weights are frozen, and values computed once for many steps.
 
-Training asks for the gradients of the weights, and for those a layer's input is kept. Whoever moves a picture under
-frozen weights asks for the picture's gradient alone: a convolution then needs nothing that depends on its input, and
-what is cheap is computed again from what is kept anyhow. Each function here does so where no parameter of the layer
-wants a gradient and its input does, and is the plain layer everywhere else; the values are the same to the bit, except
-where a CPU convolves many channels: few positions as a matrix product, which adds in another order, and many in float32
-by Winograd's way, whose rounding is some times a plain convolution's (winograd.py says how much).
+Training needs the gradients of the weights, and for those a layer's input is saved. Moving a picture under frozen weights
+needs the picture's gradient alone: a convolution then needs nothing that depends on its input, and what is cheap is computed
+again from what is saved anyway. The functions here do so where no parameter of the layer requires a gradient and its input
+does. Elsewhere they are the plain layers. Values are equal to the bit, with three exceptions on a CPU: a convolution of few
+positions is a matrix product, which adds in another order; many channels in float32 are convolved by Winograd's method, whose
+rounding error winograd.py states; and group norms of many positions are computed by cpu.py, more exactly than by torch.
 """
 
 import torch
@@ -13,24 +13,24 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from . import winograd
+from . import cpu, winograd
 
 MANY_WEIGHTS = 2**21                                # more than the cache of a core holds
 
 
 def only_the_input(x, *parameters):
-    """Whether a gradient will be asked for, and for none but x's."""
+    """True if autograd will need the gradient of x and of no parameter."""
     return torch.is_grad_enabled() and x.requires_grad and not any(parameter.requires_grad for parameter in parameters)
 
 
 def frozen(network):
-    """Whether none of its weights wants a gradient."""
+    """True if no weight of the network requires a gradient."""
     return not any(parameter.requires_grad for parameter in network.parameters())
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution with zero padding. Where its weights are frozen it keeps nothing but them; on a CPU it may then be a
-    matrix product, or Winograd's."""
+    """A convolution with zero padding. With frozen weights it saves nothing but the weights; on a CPU it is then computed as
+    a matrix product, or by Winograd's method, where that is faster."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding: int = 0):
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding)
@@ -58,10 +58,10 @@ class _Convolution(torch.autograd.Function):
             return _product_gradient(gradient, weight), None, None, None, None
         if winograd.suits(gradient, weight, ctx.stride, ctx.padding):
             return winograd.gradient(gradient, weight), None, None, None, None
-        # The rows and columns at the end that no step of the stride reached: they have a gradient too, of zero.
+        # Rows and columns at the end that the stride did not reach have a gradient of zero.
         left = [(size + 2 * pad - kernel) % step for size, pad, kernel, step in
                 zip(ctx.size, ctx.padding, weight.shape[2:], ctx.stride, strict=True)]
-        # This is the input's gradient, by the kernel that autograd would call, which would want to see the input.
+        # The gradient at the input, by the kernel that autograd calls; autograd would save the input for it.
         x_gradient = F.conv_transpose2d(gradient, weight.to(gradient.dtype), None, ctx.stride, ctx.padding, left)
         return x_gradient, None, None, None, None
 
@@ -77,14 +77,14 @@ def _convolve(x, weight, bias, stride, padding):
 
 
 def _few(positions, weight):
-    """Whether a CPU takes longer to bring the weights into the order in which it convolves, each time, than to convolve so
-    few positions: of a 1280-channel convolution at 4x4 that is four fifths of the time. Few weights it orders in its cache."""
+    """True where a CPU spends more time on reordering the weights, at each call, than on convolving so few positions: four
+    fifths of the time for 1280 channels at 4x4. Few weights are reordered within the cache, which costs little."""
     ready = weight.device.type == "cpu" and weight.is_contiguous(memory_format=torch.channels_last)
     return ready and weight.numel() >= MANY_WEIGHTS and 2 * positions <= min(weight.shape[:2])
 
 
 def _product(x, weight, bias, stride, padding):
-    """The convolution as a matrix product of every position's neighbourhood with the weights as they lie in memory."""
+    """The convolution as one matrix product: every position's neighbourhood times the weights as they are stored."""
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))        # (B, H, W, C)
     near = x.unfold(1, weight.shape[2], stride[0]).unfold(2, weight.shape[3], stride[1])            # (B, h, w, C, k, k)
     y = F.linear(near.permute(0, 1, 2, 4, 5, 3).flatten(3), weight.permute(0, 2, 3, 1).flatten(1), bias)
@@ -92,12 +92,12 @@ def _product(x, weight, bias, stride, padding):
 
 
 def _product_gradient(gradient, weight):
-    """The gradient at the input of a `_product` that keeps the size: every position adds to its neighbourhood."""
+    """The gradient at the input of a `_product` that keeps the size: each position's part is added to its neighbourhood."""
     (count, channels, height, width), kernel = gradient.shape, weight.shape[2]
-    # A product of two dimensions: in one of four, torch may copy the weights for each of the others.
+    # The product has two dimensions. With four, torch may copy the weights for each of the other two.
     near = gradient.permute(0, 2, 3, 1).reshape(-1, channels) @ weight.permute(0, 2, 3, 1).flatten(1)
     near = near.view(count, height, width, kernel, kernel, -1)
-    near = near.to(torch.promote_types(near.dtype, torch.float32))              # a convolution adds in no less
+    near = near.to(torch.promote_types(near.dtype, torch.float32))              # a convolution adds in float32 or wider
     parts = [F.pad(near[:, :, :, i, j], (0, 0, j, kernel - 1 - j, i, kernel - 1 - i))
              for i in range(kernel) for j in range(kernel)]
     edge = kernel // 2
@@ -106,49 +106,72 @@ def _product_gradient(gradient, weight):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding that draws no weights where there is no memory for them: on the meta device torch would import all of its
-    compiler for that, which takes seconds."""
+    """nn.Embedding that draws no weights on the meta device. torch would import its whole compiler for that, which takes
+    seconds."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:
             super().reset_parameters()
 
 
-class NormSiLU(nn.GroupNorm):
-    """SiLU(norm(x)), x (B, C, h, w). Where its weights are frozen it keeps x and two numbers per group; plain layers keep
-    two more of x's size."""
+class GroupNorm(nn.GroupNorm):
+    """Group norm of x (B, C, h, w). On a CPU the norm of many positions is that of cpu.py, unless the weights are trained."""
+
+    silu = False
 
     def forward(self, x):
-        if only_the_input(x, self.weight, self.bias):
-            return _NormSiLU.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-        return F.silu(super().forward(x))
+        on_cpu = cpu.norms(x)
+        if only_the_input(x, self.weight, self.bias) and (on_cpu or self.silu):
+            return _GroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps, self.silu)
+        if on_cpu and not torch.is_grad_enabled():
+            return cpu.group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.silu)[0]
+        return F.silu(super().forward(x)) if self.silu else super().forward(x)
 
 
-class _NormSiLU(torch.autograd.Function):
+class NormSiLU(GroupNorm):
+    """SiLU(norm(x)). With frozen weights it saves x and two numbers per group; plain layers save two more tensors of x's
+    size."""
+
+    silu = True
+
+
+class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps):
-        ctx.groups, ctx.eps = groups, eps
-        y, mean, rstd = torch.native_group_norm(x.contiguous(memory_format=_layout(x)), weight, bias, *_sizes(x), groups, eps)
+    def forward(ctx, x, weight, bias, groups, eps, silu):
+        ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
+        if cpu.norms(x):
+            y, mean, rstd = cpu.group_norm(x, weight, bias, groups, eps, silu)
+        else:
+            laid_out = x.contiguous(memory_format=_layout(x))
+            y, mean, rstd = torch.native_group_norm(laid_out, weight, bias, *_sizes(x), groups, eps)
+            y = F.silu(y) if silu else y
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        return F.silu(y)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         x, weight, bias, mean, rstd = ctx.saved_tensors
+        if cpu.norms(x):
+            found = cpu.group_norm_gradient(gradient, x, mean, rstd, weight, bias, ctx.groups, ctx.silu)
+            return found, None, None, None, None, None
         layout = _layout(x)
         x = x.contiguous(memory_format=layout)
-        if x.dtype in (torch.float32, torch.float64):
-            mean_c, rstd_c = (part.repeat_interleave(x.shape[1] // ctx.groups, dim=1) for part in (mean, rstd))     # (B, C)
-            scale = rstd_c * weight
-            shift = bias - mean_c * scale
-            y = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])          # norm(x), in one pass
-        else:                                       # the kept numbers are rounded, and would be rounded on
-            y, _, _ = torch.native_group_norm(x, weight, bias, *_sizes(x), ctx.groups, ctx.eps)
-        gradient = torch.ops.aten.silu_backward(gradient, y).contiguous(memory_format=layout)
+        if ctx.silu:
+            gradient = torch.ops.aten.silu_backward(gradient, _normalized(x, weight, bias, mean, rstd, ctx))
         x_gradient, _, _ = torch.ops.aten.native_group_norm_backward(
-            gradient, x, mean, rstd, weight, *_sizes(x), ctx.groups, (True, False, False))
-        return x_gradient, None, None, None, None
+            gradient.contiguous(memory_format=layout), x, mean, rstd, weight, *_sizes(x), ctx.groups, (True, False, False))
+        return x_gradient, None, None, None, None, None
+
+
+def _normalized(x, weight, bias, mean, rstd, ctx):
+    """norm(x), computed again in the backward pass."""
+    if x.dtype not in (torch.float32, torch.float64):        # the saved moments are rounded: take them anew
+        return torch.native_group_norm(x, weight, bias, *_sizes(x), ctx.groups, ctx.eps)[0]
+    mean, rstd = (part.repeat_interleave(x.shape[1] // ctx.groups, dim=1) for part in (mean, rstd))         # (B, C)
+    scale = rstd * weight
+    shift = bias - mean * scale
+    return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
 
 
 def _sizes(x):
@@ -156,14 +179,14 @@ def _sizes(x):
 
 
 def _layout(x):
-    """The memory format in which group_norm runs: channels-last exists on CPUs only."""
+    """The memory format in which torch's group norm runs: channels-last exists on CPUs only."""
     last = x.device.type == "cpu" and x.stride(1) == 1 and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
 
 def gated_gelu(x: torch.Tensor) -> torch.Tensor:
-    """One half of the channels, (..., C), gated by the GELU of the other, (..., C). Kept is x alone, and not what becomes
-    of the gate: half as much again."""
+    """Half of the channels times the GELU of the other half: (..., 2C) -> (..., C). Saves x alone; the plain operations also
+    save the gate's GELU, half of x's size."""
     return _GatedGELU.apply(x) if only_the_input(x) else _gated_gelu(x)
 
 
@@ -186,8 +209,8 @@ class _GatedGELU(torch.autograd.Function):
 
 
 class Prepared:
-    """What the blocks of a network make of a timestep or a text, whatever the picture: `prepared[block]` is
-    `block.prepare(value)`, computed when it is first asked for and then kept."""
+    """The part of each block's input that depends on a timestep or a text alone: `prepared[block]` is `block.prepare(value)`,
+    computed at the first use and then kept."""
 
     def __init__(self, value):
         self.value, self.known = value, {}
@@ -199,8 +222,9 @@ class Prepared:
 
     @classmethod
     def for_many(cls, network, value):
-        """One that outlives a walk. ValueError where a gradient would have to pass through it: its graph would not."""
+        """Values for many calls of the network. Raises ValueError where a gradient would have to pass through them, because
+        their graph serves one backward pass only."""
         if value.requires_grad or not frozen(network):
-            raise ValueError("what is prepared serves many calls, so no gradient can pass through it: freeze the network's "
-                             "weights and detach the text, or pass timestep and text as they are")
+            raise ValueError("prepared values serve many calls, so no gradient can pass through them: freeze the network's "
+                             "weights and detach the text, or pass timestep and text unprepared")
         return cls(value)

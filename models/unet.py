@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .lean import Conv2d, NormSiLU, Prepared, gated_gelu
+from .lean import Conv2d, GroupNorm, NormSiLU, Prepared, gated_gelu
 
 # Keys of the published config.json that are not fields below: they change nothing at inference ...
 IGNORED = {
@@ -298,7 +298,7 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, heads: int, layers: int, config: UNetConfig):
         super().__init__()
-        self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=TRANSFORMER_NORM_EPS)
+        self.norm = GroupNorm(config.norm_num_groups, width, eps=TRANSFORMER_NORM_EPS)
         self.proj_in = nn.Linear(width, width) if config.use_linear_projection else Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(width, config.cross_attention_dim, heads) for _ in range(layers))

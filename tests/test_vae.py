@@ -83,6 +83,40 @@ def test_parity_with_diffusers(name, size, dtype):
     assert_parity(ours_like(theirs), theirs, size)
 
 
+def picture(name, side=96):
+    """A picture that is flat or nearly so, (1, 3, side, side) in [-1, 1]."""
+    pixels = torch.ones(1, 3, side, side)
+    if name == "grey":
+        return 0.1 * pixels
+    if name == "graphic on white":
+        pixels[:, 1:, side // 4:side // 2, side // 4:side // 2] = -0.8
+        return pixels
+    if name == "two colours":
+        return pixels * torch.tensor([0.9, -0.4, 0.2])[:, None, None] * (torch.arange(side) - side // 2 + 0.5).sign()
+    return 0.1 + torch.randn(pixels.shape, generator=torch.Generator().manual_seed(2)) / 127
+
+
+@pytest.mark.parametrize("name", ["grey", "graphic on white", "two colours", "faint noise"])
+def test_flat_pictures_are_encoded_as_exactly_as_by_diffusers(name):
+    theirs = oracle(VAEConfig(block_out_channels=(32, 64), layers_per_block=2, latent_channels=4, norm_num_groups=8))
+    ours = ours_like(theirs).to(memory_format=torch.channels_last).requires_grad_(False)
+    weight = torch.randn(1, 4, 48, 48, generator=torch.Generator().manual_seed(3))
+
+    def found(encode, dtype):
+        pixels = picture(name).to(dtype).requires_grad_()
+        mean = encode(pixels)
+        return mean.detach().double(), torch.autograd.grad(mean, pixels, weight.to(dtype))[0].double()
+
+    mine = found(lambda pixels: ours.encode(pixels)[0], torch.float32)
+    other = found(lambda pixels: theirs.encode(pixels).latent_dist.mean, torch.float32)
+    theirs.double()
+    truth = found(lambda pixels: theirs.encode(pixels).latent_dist.mean, torch.float64)
+    for a, b, true in zip(mine, other, truth, strict=True):
+        assert (a - true).abs().max() <= 5 * (b - true).abs().max()
+    wrong, allowed = ((gradient.sign() != truth[1].sign()).sum() for gradient in (mine[1], other[1]))
+    assert wrong <= 5 * allowed + 2
+
+
 def without_residual(self, x):
     tokens = self.group_norm(x).flatten(2).transpose(1, 2)
     q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
