@@ -44,6 +44,12 @@ CONFIGS = {
                 "scaling_factor": 0.7, "shift_factor": -0.4},
         "clips": (CLIP_G, CLIP_L | {"projection_dim": 10}), "length": 20, "shift": 1.7,
         "T5": {"d_model": 64, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}},
+    "as a tiny test repository": {                          # T5 1.0, and CLIP's channels, 24 + 32, are cropped to its 32
+        "transformer": SD3 | {"patch_size": 1, "num_layers": 2, "pos_embed_max_size": 64},
+        "vae": {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 1, "latent_channels": 4,
+                "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.0609, "scaling_factor": 1.5035},
+        "clips": (CLIP_L, CLIP_G), "length": 77, "shift": 3.0,
+        "T5": {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 3, "num_heads": 4, "feed_forward_proj": "relu"}},
     "as in a single file": {                                # whose shapes do not tell heads and groups: those of the published
         "transformer": SD3 | {"num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 2},
         "vae": SD3_VAE | {"block_out_channels": (32, 64, 96, 96), "layers_per_block": 2, "norm_num_groups": 32},
@@ -70,8 +76,8 @@ def pipeline(name="as published", *, tokenizers, in_channels=None, seed=0):
     t5 = t5_words = None
     if config["T5"]:
         t5_words = transformers.T5TokenizerFast.from_pretrained(tokenizers / "tokenizer_3")
-        t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(t5_words), feed_forward_proj="gated-gelu",
-                                                               **config["T5"]))
+        t5 = transformers.T5EncoderModel(transformers.T5Config(
+            **{"vocab_size": len(t5_words), "feed_forward_proj": "gated-gelu"} | config["T5"]))
     latent = config["vae"]["latent_channels"]
     width = config["transformer"]["attention_head_dim"] * config["transformer"]["num_attention_heads"]
     transformer = diffusers.SD3Transformer2DModel(

@@ -742,7 +742,7 @@ def test_a_missing_shard_is_one_sentence(folders, tmp_path):
 
 MIXED = {                                                    # which parts come from which other config
     "another T5": ("as SD3.5 medium", ["text_encoder_3"], "takes 64 channels of text, T5 has 56"),
-    "another CLIP": (SINGLE, ["text_encoder"], "takes 64 channels of text, the two CLIP have 96"),
+    "another CLIP": (SINGLE, ["text_encoder"], "takes 44 channels of pooled text, the two CLIP have 84"),
     "CLIP of other projections": ("another VAE, short prompts", ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"],
                                   "takes 44 channels of pooled text, the two CLIP have 30"),
     "another VAE": ("another VAE, short prompts", ["vae"],

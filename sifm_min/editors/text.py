@@ -72,7 +72,8 @@ class TextEncoders:
                 raise ValueError(f"{checkpoint.source}: the transformer takes {width} channels of text, T5 has {t5.d_model}")
         self.pooled_width = sum(config.projection_dim or config.hidden_size for config in configs)
         if (clip := sum(config.hidden_size for config in configs)) > width:
-            raise ValueError(f"{checkpoint.source}: the transformer takes {width} channels of text, the two CLIP have {clip}")
+            warnings.warn(f"{checkpoint.source}: the two CLIP have {clip} channels of text and the transformer takes {width}: the "
+                          "rest is cut off, as in the published pipeline", stacklevel=2)
         self._known = OrderedDict()
 
     def __call__(self, prompts):
@@ -95,7 +96,7 @@ class TextEncoders:
         for component, tokenizer in zip(self.clips, self.tokenizers, strict=True):
             outputs.append(self._run(CLIPText, component, tokenizer(prompts)))
         states = torch.cat([output.penultimate for output in outputs], -1)      # without the final norm
-        states = F.pad(states, (0, self.width - states.shape[-1]))
+        states = F.pad(states, (0, self.width - states.shape[-1]))              # a negative number crops
         if self.t5_tokenizer is None:                        # zeros in its place, as many as it would have had tokens
             t5_states = states.new_zeros(len(prompts), self.length, self.width)
         else:
