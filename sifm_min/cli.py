@@ -235,6 +235,19 @@ def say(text, *, quiet=False):
         _write(text, sys.stderr)
 
 
+def say_notes(path, notes, *, quiet=False):
+    """Say on stderr what reading a picture changed (`images.Picture.info["notes"]`), with the file's name before each."""
+    for note in notes:
+        say(f"{path}: {note}", quiet=quiet)
+
+
+def say_editor(editor, *, quiet=False):
+    """Say on stderr what a user should know of an editor: its notice, and a sampler that is not the stored one."""
+    for remark in (editor.notice, getattr(getattr(editor, "scheduler", None), "note", "")):
+        if remark:
+            say(remark, quiet=quiet)
+
+
 def fail(text, code=SOME_FAILED, *, error=None):
     """Tell what went wrong, one sentence on stderr, below the traceback of `error` if given; returns `code`."""
     if error:

@@ -146,16 +146,19 @@ def _body(args):
             raise ValueError(f"{name}: no picture of this name in {args.reference if left else args.distorted}")
         pictures = images.read(left), images.read(right)
         found = measure(*pictures, wanted, weights, device=device, strict=bool(args.metrics))
-        notes = [f"{path}: {note}" for path, picture in zip((left, right), pictures, strict=True)
-                 for note in [*picture.info["notes"], *(["transparency, not compared"] if picture.alpha else [])]]
+        notes = [(path, [*picture.info["notes"], *(["transparency, not compared"] if picture.alpha else [])])
+                 for path, picture in zip((left, right), pictures, strict=True)]
+        told = [f"{path}: {note}" for path, sentences in notes for note in sentences]
         reasons = [f"{name}: no {metric}: {reason}" for metric, reason in found.get("absent", {}).items()
                    if reason != weights]                     # told once, above
-        for remark in notes + reasons:
-            cli.say(remark, quiet=args.quiet)
+        for path, sentences in notes:
+            cli.say_notes(path, sentences, quiet=args.quiet)
+        for reason in reasons:
+            cli.say(reason, quiet=args.quiet)
         used = {"network": weights.network, "sha256": weights.sha256, "pinned": weights.pinned} if (
             isinstance(weights, metrics.LPIPSWeights)) else None
         record = {"distorted": left, "reference": right, "size": list(pictures[0].image.size), **found,
-                  **({"lpips_weights": used} if used else {}), **({"notes": notes} if notes else {})}
+                  **({"lpips_weights": used} if used else {}), **({"notes": told} if told else {})}
         records.append(found)
         cli.result(record, row(name, found), as_json=args.json)
 

@@ -1,4 +1,4 @@
-"""The attacker's side as a command: edit pictures with an instruction, exactly as the published pipeline does."""
+"""Edit pictures with an instruction, as an attacker would: exactly what the published pipeline does."""
 
 from . import cli
 from .files import writing
@@ -8,8 +8,8 @@ EXAMPLES = """examples:
   %(prog)s photo.png --prompt "make her a witch" -o out
   %(prog)s out/photo_immunized.png --prompt "make her a witch" --editor instruct-pix2pix --seed 7 -o out
 
-writes NAME_edited.png per picture, of the picture's own size. Exit codes: 0 all done, 1 some pictures failed, 2 usage,
-3 weights unavailable, 130 interrupted."""
+writes NAME_edited.png per picture, with the picture's size, transparency and colour profile. Exit codes: 0 all done,
+1 some pictures failed, 2 usage, 3 weights unavailable, 130 interrupted."""
 
 
 ENDING = "_edited.png"
@@ -37,21 +37,25 @@ def _body(args):
     pictures = find(args.pictures, args.output, (ENDING,))
     editor = load(args)
     writing.make_folder(args.output)
-    if editor.notice:
-        cli.say(editor.notice, quiet=args.quiet)
+    cli.say_editor(editor, quiet=args.quiet)
 
     def one(path):
         target = args.output / f"{path.stem}{ENDING}"
         if target.exists() and not args.overwrite:
             raise ValueError(f"{target} exists; add --overwrite or choose another folder")
-        picture = images.read(path).image.convert("RGB")
+        picture = images.read(path)
+        cli.say_notes(path, picture.info["notes"], quiet=args.quiet)
         with cli.progress(total=len(editor.plan(args.steps).timesteps), what=path.name, quiet=args.quiet) as bar:
-            edited = editor.edit(picture, args.prompt, negative_prompt=args.negative_prompt, seed=args.seed, steps=args.steps,
-                                 guidance=args.guidance, image_guidance=args.image_guidance, size=args.size,
+            edited = editor.edit(picture.image, args.prompt, negative_prompt=args.negative_prompt, seed=args.seed,
+                                 steps=args.steps, guidance=args.guidance, image_guidance=args.image_guidance, size=args.size,
                                  on_step=lambda i, n: bar.update())
-        images.write(target, edited, overwrite=args.overwrite)
-        record = {"picture": path, "edited": target, "prompt": args.prompt, "seed": args.seed,
-                  "editor": editor.provenance()} if args.json else {}    # provenance hashes the weights: seconds of work
+        if picture.icc and picture.mode in ("L", "LA"):
+            cli.say(f"{path}: its colour profile is for grey pixels, and the edit has colours: left out", quiet=args.quiet)
+        images.write(target, picture.coloured(edited, alpha=True), overwrite=args.overwrite)
+        record = {}
+        if args.json:                                        # provenance hashes the weights: seconds of work
+            record = {"picture": path, "edited": target, "prompt": args.prompt, "seed": args.seed,
+                      "notes": picture.info["notes"], "editor": editor.provenance()}
         cli.result(record, str(target), as_json=args.json)
 
     return cli.each_file(pictures, one, output=args.output, quiet=args.quiet, debug=args.debug, as_json=args.json)

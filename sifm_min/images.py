@@ -1,44 +1,39 @@
 """Pictures: read, resize, quantise under the budget, write whole or not at all, and lay side by side.
 
 Pictures are PIL images at the border and `pixels`, (B,3,H,W) float32 in [0,1], inside; 0..255 exists only in this file.
-What a picture has beside its colours (alpha, ICC profile, greyness) is kept in a `Picture` and given back; other
-metadata (camera, place, thumbnails) is not passed on.
+A `Picture` keeps what a picture has beside its colours (alpha, ICC profile, gamma) and gives it back. Other metadata
+(camera, place, thumbnails) is not passed on.
 """
 
 import contextlib
 import io
 import math
-import struct
 import warnings
-import zlib
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
-from .files import writing
+from .files import decoding, png, writing
+from .files.decoding import Refused
 
-# Only these are opened: some of Pillow's other formats start programs (EPS runs Ghostscript) or hold no single picture.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm")
-SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
-# What Pillow's decoders raise on damaged files, by format and place of the damage (found by damaging files at random).
-DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError, struct.error,
-          zlib.error)
+CHUNKS = "sifm_min_chunks"                                   # the key of an image's info
+LARGEST_FILE = 1 << 31                                       # bytes; a picture is read as a whole
 
 
 # ----------------------------------------------------------------------------------------------------------------- read
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture taken apart. `image` is 8-bit RGB, upright; what it is put together with again, unchanged, is the rest.
+    """A picture taken apart. `image` is 8-bit RGB, upright; the other fields put it together again unchanged.
 
     mode: of the result, "RGB", "RGBA", "L" or "LA". Palette and CMYK pictures become RGB or RGBA, black-and-white ones L.
-    channels: 1 for a grey picture, whose three channels are equal and stay so: optimise `to_pixels(image)[:, :channels]`
-      and let the objective expand it. alpha: 8-bit L, or None. icc: the profile as in the file, or None.
+    alpha: 8-bit L, or None. icc: an ICC profile that fits the mode, or None. chunks: other PNG chunks that decide how the
+    colours look (gamma, primaries, HDR), as ((kind, data), ...).
     info: of the source, JSON-ready: format, mode, frames, and `notes`, sentences on what was changed in reading it.
     """
 
@@ -46,19 +41,41 @@ class Picture:
     mode: str
     alpha: Image.Image | None = None
     icc: bytes | None = None
+    chunks: tuple = ()
     info: dict = field(default_factory=dict)
 
-    @property
+    @cached_property
     def channels(self):
-        return 1 if self.mode in ("L", "LA") else 3
+        """1 for a picture without colour: its three channels are equal, and stay so. Else 3.
+
+        Optimise `to_pixels(image)[:, :channels]` and let the objective expand it. The pixels decide, not the mode: a grey
+        photograph is often saved as RGB.
+        """
+        red, green, blue = self.image.split()
+        return 1 if red.tobytes() == green.tobytes() == blue.tobytes() else 3
 
     def put_together(self, image):
-        """An RGB image of this picture's size as a picture of its mode, with its alpha and ICC profile."""
-        bands = [image.getchannel(0)] if self.channels == 1 else list(image.split())
-        made = Image.merge(self.mode, [*bands, self.alpha] if self.alpha else bands)
-        if self.icc:
-            made.info["icc_profile"] = self.icc              # where Image.save finds it
-        return made
+        """An image of this picture's size as a picture of its mode, with its alpha and what decides its colours."""
+        return self._dressed(image.convert("L" if self.mode in ("L", "LA") else "RGB"), self.alpha, self.icc)
+
+    def coloured(self, image, alpha=False):
+        """An RGB image of any size with what decides this picture's colours; a profile for grey pixels is left out.
+
+        alpha: with this picture's transparency as well; the image must be of its size.
+        """
+        icc = None if self.mode in ("L", "LA") else self.icc
+        return self._dressed(image.convert("RGB"), self.alpha if alpha else None, icc)
+
+    def _dressed(self, image, alpha, icc):
+        dressed = image.copy()
+        dressed.info = {}
+        if alpha:
+            dressed.putalpha(alpha)
+        if icc:
+            dressed.info["icc_profile"] = icc                # where Image.save looks for it
+        if self.chunks:
+            dressed.info[CHUNKS] = self.chunks               # where `write` looks for them
+        return dressed
 
 
 def read(path):
@@ -67,8 +84,9 @@ def read(path):
     if not path.is_file():
         raise ValueError(f"{path} is a folder, not a picture" if path.is_dir() else f"{path}: no such file")
     try:
-        with _bombs_refused(), Image.open(path, formats=_formats()) as image:
-            return picture(image)
+        if path.stat().st_size > LARGEST_FILE:
+            raise Refused(f"more than {LARGEST_FILE >> 30} GiB; scale it down first")
+        return _picture(decoding.decode(path.read_bytes()))
     except Image.UnidentifiedImageError:
         raise ValueError(f"{path} is not a picture that can be read here; convert it to PNG") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -78,59 +96,40 @@ def read(path):
         raise ValueError(f"{path}: {error}") from None
     except MemoryError:
         raise ValueError(f"{path} does not fit into memory; scale it down first") from None
-    except DAMAGE as error:
+    except decoding.DAMAGE as error:
         if getattr(error, "errno", None):                    # the disk's or the system's fault, not the picture's
             raise ValueError(f"{path}: {error.strerror}") from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is damaged, or unusual ({reason}); open it elsewhere and save it anew") from None
 
 
-class Refused(ValueError):
-    """A picture that could be decoded, and whose colours have no one meaning in 8 bits."""
-
-
 def picture(image):
     """A PIL image of any usual mode as a `Picture`, upright (its EXIF orientation applied); raises ValueError."""
-    info = {"format": image.format, "mode": image.mode, "frames": getattr(image, "n_frames", 1), "notes": []}
-    if info["frames"] > 1:
-        image.seek(0)
-        info["notes"].append(f"the first of {info['frames']} frames")
-    # Pillow itself reduces 48-bit colours when it decodes; only the decoder's name tells.
-    deep = image.mode in SIXTEEN or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-    icc, transparent = image.info.get("icc_profile"), image.has_transparency_data
-    if 0 in image.size:
-        raise Refused(f"its size is {image.width}x{image.height}")
-    image = ImageOps.exif_transpose(image)
-    if image.mode in SIXTEEN or (image.mode == "I" and info["format"] == "PNG"):       # "I": Pillow before 11
-        image, deep = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)), True
-    if deep:
-        info["notes"].append("16 bits a channel, of which the upper 8 are kept")
-        if "transparency" in image.info or (transparent and image.mode == "L"):
-            raise Refused("16 bits a channel and one colour of them transparent; convert it to 8 bits with alpha")
-    if image.mode == "CMYK":
-        image, icc = image.convert("RGB"), None
-        info["notes"].append("CMYK converted to RGB, without its colour profile")
-    if image.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr", "HSV"):
-        raise Refused(f"its mode {image.mode} has no fixed range of colours; convert it to 8-bit RGB")
-    mode = ("L" if image.mode in ("1", "L", "LA", "La") else "RGB") + ("A" if transparent else "")
-    if image.mode == "La":
-        image = image.convert("LA")
-    if image.mode == "RGBa":
-        image = image.convert("RGBA")
-    whole = image.convert(mode)
-    alpha = whole.getchannel("A") if transparent else None
-    return Picture(whole.convert("RGB"), mode, alpha, icc, info)
+    return _picture(decoding.decode_image(image))
+
+
+def _picture(decoded):
+    image = decoded.image
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+    return Picture(image.convert("RGB"), image.mode, alpha, decoded.icc, decoded.chunks, decoded.info)
 
 
 def read_mask(path, width, height):
-    """The mask in a picture file as (1,1,H,W) of zeros and ones: light is one, dark is zero. Raises ValueError."""
-    image = read(path).image
-    if image.size != (width, height):
-        raise ValueError(f"{path}: the mask is {image.width}x{image.height}, the picture {width}x{height}; make them equal")
-    mask = torch.from_numpy(np.array(image.convert("L")) >= 128).float()[None, None]
-    if not mask.any():
-        raise ValueError(f"{path}: the mask is all dark; paint white where the picture may be changed")
-    return mask
+    """The mask in a picture file as (1,1,H,W) of zeros and ones: light is one, dark or transparent is zero.
+
+    Raises ValueError for a mask of another size, and for one without any light.
+    """
+    mask = read(path)
+    if mask.image.size != (width, height):
+        raise ValueError(f"{path}: the mask is {mask.image.width}x{mask.image.height}, the picture {width}x{height}; make "
+                         "them equal")
+    light = np.asarray(mask.image.convert("L")).astype(np.uint32)
+    if mask.alpha:
+        light = light * np.asarray(mask.alpha) // 255        # shown on black
+    if not (light >= 128).any():
+        dark = "dark or transparent" if mask.alpha else "dark"
+        raise ValueError(f"{path}: the mask is all {dark}; paint white where the picture may be changed")
+    return torch.from_numpy(light >= 128).float()[None, None]
 
 
 def find(paths):
@@ -147,19 +146,6 @@ def find(paths):
                 raise ValueError(f"{path}: no pictures in this folder ({', '.join(SUFFIXES)})")
         found += inside
     return list(dict.fromkeys(found))
-
-
-def _formats():
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]  # an older Pillow has fewer
-
-
-@contextlib.contextmanager
-def _bombs_refused():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                      # of the decoders: about metadata that is not used here
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
 
 
 # -------------------------------------------------------------------------------------------------- pixels, resize, size
@@ -278,9 +264,10 @@ def write_checked(path, image, original, eps, *, overwrite=False):
 
 
 def _png(image):
+    """The bytes of a PNG, with the colour chunks that `Picture.put_together` left in the image's info."""
     encoded = io.BytesIO()
     image.save(encoded, "PNG")
-    return encoded.getvalue()
+    return png.with_chunks(encoded.getvalue(), image.info.get(CHUNKS, ()))
 
 
 @contextlib.contextmanager

@@ -336,8 +336,7 @@ def _body(args):
     if unknown := [name for name in args.taps or () if name not in editor_taps]:
         raise ValueError(f"--taps {unknown[0]}: this editor has no such activation; --taps list prints those it has")
     writing.make_folder(args.output)
-    if editor.notice:
-        cli.say(editor.notice, quiet=args.quiet)
+    cli.say_editor(editor, quiet=args.quiet)
     return cli.each_file(pictures, lambda path: _immunize_file(path, editor, args), output=args.output,
                          quiet=args.quiet, debug=args.debug, as_json=args.json)
 
@@ -404,6 +403,7 @@ def _immunize_file(path, editor, args):
         if args.json:
             cli.out(cli.to_json(_in_short(before) | {"skipped": True}))
         return
+    cli.say_notes(path, picture.info["notes"], quiet=args.quiet)
     if done:
         immunized, report = picture.put_together(images.read(immunized_path).image), before
     else:
@@ -509,7 +509,7 @@ def _preview(picture, immunized, edits, prompt, notice):
     captions = ("original", f"edited: {prompt}", "immunized", f"edited: {prompt}", "perturbation x10")
     original = picture.put_together(picture.image)           # with its transparency, as the immunized one has it
     pictures = (original, edits[0], immunized, edits[1], images.amplify(picture.image, immunized))
-    return images.sheet(list(zip(captions, pictures, strict=True)), footer=notice)
+    return picture.coloured(images.sheet(list(zip(captions, pictures, strict=True)), footer=notice))
 
 
 def main(argv=None):

@@ -63,7 +63,7 @@ class Attack:
         if why := self.refusal(editor):
             raise ValueError(why)
         whole = images.picture(image)
-        colours = whole.image.convert("L") if whole.channels == 1 else whole.image
+        colours = whole.image.convert("L") if whole.mode in ("L", "LA") else whole.image
         attacked = self.function(colours, editor=editor, seed=seed, **self.parameters)
         return whole.put_together(attacked)
 

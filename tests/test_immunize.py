@@ -22,6 +22,7 @@ import tiny_editor
 import torch
 from hub import Hub, status
 from huggingface_hub import constants
+from picture_files import icc_header
 from PIL import Image
 
 import sifm_min
@@ -315,7 +316,7 @@ def test_taps_list(run, editor, capsys):
 
 # -- every kind of input -----------------------------------------------------------------------------------------------
 
-ICC = b"the bytes of a colour profile"
+ICC, GREY_ICC = icc_header(), icc_header("GRAY")
 
 
 def turned_photograph(path):
@@ -353,7 +354,7 @@ def one_bit(path):
 
 @pytest.mark.parametrize("name, make", [
     ("photograph.jpg", turned_photograph), ("transparent.png", plain(mode="RGBA", icc_profile=ICC)),
-    ("deep.png", sixteen_bits), ("frames.gif", palette_frames), ("grey.jpg", plain(mode="L", icc_profile=ICC)),
+    ("deep.png", sixteen_bits), ("frames.gif", palette_frames), ("grey.jpg", plain(mode="L", icc_profile=GREY_ICC)),
     ("strip.png", plain((37, 513))), ("lying.png", plain((513, 37))), ("speck.png", plain((1, 1))),
     ("grey_transparent.png", plain(mode="LA")), ("print.jpg", plain(mode="CMYK", back="RGB")), ("fax.png", one_bit),
 ])
@@ -376,10 +377,10 @@ def test_every_kind_of_picture_comes_back_as_it_was(run, name, make):
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA"])
 def test_a_pil_picture_comes_back_in_its_size_and_mode(editor, tmp_path, mode):
     image = photo(tmp_path / "a.png", mode=mode)
-    image.info["icc_profile"] = ICC
+    profile = image.info["icc_profile"] = GREY_ICC if mode in ("L", "LA") else ICC
     before = image.tobytes()
     result = sifm_min.immunize(image, editor, [PROMPT], steps=1, timesteps=1)
-    assert (result.image.mode, result.image.size, result.image.info["icc_profile"]) == (mode, image.size, ICC)
+    assert (result.image.mode, result.image.size, result.image.info["icc_profile"]) == (mode, image.size, profile)
     assert 0 < images.steps_used(image, result.image) == result.report["linf_steps"] <= 7
     assert image.tobytes() == before
     assert json.loads(json.dumps(result.report, allow_nan=False)) == result.report

@@ -230,3 +230,48 @@ def test_a_wrong_legacy_name_is_seen(one, other, monkeypatch):
     monkeypatch.setattr(vae, "LEGACY_NAMES", swapped)
     with pytest.raises(AssertionError):
         test_legacy_attention_names_give_the_same_network()
+
+
+BASE = {"block_out_channels": [8, 16], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4,
+        "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),
+    ({"up_block_types": ["UpDecoderBlock2D", "SpatialUp"]}, "SpatialUp"),
+    ({"down_block_types": ["DownEncoderBlock2D"]}, "each of its 2"),
+    ({"up_block_types": None}, "up_block_types"),
+    ({"block_out_channels": 64}, "block_out_channels"),
+    ({"act_fn": "gelu"}, "act_fn"),
+    ({"latents_mean": [0.0] * 4}, "latents_mean"),
+    ({"latents_std": [1.0] * 4}, "latents_std"),
+    ({"num_attention_heads": 8}, "num_attention_heads"),
+    ({"norm_num_groups": 3}, "norm_num_groups"),
+    ({"block_out_channels": [], "down_block_types": [], "up_block_types": []}, "block_out_channels"),
+    ({"layers_per_block": None}, "layers_per_block"),
+])
+def test_a_config_of_another_architecture_is_refused(change, named):
+    VAEConfig.from_json(json.dumps(BASE))
+    with pytest.raises(ValueError, match=named) as caught:
+        VAEConfig.from_json(json.dumps(BASE | change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["block_out_channels", "layers_per_block", "latent_channels"])
+def test_a_config_without_a_needed_key_is_refused(missing):
+    with pytest.raises(ValueError, match=f"does not set {missing}"):
+        VAEConfig.from_json(json.dumps({key: value for key, value in BASE.items() if key != missing}))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3"])
+def test_a_config_that_is_no_json_object_is_refused(text):
+    with pytest.raises(ValueError, match="not a JSON object"):
+        VAEConfig.from_json(text)
+
+
+def test_keys_that_change_nothing_are_accepted():
+    plain = VAEConfig.from_json(json.dumps(BASE))
+    extra = BASE | {"sample_size": [512, 256], "force_upcast": False, "_class_name": "AutoencoderKL", "_manifest": {},
+                    "shift_factor": None, "latents_mean": None, "act_fn": "silu"}
+    assert VAEConfig.from_json(json.dumps(extra)) == plain
+    assert (plain.scaling_factor, plain.shift_factor) == (0.18215, 0.0)     # what files that leave them out mean
