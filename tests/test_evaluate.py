@@ -23,7 +23,8 @@ from PIL import Image
 
 import sifm_min
 from sifm_min import canaries as canary_file
-from sifm_min import cli, editors, evaluate, judge, manifest, miniature, panels, protocol, report, robustness, suites
+from sifm_min import cli, editors, evaluate, judge, miniature, panels
+from sifm_min.experiments import estimate, figures, manifest, plan, results, robustness, runner, store, suites, workers
 from sifm_min.ledger import Busy
 from sifm_min.models.checkpoints import Unavailable
 
@@ -59,13 +60,13 @@ def calls():
 def run(loaded, tmp_path, monkeypatch, calls):
     """Run the command in this process and in tmp_path, on editors that are loaded once, and count what they are asked."""
     monkeypatch.setattr(editors, "load_editor", lambda source, **options: loaded[source])
-    monkeypatch.setattr(suites, "seconds_each", lambda asked, editors, case, left, **judging: dict.fromkeys(left.todo, 1.0))
-    immunize = protocol.immunize
+    monkeypatch.setattr(estimate, "seconds_each", lambda asked, editors, case, left, **judging: dict.fromkeys(left.todo, 1.0))
+    immunize = runner.immunize
 
     def immunizing(image, editor, prompts, *, method, **options):
         calls.append(f"immunize {method}")
         return immunize(image, editor, prompts, method=method, **options)
-    monkeypatch.setattr(protocol, "immunize", immunizing)
+    monkeypatch.setattr(runner, "immunize", immunizing)
     for editor in loaded.values():
         def edit(pictures, prompts, *, real=editor.edit, **options):
             calls.append(f"edit {len(prompts)}")
@@ -102,8 +103,8 @@ def table(capsys, *argv, folder="out"):
 # ------------------------------------------------------------------------------------------------------------- white box
 
 def test_the_memory_plan_reaches_every_immunization_and_redoes_nothing(run, calls, monkeypatch):
-    counted, asked = protocol.immunize, []
-    monkeypatch.setattr(protocol, "immunize", lambda *given, memory, **more: (asked.append(memory),
+    counted, asked = runner.immunize, []
+    monkeypatch.setattr(runner, "immunize", lambda *given, memory, **more: (asked.append(memory),
                                                                               counted(*given, memory=memory, **more))[1])
     assert run("white-box", "--memory", "low") == cli.OK and set(asked) == {"low"}
     assert run("white-box") == cli.OK and calls == []        # the results are the same, so a plan is no other run
@@ -128,7 +129,7 @@ def test_results_are_what_the_library_says(run, loaded):
     """One cell by hand: immunize, edit with another seed, distances, and both judges."""
     from sifm_min import images, metrics
     run("white-box", "--seeds", "3")
-    (group,) = protocol.collect("out")
+    (group,) = results.collect("out")
     cell = next(c for c in group["cells"] if c["arm"] == "photoguard-encoder" and c["prompt_id"] == "unseen-2")
     sample, editor = miniature.samples(1, 0)[0], next(iter(loaded.values()))
     immunized = sifm_min.immunize(sample.image, editor, sample.prompt, method="photoguard-encoder", steps=1).image
@@ -179,7 +180,7 @@ def test_lpips_that_comes_later_is_all_that_is_measured(run, calls, capsys, monk
     before = {step: len(rows) for step, rows in steps().items()}
     assert run("white-box") == cli.OK and calls == []
     assert {step: len(rows) for step, rows in steps().items()} == {**before, "lpips": before["metrics"]}
-    (group,) = protocol.collect("out")
+    (group,) = results.collect("out")
     assert {cell["metrics"].get("lpips") for cell in group["cells"]} == {None, 0.25} and "absent" not in table(capsys)
 
 
@@ -200,7 +201,7 @@ def test_noise_is_drawn_once_for_all_editors(run, calls, loaded):
     second = list(loaded)[1]
     assert run("white-box", editor=second) == cli.OK
     assert calls.count_of("immunize noise") == 0 and calls.count_of("immunize photoguard-encoder") == 2 and calls.edits == 36
-    assert len(protocol.collect("out")) == 2
+    assert len(results.collect("out")) == 2
 
 
 # ------------------------------------------------------------------------------------------------------- who does what
@@ -232,12 +233,12 @@ def test_jobs_share_the_work_and_a_helper_ends_with_whom_it_helps(run, calls, lo
     assert len(set(names)) == len(names) == 6 + 54 + 36 + 54
     assert run("white-box", "--helper-of", str(os.getpid()), "-o", "other") == cli.INTERRUPTED and calls.edits == 6
     args = SimpleNamespace(jobs=None, helper_of=None, shard=(0, 1))
-    assert evaluate._jobs(SimpleNamespace(jobs=2, helper_of=7, shard=(0, 1)), loaded) == 1   # or there were no end of them
-    monkeypatch.setattr(evaluate.os, "sched_getaffinity", lambda process: {0, 1, 2})
-    assert evaluate._jobs(args, loaded) == 3
+    assert workers.jobs(SimpleNamespace(jobs=2, helper_of=7, shard=(0, 1)), loaded) == 1   # or there were no end of them
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda process: {0, 1, 2})
+    assert workers.jobs(args, loaded) == 3
     large = SimpleNamespace(is_miniature=False, device=torch.device("cpu"))
-    assert evaluate._jobs(args, {**loaded, "large": large}) == 1
-    assert evaluate._jobs(SimpleNamespace(**{**vars(args), "shard": (0, 2)}), loaded) == 1
+    assert workers.jobs(args, {**loaded, "large": large}) == 1
+    assert workers.jobs(SimpleNamespace(**{**vars(args), "shard": (0, 2)}), loaded) == 1
 
 
 def test_a_picture_that_another_process_holds_comes_last():
@@ -249,7 +250,7 @@ def test_a_picture_that_another_process_holds_comes_last():
             if self.order.count(1) < 3 and case == 1:
                 raise Busy("held")
     told = []
-    evaluate.carry_out(Runner(), [1, 2], remark=told.append)
+    workers.carry_out(Runner(), [1, 2], remark=told.append)
     assert Runner.order == [1, 2, 1, 1] and len(told) == 1
 
 
@@ -319,25 +320,25 @@ def lines(folder="out"):
     ((1, 2), {"RANK": "2", "WORLD_SIZE": "4"}, (6, 8)),
 ])
 def test_share(shard, environment, expected):
-    assert evaluate.share(shard, environment) == expected
+    assert workers.share(shard, environment) == expected
 
 
 # --------------------------------------------------------------------------------------------------------- what fails
 
 def test_a_step_that_fails_is_listed_and_tried_again(run, calls, capsys, monkeypatch):
-    real = protocol.immunize
+    real = runner.immunize
 
     def failing(image, editor, prompts, *, method, **options):
         if method == "photoguard-encoder" and calls.count_of("immunize photoguard") == 0:
             calls.append("immunize photoguard-encoder, in vain")
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(image, editor, prompts, method=method, **options)
-    monkeypatch.setattr(protocol, "immunize", failing)
+    monkeypatch.setattr(runner, "immunize", failing)
     assert run("white-box") == cli.SOME_FAILED
     assert "miniature-000, photoguard-encoder, immunize: out of memory" in capsys.readouterr().err
     assert calls.edits == 30                                 # all but those of the picture that is not there
     assert "- 6 edits failed: out of memory." in table(capsys)
-    monkeypatch.setattr(protocol, "immunize", real)
+    monkeypatch.setattr(runner, "immunize", real)
     assert run("white-box") == cli.OK
     assert calls.count_of("immunize") == 1 and calls.edits == 6
     assert "failed" not in table(capsys)
@@ -346,7 +347,7 @@ def test_a_step_that_fails_is_listed_and_tried_again(run, calls, capsys, monkeyp
 def test_a_full_disk_fails_every_cell_before_work_is_spent_on_it(run, calls, capsys, monkeypatch):
     def full(self):
         raise OSError(errno.ENOSPC, "No space left on device", "out/pictures")
-    monkeypatch.setattr(protocol.Folder, "probe", full)
+    monkeypatch.setattr(store.Folder, "probe", full)
     assert run("white-box") == cli.SOME_FAILED and calls == []
     assert capsys.readouterr().err.count("no space left on device") == 2 * 6            # told when met, and at the end
 
@@ -385,7 +386,7 @@ def test_what_cannot_be_read_is_listed_and_the_rest_goes_on(run, calls, capsys, 
     journal = sorted(Path("out/steps").glob("*.jsonl"))[0]
     place = journal if broken == "journal" else next(
         path for path in Path("out/pictures").iterdir() if path.stem == next(
-            cell["original"] for cell in protocol.collect("out")[0]["cells"] if cell["original"].startswith(journal.stem)))
+            cell["original"] for cell in results.collect("out")[0]["cells"] if cell["original"].startswith(journal.stem)))
     kept = place.read_bytes()
     place.unlink()
     place.mkdir()
@@ -455,7 +456,7 @@ def test_transfer_goes_both_ways(run, calls, loaded, capsys):
     assert run("transfer", "--other", second) == cli.OK
     assert calls.count_of("immunize photoguard-encoder") == 4 and calls.count_of("immunize noise") == 2
     assert calls.edits == 2 * 2 * 3                          # the original prompt alone
-    (group,) = protocol.collect("out")
+    (group,) = results.collect("out")
     pairs = {(cell["source"], cell["target"]) for cell in group["cells"] if cell["arm"] == "photoguard-encoder"}
     names = [Path(name).name for name in loaded]
     assert pairs == {tuple(names), tuple(names[::-1])}
@@ -467,15 +468,15 @@ def test_large_editors_take_turns_in_transfer(run, capsys, loaded, monkeypatch):
     first, second = loaded
     assert run("transfer", "--other", second) == cli.OK
     expected, used = table(capsys, "--format", "csv"), []
-    monkeypatch.setattr(evaluate, "_small", lambda editors: False)
+    monkeypatch.setattr(workers, "are_small", lambda editors: False)
     monkeypatch.setattr(editors, "load_editor", lambda source, **options: used.append(f"load {source}") or loaded[source])
-    immunize = protocol.immunize
+    immunize = runner.immunize
 
     def immunizing(image, editor, prompts, *, method, **options):
-        if method != protocol.NOISE:
+        if method != plan.NOISE:
             used.append(editor.name)
         return immunize(image, editor, prompts, method=method, **options)
-    monkeypatch.setattr(protocol, "immunize", immunizing)
+    monkeypatch.setattr(runner, "immunize", immunizing)
     for editor in loaded.values():
         monkeypatch.setattr(editor, "edit", lambda *given, name=editor.name, edit=editor.edit, **options: (
             used.append(name), edit(*given, **options))[1])
@@ -485,7 +486,7 @@ def test_large_editors_take_turns_in_transfer(run, capsys, loaded, monkeypatch):
     assert order == [*load, *load, first, load[0], second, load[1], first, load[0]]
     assert timeless(table(capsys, "--format", "csv", folder="turns")) == timeless(expected)
     Path("turns/steps").rename("turns/before")
-    monkeypatch.setattr(protocol, "immunize", broken := Broken())
+    monkeypatch.setattr(runner, "immunize", broken := Broken())
     assert run("transfer", "--other", second, "-o", "turns") == cli.SOME_FAILED
     assert broken.tried == 2 * 3                             # noise, and the method for either editor; each once
     told = capsys.readouterr().err
@@ -505,7 +506,7 @@ class Broken:
 def test_robustness_attacks_every_arm_and_leaves_out_what_does_not_apply(run, calls, capsys):
     assert run("robustness", "--images", "1") == cli.OK
     made = steps()
-    (group,) = protocol.collect("out")
+    (group,) = results.collect("out")
     attacks = {cell["attack"] for cell in group["cells"]}
     assert {None, "jpeg-50", "adverse-cleaner", "vae"} <= attacks and not {"crop-0.75", "vae-other"} & attacks
     assert len(made["attack"]) == 3 * (len(attacks) - 1) and calls.edits == 3 * len(attacks)
@@ -548,8 +549,8 @@ def test_people_stand_beside_the_judges_of_the_edits_that_they_rated(run, capsys
     mine, theirs = (text[text.index(f"Agreement of judges: {Path(name).name}"):].split("### ")[0] for name in loaded)
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in mine.splitlines() if line.startswith("| ")}
     assert rows["Human to human"][1].startswith(f"{sum(said['ben'][item] for item in items) / len(items):.0%}")
-    group = next(group for group in protocol.collect("out") if Path(next(iter(loaded))).name in group["plan"]["editors"])
-    cells = {(cell["arm"], report.sample_of(cell)): cell for cell in group["cells"]}
+    group = next(group for group in results.collect("out") if Path(next(iter(loaded))).name in group["plan"]["editors"])
+    cells = {(cell["arm"], figures.sample_of(cell)): cell for cell in group["cells"]}
     agree = [said[rater][item] == finding[0] for item, row in items.items() for rater in said
              for finding in cells[row["arm"], row["sample_id"]]["judges"].values()]
     assert rows["Human to judge"][1].startswith(f"{sum(agree) / len(agree):.0%}")
@@ -571,7 +572,7 @@ def test_a_panel_judges_after_the_edits_and_buys_nothing_twice(run, calls, capsy
         assert len(server.calls) == asked and calls == []
     text = table(capsys)
     assert "Judged by panel test (2026-11-21): gemini-2.5-pro, gemini-2.5-flash" in text and "| SIFM | " in text
-    (group,) = protocol.collect("out")
+    (group,) = results.collect("out")
     assert all(said == [True, False, "ok"] for cell in group["cells"] for said in cell["judges"].values())
 
 
@@ -586,7 +587,7 @@ def test_the_estimate_counts_and_times_every_kind_of_step(loaded, tmp_path, caps
                               "-o", "out", *argv]) == cli.OK
         return next(line for line in capsys.readouterr().err.splitlines() if "to do: " in line)
     with monkeypatch.context() as patch:
-        patch.setattr(suites, "immunize", Broken())          # of the estimate alone
+        patch.setattr(estimate, "immunize", Broken())          # of the estimate alone
         told = announced()
     assert "not counted: noise, immunize, which failed" in told and "a verdict " in told
     told = announced("-o", "other")
@@ -605,7 +606,7 @@ def test_the_estimate_stops_after_three_steps(loaded):
             time.sleep(0.01)
             taken.append(i)
             on_step(i)
-    estimate = suites._timed(work, 10)
-    assert len(taken) == 3 and 0.08 < estimate < 1
-    assert [suites.duration(s) for s in (5, 89, 90, 3600, 7200, 9000)] == ["5 s", "89 s", "2 min", "60 min", "2 h 00 min",
+    seconds = estimate.timed(work, 10)
+    assert len(taken) == 3 and 0.08 < seconds < 1
+    assert [estimate.duration(s) for s in (5, 89, 90, 3600, 7200, 9000)] == ["5 s", "89 s", "2 min", "60 min", "2 h 00 min",
                                                                           "2 h 30 min"]

@@ -11,7 +11,8 @@ import small_sd3
 from fake_gemini import FakeGemini, serve_panel, verdict
 
 import sifm_min
-from sifm_min import canaries, cli, editors, evaluate, manifest, miniature, protocol, robustness
+from sifm_min import canaries, cli, editors, evaluate, miniature
+from sifm_min.experiments import manifest, results, robustness
 
 NAMES = ("instruct-pix2pix", "hq-edit", "sd3")
 TABLES = {"instruct-pix2pix": "Table III", "hq-edit": "Table IV", "sd3": "Table II"}
@@ -127,7 +128,7 @@ def test_attacks_that_need_an_editor_or_move_the_picture(run, models, capsys, mo
     kept = ("crop-0.75", "vae", "vae-other", "regenerate-0.15")
     monkeypatch.setattr(robustness, "ATTACKS", MappingProxyType({one: robustness.ATTACKS[one] for one in kept}))
     assert run("robustness", name, "--other", models[other][0])[0] == cli.OK
-    (group,) = protocol.collect("out")
+    (group,) = results.collect("out")
     found = {cell["attack"] for cell in group["cells"]}
     assert found == {None, *kept} - (set() if name == "sd3" else {"regenerate-0.15"}) and group["missing"] == 0
     assert not any(cell["failed"] for cell in group["cells"])

@@ -33,9 +33,9 @@ LEVEL = {room: len(ROOMS) - i for i, rooms in enumerate(ROOMS) for room in rooms
 FLAT = {
     "judge": "judging",
     "canaries": "judging", "gemini": "judging",
-    "isr": "judging", "ledger": "files", "manifest": "experiments", "page": "experiments", "panels": "judging",
-    "protocol": "experiments", "ratings": "judging", "report": "experiments", "robustness": "experiments",
-    "suites": "experiments", "verdicts": "judging", "wire": "judging",
+    "isr": "judging", "ledger": "files", "panels": "judging",
+    "ratings": "judging",
+    "verdicts": "judging", "wire": "judging",
 }
 # Inside models/: loading stands on networks, which stand on layers; a network imports no other network.
 LOADING = {"models.checkpoints", "models.hub", "models.readahead", "models.single_files", "models.sources"}
@@ -317,7 +317,7 @@ def test_the_tests_need_nothing_beyond_the_test_extra():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     extra = {re.match(r"[\w-]+", line).group() for line in setup["options.extras_require"]["test"].split()}
-    beside = {path.stem for folder in ("tests", "tools") for path in (ROOT / folder).glob("*.py")}
+    beside = {path.stem for folder in ("tests", "tools") for path in (ROOT / folder).rglob("*.py")}
     allowed = {*SIX.values(), *extra, *beside, *sys.stdlib_module_names, "sifm_min"}
     for path in (ROOT / "tests").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -14,7 +14,8 @@ import fake_gemini
 import pytest
 from PIL import Image
 
-from sifm_min import images, manifest, miniature
+from sifm_min import images, miniature
+from sifm_min.experiments import manifest
 
 source = Path(__file__).resolve().parents[1] / "tools" / "make_manifest.py"
 spec = importlib.util.spec_from_file_location("make_manifest", source)

@@ -8,41 +8,10 @@ import re
 import browser
 import pytest
 from PIL import Image
+from results_by_hand import JUDGES, cell, group
 
-from sifm_min import isr, page, panels, report
-
-JUDGES = ("one", "two")
-PASSES = {"encoder_forward": 3, "encoder_backward": 2, "denoiser_forward": 30, "denoiser_backward": 20}
-
-
-def cell(arm, image, success, prompt="original", psnr=None, **rest):
-    """An edit that both judges call thwarted (True), both obeyed (False), or they disagree on (None)."""
-    said = {True: ([True, False, "ok"], [False, True, "ok"]), False: ([False, False, "ok"],) * 2,
-            None: ([True, True, "ok"], [False, False, "ok"])}[success]
-    method = None if arm == "control" else arm
-    metrics = {} if psnr is None else {"psnr": psnr, "ssim": 0.5, "vifp": 0.25, "fsim": 0.75}
-    return {"target": "miniature", "source": "miniature", "arm": arm, "attack": None, "method": method, "category": "portrait",
-            "image_id": image, "prompt_id": prompt, "prompt_type": prompt.partition("-")[0], "seed": 1,
-            "prompt": "do <it> & go", "metrics": metrics, "absent": {}, "damage": None, "failed": None,
-            "judges": dict(zip(JUDGES, said, strict=True)), "original": "a", "immunized": "b",
-            "edited_original": "c", "edited": "d", "verdict": "v", **rest}
-
-
-def arm(name):
-    row = {"seconds": 2.0, "passes": PASSES, "linf_steps": 7, "psnr": 34.0}
-    return {"name": name, "method": None if name == "control" else name, "source": "miniature", "target": "miniature",
-            "attack": None, "settings": {} if name in ("control", "noise") else {"steps": 100}, "options": {},
-            "immunized": {} if name == "control" else {"x": row, "y": {**row, "seconds": 4.0}, "z": {**row, "seconds": 3.0}}}
-
-
-def group(cells, suite="white-box", **rest):
-    names = list(dict.fromkeys(one["arm"] for one in cells))
-    editor = {"identity": {"weights": {"unet/w": "ab" * 32}, "scheduler": "DDIM", "dtype": "float32",
-                           "defaults": {"steps": 10}}, "kind": "instruct", "notice": "Only for learning."}
-    plan = {"suite": suite, "version": "0.1.0", "editors": {"miniature": editor}, "seed": 0, "eps": 0.03, "edit": {},
-            "judge": {"kind": "oracle"}, "lpips": {"reason": "no weights"}, **rest}
-    return {"plan": plan, "cells": cells, "missing": 0, "arms": [arm(name) for name in names],
-            "pictures": {one["image_id"]: one["category"] for one in cells}}
+from sifm_min import isr, panels
+from sifm_min.experiments import figures, formats, page, tables
 
 
 @pytest.fixture
@@ -60,11 +29,13 @@ def rows(table):
 
 
 def test_the_table_equals_a_computation_by_hand(small):
-    main, behind = report.tables(small)
-    assert [heading for _, heading in main.columns] == ["Method", "PSNR ↓", "SSIM ↓", "VIFp ↓", "FSIM ↓", "LPIPS ↑", "ISR ↑"]
+    main, behind, _ = tables.tables(small)
+    assert [heading for _, heading in main.columns] == ["Method", "PSNR ↓", "SSIM ↓", "VIFp ↓", "FSIM ↓", "LPIPS ↑", "ISR ↑",
+                                                      "p vs SIFM"]
     low, high = (100 * bound for bound in isr.wilson(3, 4))
-    assert rows(main)["SIFM"] == ["SIFM", "14.00", "0.5000", "0.2500", "0.7500", "-", f"75% [{low:.0f}, {high:.0f}]"]
-    assert rows(main)["SIFM, paper"] == ["SIFM, paper", "14.94", "0.5330", "0.1584", "0.7253", "0.4497", "83%"]
+    assert rows(main)["SIFM"] == ["SIFM", "14.00", "0.5000", "0.2500", "0.7500", "-", f"75% [{low:.0f}, {high:.0f}]",
+                                  "reference"]
+    assert rows(main)["SIFM, paper"] == ["SIFM, paper", "14.94", "0.5330", "0.1584", "0.7253", "0.4497", "83%", "-"]
     assert rows(main)["clean (control)"][1:6] == ["-"] * 5 and rows(main)["clean (control)"][6].startswith("25% [")
     found = dict(zip([heading for _, heading in behind.columns], rows(behind)["SIFM"], strict=True))
     assert (found["n"], found["thwarted"], found["obeyed"], found["split"]) == ("4", "3", "0", "1")
@@ -81,48 +52,48 @@ def test_the_table_equals_a_computation_by_hand(small):
 
 def test_unseen_prompts_are_clustered_by_picture():
     cells = [cell("sifm", f"p{i}", i < 2, f"unseen-{k}") for i in range(4) for k in range(5)]
-    main, _ = report.tables(group(cells))
-    expected = isr.success_rate(isr.by_arm(report.records(cells, JUDGES)), "sifm").isr
+    main, _ = tables.tables(group(cells))
+    expected = isr.success_rate(isr.by_arm(figures.records(cells, JUDGES)), "sifm").isr
     assert "bootstrap over 4 images" in expected.note
-    assert rows(main)["SIFM"][-1] == f"50% [{100 * expected.low:.0f}, {100 * expected.high:.0f}]" != "50% [30, 70]"
+    assert rows(main)["SIFM"][-2] == f"50% [{100 * expected.low:.0f}, {100 * expected.high:.0f}]" != "50% [30, 70]"
 
 
 def test_what_failed_counts_against_coverage():
     cells = [cell("sifm", "p0", True), cell("sifm", "p1", True, failed="out of memory", judges=None, edited=None)]
-    main, behind = report.tables(group(cells))
-    assert rows(main)["SIFM"][-1].startswith("100%") and rows(behind)["SIFM"][2] == "1 of 2"
+    main, behind = tables.tables(group(cells))
+    assert rows(main)["SIFM"][-2].startswith("100%") and rows(behind)["SIFM"][2] == "1 of 2"
     assert rows(behind)["SIFM"][6] == "50 to 100%" and any("1 edits failed: out of memory" in note for note in main.notes)
 
 
 def test_nothing_judged_yet():
     cells = [cell("sifm", "p0", True, judges=None)]
-    main, behind = report.tables(group(cells))
+    main, behind = tables.tables(group(cells))
     assert rows(main)["SIFM"][-1] == "-" and behind.rows == [] and "nobody yet" in main.notes[0]
 
 
 def test_the_worst_attack_decides_picture_by_picture():
     cells = [cell("sifm", "p0", True), cell("sifm, jpeg-50", "p0", True), cell("sifm", "p1", True),
              cell("sifm, jpeg-50", "p1", False), cell("sifm", "p2", False), cell("sifm, jpeg-50", "p2", True)]
-    worst = report.worst(cells)
+    worst = figures.worst(cells)
     assert (worst.value, worst.low, worst.high) == (1 / 3, *isr.wilson(1, 3))
-    assert report.worst([cell("sifm", "p0", True, judges=None)]) is None
+    assert figures.worst([cell("sifm", "p0", True, judges=None)]) is None
 
 
 def test_formats(small):
-    made = report.tables(small)
-    text = report.markdown(made)
+    made = tables.tables(small)
+    text = formats.markdown(made)
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines[:6]}) == 1 and lines[0].startswith("| Method | Original prompt: PSNR")
-    parsed = list(csv.DictReader(report.comma_separated(made).splitlines()))
+    parsed = list(csv.DictReader(formats.comma_separated(made).splitlines()))
     ours = next(row for row in parsed if row["method"] == "sifm" and row["who"] == "ours")
     theirs = next(row for row in parsed if row["method"] == "sifm" and row["who"] == "paper")
     assert float(ours["psnr"]) == 14.0 and float(ours["isr"]) == 0.75 and float(theirs["isr"]) == 0.83
     assert (ours["seconds"], ours["obeyed"], ours["splits"]) == ("3.0", "0", "1")
-    latex = report.latex(made)
-    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 2
-    assert r"\multicolumn{6}{c}{Original prompt}" in latex and r"75\% [" in latex and r"PSNR $\downarrow$" in latex
+    latex = formats.latex(made)
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 3
+    assert r"\multicolumn{7}{c}{Original prompt}" in latex and r"75\% [" in latex and r"PSNR $\downarrow$" in latex
     body = latex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
-    assert {line.count(" & ") for line in body} == {6}
+    assert {line.count(" & ") for line in body} == {7}
     json.dumps([table.record() for table in made])
 
 
@@ -131,7 +102,7 @@ def test_the_papers_figures_are_the_papers(shared):
     text = (shared / "reference" / "paper.txt").read_text(encoding="utf-8")
     lines = [re.sub(r" \[\d+\]", "", line).split("\t") for line in text.splitlines() if "\t" in line]
     found = [line[1:] for line in lines]
-    known = report.paper()["tables"]
+    known = figures.paper()["tables"]
     for number, table in known.items():
         for row in table["rows"]:
             if number == "I":
@@ -144,7 +115,7 @@ def test_the_papers_figures_are_the_papers(shared):
             assert any(line[-len(wanted):] == wanted for line in found), (number, row)
     assert {number: len(table["rows"]) for number, table in known.items()} == {
         "I": 3, "II": 5, "III": 8, "IV": 8, "V": 4, "VI": 3, "VII": 7}
-    label = {label: method for method, label in report.paper()["labels"].items()}
+    label = {label: method for method, label in figures.paper()["labels"].items()}
     for number, start in (("II", "TABLE II\n"), ("III", "TABLE III\n"), ("IV", "TABLE IV\n")):
         part = text.split(f"\n{start}")[1].split("\nTABLE")[0]
         names = [line.split("\t")[0].split(" [")[0] for line in part.splitlines() if line.count("\t") == 12 and "%" in line]
@@ -167,7 +138,7 @@ def written(small, tmp_path):
         small["pictures"][image] = "artwork"
     for one in small["cells"]:
         one["category"] = small["pictures"][one["image_id"]]
-    text = page.page([small], report.tables(small), places.__getitem__)
+    text = page.page([small], tables.tables(small), places.__getitem__)
     path = tmp_path / "report.html"
     path.write_text(text, encoding="utf-8")
     return path

@@ -11,9 +11,10 @@ from picture_files import icc_header
 from PIL import Image
 
 import sifm_min
-from sifm_min import images, robustness
+from sifm_min import images
+from sifm_min.experiments import robustness
+from sifm_min.experiments.robustness import ATTACKS, apply
 from sifm_min.miniature import drawing, world
-from sifm_min.robustness import ATTACKS, apply
 
 FREE = [name for name, attack in ATTACKS.items() if not attack.needs]
 

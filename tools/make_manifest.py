@@ -1,4 +1,4 @@
-"""Make a manifest: a folder of pictures with their categories, prompts and hashes, as sifm_min/manifest.py reads it.
+"""Make a manifest: a folder of pictures with their categories, prompts and hashes, as experiments/manifest.py reads it.
 
     python tools/make_manifest.py world -n 100 -o sets/world             pictures of the miniature world, of any number
     python tools/make_manifest.py folder ~/photos --prompts prompts.csv -o sets/mine
@@ -42,7 +42,8 @@ from pathlib import Path
 import requests
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sifm_min import cli, images, manifest  # noqa: E402
+from sifm_min import cli, images  # noqa: E402
+from sifm_min.experiments import manifest  # noqa: E402
 from sifm_min.files import writing  # noqa: E402
 from sifm_min.models.checkpoints import Unavailable  # noqa: E402
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from . import images
-from .files import writing
+from .. import images
+from ..files import writing
 
 NAME = "manifest.jsonl"
 TEXTS = ("id", "image", "category", "prompt", "sha256")
@@ -186,7 +186,7 @@ def _is_text(value):
 
 @lru_cache(maxsize=8)
 def _samples(seed, split, count):
-    from . import miniature
+    from .. import miniature
     return miniature.samples(count, seed, split=split)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import images
+from .. import images
 
 BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 

@@ -1,0 +1,77 @@
+"""Verdicts of a panel on the edits of a run, and the list of edits for people to judge."""
+
+import json
+
+from .. import cli, panels
+from ..files import writing
+from . import results
+from .runner import answers_of
+from .store import keep_verdict
+from .tables import sample_of
+
+
+def judge_edits(folder, plan, panel, cases, share, *, max_cost=None, quiet=False):
+    """Have a panel judge the edits of these pictures that lack a verdict of it; return an exit code.
+
+    share: (index, count) of this process. Each share of the pictures has its own folder of verdicts, and an equal part of
+    max_cost.
+    """
+    from .. import judge
+    samples, originals, (index, count) = [], {}, share
+    for case in filter(lambda case: case.record["sha256"], cases):
+        for cell in results.cells(folder, plan, case.record):
+            statuses = [status for _, _, status in (cell["judges"] or {}).values()]
+            if not cell["edited"] or statuses and all(status == "ok" for status in statuses):
+                continue
+            key = cell["verdict"]
+            if key not in originals:
+                originals[key] = case.record["sha256"]
+                samples.append(_sample(folder, cell))
+    if not samples:
+        return cli.OK
+    with cli.progress(total=len(samples) * len(panel.judges), what=panel.id, unit="verdict", quiet=quiet) as bar:
+        place = folder.path / "verdicts" / f"{panel.id}-{judge.identity(panel)[:8]}-{index}of{count}"
+        outcome = judge.run(panel, samples, place, max_cost=max_cost and max_cost / count,
+                            notify=lambda text: cli.say(text, quiet=quiet), on_verdict=bar.update)
+    answers = {}
+    for record in outcome.records:
+        answers.setdefault(record.sample_id, []).append(record)
+    for key, records in answers.items():
+        if any(record.status != "not_asked" for record in records):
+            keep_verdict(folder, originals[key], key, answers_of(records))
+    code = cli.OK
+    for _, sentence in outcome.failures:
+        code = cli.fail(sentence)
+    for text, reason in {text: reason for _, reason, text in outcome.stops}.items():
+        code = max(code, cli.fail(text, cli.UNAVAILABLE if reason in judge.UNAVAILABLE else cli.SOME_FAILED))
+    silent = sum(any(record.status != "ok" for record in records) for records in answers.values())
+    if silent and code == cli.OK:
+        code = cli.fail(f"{silent} of {len(samples)} edits have no verdict of every judge; the same command asks again where a "
+                        "service did not answer")
+    return code
+
+
+def _sample(folder, cell):
+    """An edit as the panel gets it."""
+    prompt = f"{cell['prompt_id']}, seed {cell['seed']}, edited by {cell['target']}"
+    arm = cell["arm"] if cell["source"] == cell["target"] else f"{cell['arm']}, made for {cell['source']}"
+    return panels.Sample(cell["verdict"], cell["image_id"], prompt, arm, cell["prompt"], folder.picture(cell["original"]),
+                         folder.picture(cell["edited"]), {"category": cell["category"], "editor": cell["target"],
+                                                          "method": cell["arm"], "prompt_type": cell["prompt_type"]})
+
+
+def export(folder, plan):
+    """Write edits.jsonl, a list of the edits for `judge export-sheet`; return (its path, the number of edits)."""
+    lines = []
+    for case in plan["cases"]:
+        for cell in results.cells(folder, plan, case):
+            if cell["edited"]:
+                prompt = f"{cell['prompt_id']}, seed {cell['seed']}"
+                lines.append(json.dumps({
+                    "sample_id": sample_of(cell), "image_id": cell["image_id"], "prompt_id": prompt,
+                    "arm": cell["arm"], "prompt": cell["prompt"], "original": f"pictures/{cell['original']}.png",
+                    "edited": f"pictures/{cell['edited']}.png", "category": cell["category"], "method": cell["arm"],
+                    "prompt_type": cell["prompt_type"], "editor": cell["target"]}, ensure_ascii=False) + "\n")
+    path = folder.path / "edits.jsonl"
+    writing.write(path, "".join(lines), overwrite=True)
+    return path, len(lines)

@@ -1,0 +1,168 @@
+"""The plan of a run, and the keys of its steps: immunize -> attack -> edit -> distances -> verdict.
+
+A *plan* is a JSON-ready dict of everything that decides the results (see `make_plan`). It lists the pictures with their
+prompts, the editors, and the *arms*, the rows of a table. The runner carries it out for every picture, arm, prompt and
+seed. The result of a step is kept under its *key*: the hash of everything that decides it, such as the bytes of the
+pictures, weights, method, options, prompt, seed and version. A step whose key is known is not computed again. So a run
+that was killed, extended or given another option computes only what is new, and suites share their results.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+from .. import __version__, panels
+from ..immunize import METHODS, PROTOCOL, options_of, settings
+
+STEPS = {"immunize": 2, "attack": 1, "edit": 1, "metrics": 1, "lpips": 1, "verdict": 1}   # raised when code changes results
+METRICS = ("psnr", "ssim", "vifp", "fsim")
+CONTROL, NOISE = "control", "noise"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A picture of a run.
+
+    record: JSON-ready id, category, prompts and sha256 of the pixels. sha256 is None if the picture cannot be read; then the
+    record has a `reason`. prompts: [{"id", "type", "instruct", "img2img", "truth"}], with the words for either kind of
+    editor. read() returns the picture, PIL RGB, or raises ValueError. samples: prompt id -> miniature.Sample, the ground
+    truth that the oracles judge by; None for pictures outside the miniature's world.
+    """
+
+    record: dict
+    read: object
+    samples: dict | None = None
+
+
+# -- editors and arms --------------------------------------------------------------------------------------------------
+
+def identity(editor):
+    """Everything that decides an editor's edits, JSON-ready: equal for two editors whose edits are equal."""
+    provenance = editor.provenance()
+    config = panels.digest([str(editor.scheduler.config), str(editor.vae.config)])
+    fields = {name: provenance[name] for name in ("weights", "scheduler", "defaults", "dtype", "device")} | {"config": config}
+    if provenance["vae_dtype"] != "float32":                 # recorded only where it differs from the default
+        fields["vae_dtype"] = provenance["vae_dtype"]
+    return fields
+
+
+def about_editor(editor):
+    """The entry of an editor in a plan."""
+    return {"identity": identity(editor), "kind": editor.kind, "notice": editor.notice, "source": str(editor.name),
+            "revision": editor.provenance()["revision"]}
+
+
+def make_arm(name, method=None, *, source, target, options=None, attack=None):
+    """One row of a table, JSON-ready: `method` immunizes against the editor `source`, the attacker edits with `target`.
+
+    method None stands for the clean picture. options: those of this arm beside the plan's. attack: a change of the picture
+    before the edit, {"name", "editor" (the name of the editor that it uses, or None), "moves"}; see robustness.py.
+    """
+    return {"name": name, "method": method, "source": source, "target": target, "options": options or {}, "attack": attack}
+
+
+def arm_label(arm):
+    """The name of an arm, with its editor where that is not the target."""
+    return arm["name"] + (f", made for {arm['source']}" if arm["source"] != arm["target"] else "")
+
+
+def reference_arm(arm):
+    """The arm of the clean picture whose edits this arm is measured against. It has the attack if that moves the picture."""
+    return {**arm, "method": None, "attack": arm["attack"] if (arm["attack"] or {}).get("moves") else None}
+
+
+def controls(target):
+    """The two arms beside every method: the clean picture, and random noise of the same budget."""
+    return [make_arm(CONTROL, source=target, target=target), make_arm(NOISE, NOISE, source=target, target=target)]
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
+
+def make_plan(suite, editors, cases, arms, *, seeds, seed=0, eps=0.03, options=None, preset="protocol", edit=None,
+              prompts=None, judge=None, lpips=None):
+    """The plan of a run, JSON-ready.
+
+    editors: name -> about_editor(...). seeds: of the edits; seed: of the perturbation. options: of the loop and of methods;
+    each goes to the methods that have it. edit: options of every edit. prompts: the types ("original", "unseen") that are
+    edited. judge: {"kind": "oracle"} or the record of a panel. lpips: the hash of its weights, or the reason of their absence.
+    """
+    options = options or {}
+    arms = [{**arm, "settings": _settings(arm, options, preset)} for arm in arms]
+    return {"suite": suite, "version": __version__, "editors": editors, "cases": [case.record for case in cases], "arms": arms,
+            "seeds": list(seeds), "seed": seed, "eps": eps, "given": options, "preset": preset, "edit": edit or {},
+            "prompts": list(prompts or ("original", "unseen")), "judge": judge or {"kind": "oracle"}, "lpips": lpips or {}}
+
+
+def _settings(arm, options, preset):
+    """The loop of an arm's method in full, and its options that are not the method's defaults; {} for the controls."""
+    if arm["method"] in (None, NOISE):
+        return {}
+    from ..baselines import NATIVE
+    known = (*PROTOCOL, *options_of(arm["method"]))
+    chosen = {name: value for name, value in options.items() if name in known} | arm["options"]
+    preset = preset if arm["method"] in NATIVE else "protocol"
+    loop, options = settings(arm["method"], preset, **chosen)
+    defaults = inspect.signature(METHODS[arm["method"]]).parameters      # a default has the same key, given or not
+    return {"preset": preset, **loop, **{name: value for name, value in options.items() if value != defaults[name].default}}
+
+
+def group_key(plan):
+    """The key of the table that a plan belongs to: all of the plan but its pictures, arms and seeds."""
+    shared = ("suite", "version", "seed", "eps", "given", "preset", "edit", "prompts")
+    editors = {name: about["identity"] for name, about in plan["editors"].items()}
+    return panels.digest([{name: plan[name] for name in shared}, editors, plan["judge"]])
+
+
+def prompts_of(plan, case):
+    """The prompts of a picture (the record of a Case) that the plan edits with."""
+    return [prompt for prompt in case["prompts"] if prompt["type"] in plan["prompts"]]
+
+
+def words(plan, editor, prompt):
+    """The text of a prompt for an editor: the instruction, or for img2img the caption of the result."""
+    return prompt[plan["editors"][editor]["kind"]]
+
+
+def edit_options(plan, editor):
+    """The options of an edit by this editor. Only instruction editors have image_guidance."""
+    return {name: value for name, value in plan["edit"].items()
+            if name != "image_guidance" or plan["editors"][editor]["kind"] == "instruct"}
+
+
+# -- the keys of steps -------------------------------------------------------------------------------------------------
+# case: the record of a Case. sha256: of the pixels of a picture.
+
+def step_key(step, **inputs):
+    """The key of a step's result: the hash of all that decides it."""
+    return panels.digest({"step": step, "code": [__version__, STEPS[step]], **inputs})
+
+
+def immunize_key(plan, case, arm):
+    if arm["method"] == NOISE:                               # needs no editor, so one result serves all of them
+        return step_key("immunize", picture=case["sha256"], method=NOISE, eps=plan["eps"], seed=plan["seed"])
+    return step_key("immunize", picture=case["sha256"], method=arm["method"], eps=plan["eps"], seed=plan["seed"],
+                    settings=arm["settings"], editor=plan["editors"][arm["source"]]["identity"],
+                    prompt=words(plan, arm["source"], case["prompts"][0]))
+
+
+def attack_key(plan, arm, sha256):
+    used = arm["attack"]["editor"]
+    return step_key("attack", picture=sha256, attack=arm["attack"]["name"], seed=plan["seed"],
+                    editor=used and plan["editors"][used]["identity"])
+
+
+def edit_key(plan, arm, sha256, prompt, seed):
+    return step_key("edit", picture=sha256, editor=plan["editors"][arm["target"]]["identity"],
+                    options=edit_options(plan, arm["target"]), prompt=words(plan, arm["target"], prompt), seed=seed)
+
+
+def metrics_key(sha256, reference):
+    return step_key("metrics", pictures=[sha256, reference])
+
+
+def lpips_key(sha256, reference, weights):
+    return step_key("lpips", pictures=[sha256, reference], weights=weights)
+
+
+def verdict_key(plan, arm, case, prompt, sha256):
+    return step_key("verdict", judge=plan["judge"], kind=plan["editors"][arm["target"]]["kind"], original=case["sha256"],
+                    prompt=prompt["instruct"], truth=prompt["truth"], edited=sha256)
