@@ -1,4 +1,4 @@
-"""Pictures: read, resize, quantise under the budget, write whole or not at all, and lay side by side.
+"""Pictures: read, resize, quantise under the budget, and write whole or not at all.
 
 Pictures are PIL images at the border and `pixels`, (B,3,H,W) float32 in [0,1], inside; 0..255 exists only in this file.
 A `Picture` keeps what a picture has beside its colours (alpha, ICC profile, gamma) and gives it back. Other metadata
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from .files import decoding, png, writing
 from .files.decoding import Refused
@@ -234,6 +234,12 @@ def steps_used(one, other):
     return int(np.abs(one - other).max())
 
 
+def amplify(original, immunized, gain=10):
+    """The perturbation made visible: mid-grey plus `gain` times the difference of two images, as RGB."""
+    original, immunized = (np.asarray(image.convert("RGB")).astype(np.int16) for image in (original, immunized))
+    return Image.fromarray((128 + gain * (immunized - original)).clip(0, 255).astype(np.uint8))
+
+
 # ---------------------------------------------------------------------------------------------------------------- write
 
 def write(path, image, *, overwrite=False):
@@ -275,72 +281,3 @@ def _bombs_allowed():
     with warnings.catch_warnings():                          # our own file, of a size that was accepted when it was read
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield
-
-
-# -------------------------------------------------------------------------------------------------------- contact sheet
-
-def amplify(original, immunized, gain=10):
-    """The perturbation made visible: mid-grey plus `gain` times the difference of two images, as RGB."""
-    original, immunized = (np.asarray(image.convert("RGB")).astype(np.int16) for image in (original, immunized))
-    return Image.fromarray((128 + gain * (immunized - original)).clip(0, 255).astype(np.uint8))
-
-
-def sheet(columns, footer="", cell=384):
-    """Pictures side by side, each below its caption, as one RGB image: columns are (caption, PIL image).
-
-    Each picture is fitted into cell x cell, small ones scaled up by a whole factor without smoothing. Captions and the
-    `footer`, a remark that runs below them all, are wrapped. Transparency is shown on white.
-    """
-    if not columns:
-        raise ValueError("a contact sheet needs at least one picture")
-    pictures = [_fitted(_on_white(image), cell) for _, image in columns]
-    width, height = max(200, *(p.width for p in pictures)), max(p.height for p in pictures)
-    size, gap = 18, 12
-    font = ImageFont.load_default(size)
-    captions = [_wrapped(caption, font, width, lines=5) for caption, _ in columns]
-    line = round(size * 1.3)
-    top = gap + line * max(map(len, captions)) + gap
-    total = gap + len(columns) * (width + gap)
-    remarks = _wrapped(footer, font, total - 2 * gap, lines=8)
-    made = Image.new("RGB", (total, top + height + gap + (len(remarks) * line + gap if remarks else 0)), "white")
-    draw = ImageDraw.Draw(made)
-    for i, (image, caption) in enumerate(zip(pictures, captions, strict=True)):
-        left = gap + i * (width + gap)
-        draw.multiline_text((left, gap), "\n".join(caption), fill="black", font=font, spacing=line - size)
-        made.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
-    draw.multiline_text((gap, top + height + gap), "\n".join(remarks), fill="black", font=font, spacing=line - size)
-    return made
-
-
-def _on_white(image):
-    kept = picture(image)
-    white = Image.new("RGB", kept.image.size, "white")
-    white.paste(kept.image, mask=kept.alpha)
-    return white
-
-
-def _fitted(image, cell):
-    long = max(image.size)
-    if long <= cell:
-        return image.resize((image.width * (cell // long), image.height * (cell // long)), Image.Resampling.NEAREST)
-    return image.resize((max(image.width * cell // long, 1), max(image.height * cell // long, 1)), Image.Resampling.LANCZOS)
-
-
-def _wrapped(text, font, width, lines):
-    """Text as at most `lines` lines that fit the width; a word that is too long is broken, text too long ends in dots."""
-    rows = []
-    for word in text.split():
-        if rows and font.getlength(f"{rows[-1]} {word}") <= width:
-            rows[-1] += f" {word}"
-            continue
-        rows.append("")
-        for letter in word:
-            if font.getlength(rows[-1] + letter) > width:
-                rows.append("")
-            rows[-1] += letter
-    if len(rows) > lines:
-        rows = rows[:lines]
-        while font.getlength(rows[-1] + "...") > width:
-            rows[-1] = rows[-1][:-1]
-        rows[-1] += "..."
-    return rows

@@ -506,10 +506,11 @@ def _edits(picture, immunized, editor, args):
 
 def _preview(picture, immunized, edits, prompt, notice):
     from . import images
+    from .files import contact_sheet
     captions = ("original", f"edited: {prompt}", "immunized", f"edited: {prompt}", "perturbation x10")
     original = picture.put_together(picture.image)           # with its transparency, as the immunized one has it
     pictures = (original, edits[0], immunized, edits[1], images.amplify(picture.image, immunized))
-    return picture.coloured(images.sheet(list(zip(captions, pictures, strict=True)), footer=notice))
+    return picture.coloured(contact_sheet.sheet(list(zip(captions, pictures, strict=True)), footer=notice))
 
 
 def main(argv=None):

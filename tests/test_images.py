@@ -467,44 +467,8 @@ def test_write_checked_notices_a_file_that_is_not_what_was_written(tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-# -- contact sheet -----------------------------------------------------------------------------------------------------
-
 def test_amplify():
     one = Image.new("RGB", (4, 4), (100, 100, 100))
     other = Image.new("RGB", (4, 4), (107, 93, 100))
     assert images.amplify(one, other).getpixel((0, 0)) == (198, 58, 128)
     assert images.amplify(Image.new("L", (1, 1), 0), Image.new("L", (1, 1), 20)).getpixel((0, 0)) == (255,) * 3
-
-
-def test_a_sheet_holds_its_pictures_unchanged():
-    small = [rgb(64, 64, seed) for seed in range(5)]
-    made = images.sheet([(f"picture {i}", image) for i, image in enumerate(small)])
-    assert made.mode == "RGB"
-    pixels = np.asarray(made)
-    for image in small:                                      # each scaled up by 6, without smoothing
-        block = np.asarray(image.resize((384, 384), Image.Resampling.NEAREST))
-        rows = np.flatnonzero((pixels[:, :, None] == block[0, 0]).all(-1).any(1).any(1))
-        assert any(np.array_equal(pixels[y:y + 384, x:x + 384], block) for y in rows[:40]
-                   for x in np.flatnonzero((pixels[y] == block[0, 0]).all(-1)) if x + 384 <= made.width)
-
-
-def test_a_sheet_fits_pictures_of_any_size_and_kind():
-    columns = [("a" * 200, rgb(37, 513)), ("word " * 100, rgb(513, 37)), ("", Image.new("RGBA", (2000, 1500))),
-               ("tiny", Image.new("L", (1, 1)))]
-    made = images.sheet(columns, footer="a remark " * 60)
-    assert made.width == 4 * 384 + 5 * 12 and 384 < made.height < 800
-    assert images.sheet(columns).height < made.height
-    with pytest.raises(ValueError, match="at least one"):
-        images.sheet([])
-
-
-def test_captions_are_wrapped_and_end_in_dots():
-    from PIL import ImageFont
-    font = ImageFont.load_default(18)
-    text = "make the sky look like a thunderstorm over a dark and endless ocean at night " * 4 + "x" * 90
-    rows = images._wrapped(text, font, 200, lines=99)
-    assert "".join(rows).replace(" ", "") == text.replace(" ", "")
-    assert all(font.getlength(row) <= 200 for row in rows)
-    cut = images._wrapped(text, font, 200, lines=3)
-    assert len(cut) == 3 and cut[:2] == rows[:2] and cut[2].endswith("...") and font.getlength(cut[2]) <= 200
-    assert images._wrapped("  ", font, 200, lines=3) == []

@@ -27,7 +27,7 @@ from PIL import Image
 
 import sifm_min
 from sifm_min import baselines, cli, editors, images, immunize, metrics, pgd
-from sifm_min.files import writing
+from sifm_min.files import contact_sheet, writing
 from sifm_min.models import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,8 +126,8 @@ def test_three_files_and_what_the_report_holds(run, editor, tiny_folder, tmp_pat
 
 
 def test_the_preview_is_five_pictures_with_captions(run, editor, monkeypatch):
-    shown, made = [], images.sheet
-    monkeypatch.setattr(images, "sheet",
+    shown, made = [], contact_sheet.sheet
+    monkeypatch.setattr(contact_sheet, "sheet",
                         lambda columns, **options: shown.append((columns, options)) or made(columns, **options))
     original = photo("a.png", seed=5)
     assert run("a.png", "--seed", "4") == cli.OK
@@ -155,7 +155,7 @@ def test_the_preview_is_five_pictures_with_captions(run, editor, monkeypatch):
 
 def test_a_transparent_picture_is_shown_alike_before_and_after(run, monkeypatch):
     shown = []
-    monkeypatch.setattr(images, "sheet", lambda columns, **options: shown.extend(columns) or Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(contact_sheet, "sheet", lambda columns, **options: shown.extend(columns) or Image.new("RGB", (9, 9)))
     photo("a.png", mode="RGBA")
     assert run("a.png") == cli.OK
     assert [shown[i][1].mode for i in (0, 2)] == ["RGBA", "RGBA"]
