@@ -26,10 +26,14 @@ import traceback
 import warnings
 from fractions import Fraction
 from pathlib import Path
+from unicodedata import category
 
 from . import memory
+from .files.listing import EARLIER
 
-OK, SOME_FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
+OK, SOME_FAILED, USAGE, UNAVAILABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+
+REORDERING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 # Errors of the place that results are written to: the next file would fail as this one did, after minutes of work.
 REMEDIES = {
@@ -53,7 +57,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message):
-        message = " ".join(message.split()).removeprefix("argument ")
+        message = shown(" ".join(message.split()).removeprefix("argument "))
         self.exit(USAGE, f"{self.prog}: {message} (--help shows the usage)\n")
 
     def shared(self, *names):
@@ -225,8 +229,14 @@ def out(text):
 
 
 def result(record, text, *, as_json=False):
-    """A finished result on stdout: the JSON-ready `record` with --json, otherwise its line of `text`."""
+    """Print a finished result to stdout: the JSON-ready `record` with --json, otherwise its `text`."""
     out(to_json(record) if as_json else text)
+
+
+def shown(text):
+    """Text as a terminal may show it: control characters, and those that reorder a line, as escapes."""
+    return "".join(letter.encode("unicode_escape").decode() if letter in REORDERING or (
+        category(letter) in ("Cc", "Zl", "Zp") and letter != "\t") else letter for letter in text)
 
 
 def say(text, *, quiet=False):
@@ -284,13 +294,13 @@ def progress(iterable=None, *, total=None, what="", unit="step", quiet=False):
     Iterate over it, or call `.update()`; use it in a `with`, so that an error leaves a clean line.
     """
     from huggingface_hub.utils import tqdm
-    return tqdm(iterable, total=total, desc=what or None, unit=unit, disable=quiet or None, leave=False,
+    return tqdm(iterable, total=total, desc=shown(what) or None, unit=unit, disable=quiet or None, leave=False,
                 dynamic_ncols=True, file=sys.stderr)
 
 
 def _write(text, file):
     encoding = getattr(file, "encoding", None) or "utf-8"
-    text = text.encode(encoding, "backslashreplace").decode(encoding)    # a file name may be anything
+    text = "\n".join(map(shown, text.split("\n"))).encode(encoding, "backslashreplace").decode(encoding)
     try:
         if hub := sys.modules.get("huggingface_hub.utils"):
             hub.tqdm.write(text, file=file)                  # above a running bar, not through it
@@ -307,41 +317,105 @@ def _write(text, file):
 
 def run(body, parser, argv=None):
     """Parse and run a command: body(args) -> exit code or None. Returns the code; a user's mistake is one sentence."""
-    try:
+    _open_streams()
+    debug = False
+
+    def parsed():
+        nonlocal debug
         args = parser.parse_args(argv)
-    except SystemExit as stop:                               # --help, or a usage error that has been told
-        return stop.code or OK
-    return guard(lambda: body(args), debug=args.debug)
+        debug = args.debug
+        return body(args)
+
+    return guard(parsed, debug=lambda: debug)
 
 
-def guard(body, *, debug=False):
-    """body() -> exit code or None. What may go wrong (not our own bugs) ends in one sentence and its code."""
-    try:
-        with _terminable(), _plain_warnings(), memory.in_words():
-            return body() or OK
-    except KeyboardInterrupt:
-        return fail("interrupted; what is finished is whole", INTERRUPTED)
-    except BrokenPipeError:                                  # the reader has gone (| head): nobody wants the rest
-        return SOME_FAILED
-    except (_unavailable(), ValueError, OSError) as error:   # in this order: some errors are two of them
-        codes = ((_unavailable(), UNAVAILABLE), (ValueError, USAGE), (OSError, SOME_FAILED))
-        code = next(code for kind, code in codes if isinstance(error, kind))
-        return fail(sentence(error), code, error=error if debug else None)
+def guard(body, *, debug=lambda: False):
+    """body() -> exit code or None. Expected errors (not our own bugs) end in one sentence and their code.
+
+    SIGINT ends with 130 and SIGTERM, which batch systems send, with 143; temporary files are removed on the way.
+    """
+    with Signals() as signals:
+        try:
+            with _plain_warnings(), memory.in_words():
+                code = body() or OK
+        except SystemExit as stop:                           # --help, or a usage error that argparse has printed
+            code = stop.code or OK
+        except BrokenPipeError:                              # the reader has gone (| head): nobody wants the rest
+            code = SOME_FAILED
+        except (_unavailable(), ValueError, OSError) as error:           # in this order: some errors are two of them
+            codes = ((_unavailable(), UNAVAILABLE), (ValueError, USAGE), (OSError, SOME_FAILED))
+            code = next(code for kind, code in codes if isinstance(error, kind))
+            fail(sentence(error), code, error=error if debug() else None)
+    if signals.received:
+        return fail("interrupted; what is finished is whole", signals.code)
+    return code
+
+
+class Signals:
+    """While it is open, SIGINT and SIGTERM raise KeyboardInterrupt, and any error that follows from one is dropped.
+
+    received: the first signal, or None. An extension module may turn the exception into another error, or swallow it;
+    `received` stays.
+    """
+
+    received = None
+
+    def __enter__(self):
+        self._before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) == signal.SIG_IGN:   # a shell's background job ignores Ctrl-C, and so do we
+                continue
+            try:
+                self._before[number] = signal.signal(number, self._receive)
+            except ValueError:                               # not in the main thread, where handlers cannot be set
+                break
+        return self
+
+    def _receive(self, number, frame):
+        self.received = self.received or number
+        raise KeyboardInterrupt
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        if isinstance(error, KeyboardInterrupt):             # also one that no signal sent
+            self.received = self.received or signal.SIGINT
+        return self.received is not None
+
+    @property
+    def code(self):
+        return TERMINATED if self.received == signal.SIGTERM else INTERRUPTED
 
 
 def leave(code):
-    """End the process with this exit code."""
+    """End the process with this exit code. A signal from here on ends it at once, as the system does it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     sys.exit(code)
 
 
-def each_file(paths, work, *, output=None, unit="picture", quiet=False, debug=False, as_json=False):
+def _open_streams():
+    """Put the null device in place of standard streams that were closed before the start (daemons, `>&-`).
+
+    Else the next file to be opened would get the number of the closed stream, and receive its output.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))             # noqa: SIM115
+
+
+def each_file(paths, work, *, output=None, left_out=None, done="done", unit="picture", quiet=False, debug=False,
+              as_json=False):
     """Call work(path) for each file. A file that fails is reported, once more at the end, and the next one goes on.
+
+    left_out: {reason: [path, ...]} of files that are not worked on; the end of the run names them. done: the participle
+    for what work does, as "immunized".
 
     A ValueError or OSError belongs to its file. The run ends where every further file would fail the same way: weights
     unavailable, the folder `output` gone, its disk full or read-only, the reader of stdout gone, Ctrl-C.
     Returns OK or SOME_FAILED.
     """
-    paths, failures, done = list(paths), [], 0
+    paths, failures, finished = list(paths), [], 0
     try:
         with progress(total=len(paths), what="files", unit=unit, quiet=quiet or len(paths) == 1) as bar:
             for path in paths:
@@ -358,14 +432,28 @@ def each_file(paths, work, *, output=None, unit="picture", quiet=False, debug=Fa
                     fail(failures[-1], error=error if debug else None)
                     if as_json:
                         out(to_json({"file": path, "error": failures[-1]}))
-                done += 1
+                finished += 1
                 bar.update()
     finally:
-        if len(paths) > 1 and (failures or done < len(paths)):
-            say(f"{done - len(failures)} of {len(paths)} {unit}s done, {len(failures)} failed{':' if failures else ''}")
+        if len(paths) > 1 and (failures or finished < len(paths)):
+            say(f"{finished - len(failures)} of {len(paths)} {unit}s done, {len(failures)} failed{':' if failures else ''}")
             for line in failures:
                 say(f"  {line}")
+        _tell_left_out(left_out or {}, done, quiet, as_json)
     return SOME_FAILED if failures else OK
+
+
+def _tell_left_out(left_out, done, quiet, as_json):
+    """Name the files that were not worked on, by reason; --quiet silences only the results of earlier runs."""
+    if quiet:
+        left_out = {reason: paths for reason, paths in left_out.items() if reason != EARLIER}
+    count = sum(map(len, left_out.values()))
+    if count:
+        say(f"{count} file{'s were' if count > 1 else ' was'} not {done}:")
+    for reason, paths in left_out.items():
+        say(f"  {reason}: {', '.join(shown(str(path)) for path in paths)}")
+        for path in paths if as_json else ():
+            out(to_json({"file": path, "left_out": reason}))
 
 
 def _hopeless(error):
@@ -384,19 +472,3 @@ def _plain_warnings():
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *where, **how: say(f"note: {sentence(message)}")
         yield
-
-
-@contextlib.contextmanager
-def _terminable():
-    """`kill` (SIGTERM, what batch systems send) ends a run as Ctrl-C does: temporary files are removed on the way."""
-    def interrupt(signum, frame):
-        raise KeyboardInterrupt
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:                                       # not in the main thread: handlers are not ours to set
-        before = None
-    try:
-        yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)

@@ -3,6 +3,8 @@
 import math
 
 from . import cli
+from .files import results
+from .files.listing import list_pictures
 from .metrics.backbones import NETWORKS
 
 METRICS = ("linf", "psnr", "ssim", "vifp", "fsim", "lpips")
@@ -23,7 +25,7 @@ ssim   of RGB, Gaussian window 11x11, no downsampling            lpips  version 
 At the pictures' own size, on their 8-bit colours; transparency is not compared. Lower is better for who immunizes, but
 higher for linf and lpips. What a picture is too small for, or LPIPS without its weights, is absent (-) with the reason;
 asked for by name, it is an error. Exit codes: 0 all done, 1 some pictures failed, 2 usage, 3 weights unavailable,
-130 interrupted."""
+130 or 143 interrupted."""
 
 
 def _parser():
@@ -40,24 +42,27 @@ def _parser():
 
 
 def pairs(distorted, reference):
-    """[(distorted, reference)] of two pictures, or of two folders matched by name; None where one has no partner."""
-    from . import images
+    """([(distorted, reference), ...], left out) of two pictures, or of two folders matched by name.
+
+    None stands for a picture without partner. left out: see `list_pictures`; the previews of `immunize` are among it.
+    """
     if not distorted.is_dir() and not reference.is_dir():
-        return [(distorted, reference)]
+        return [(distorted, reference)], {}
     if not (distorted.is_dir() and reference.is_dir()):
         raise ValueError(f"{distorted} and {reference}: give two pictures, or two folders")
-    left, right = ({}, {})
-    for folder, found in ((distorted, left), (reference, right)):
-        for path in images.find([folder]):
-            if path.stem.endswith("_preview"):
-                continue
-            other = found.setdefault(path.stem.replace("_immunized", ""), path)
+    left, right, left_out = {}, {}, {}
+    for folder, by_name in ((distorted, left), (reference, right)):
+        listing = list_pictures([folder], lambda path: results.is_result(path, ("_preview.png",), ".json"))
+        for reason, files in listing.left_out.items():
+            left_out.setdefault(reason, []).extend(files)
+        for path in listing.pictures:
+            other = by_name.setdefault(path.stem.replace("_immunized", ""), path)
             if other != path:
                 raise ValueError(f"{other} and {path} have one name; keep one of them, or compare them as files")
     names = sorted(left.keys() | right.keys())
     if not left.keys() & right.keys():
         raise ValueError(f"no picture in {distorted} has the name of one in {reference}")
-    return [(left.get(name), right.get(name)) for name in names]
+    return [(left.get(name), right.get(name)) for name in names], left_out
 
 
 def measure(distorted, reference, wanted, weights=None, *, device="cpu", strict=False):
@@ -116,7 +121,7 @@ def _body(args):
     if args.weights and "lpips" not in wanted:
         raise ValueError("--weights is for lpips, which --metrics leaves out")
     device = cli.place(args)["device"] or ("cuda" if _cuda() else "cpu")
-    matched = pairs(args.distorted, args.reference)
+    matched, left_out = pairs(args.distorted, args.reference)
     weights = None
     if "lpips" in wanted:
         try:
@@ -162,7 +167,7 @@ def _body(args):
         records.append(found)
         cli.result(record, row(name, found), as_json=args.json)
 
-    code = cli.each_file(names, one, quiet=args.quiet, debug=args.debug, as_json=args.json)
+    code = cli.each_file(names, one, left_out=left_out, done="compared", quiet=args.quiet, debug=args.debug, as_json=args.json)
     if len(records) > 1:
         summary = mean(records, wanted)
         cli.result(summary, row(f"mean of {len(records)}", summary["mean"]), as_json=args.json)

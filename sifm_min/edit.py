@@ -1,18 +1,19 @@
 """Edit pictures with an instruction, as an attacker would: exactly what the published pipeline does."""
 
 from . import cli
-from .files import writing
-from .immunize import find, load
+from .files import results, writing
+from .immunize import find, load, question
 
 EXAMPLES = """examples:
   %(prog)s photo.png --prompt "make her a witch" -o out
   %(prog)s out/photo_immunized.png --prompt "make her a witch" --editor instruct-pix2pix --seed 7 -o out
 
-writes NAME_edited.png per picture, with the picture's size, transparency and colour profile. Exit codes: 0 all done,
-1 some pictures failed, 2 usage, 3 weights unavailable, 130 interrupted."""
+writes NAME_edited.png per picture, with the picture's size, transparency and colour profile, and NAME_edited.json, which
+says how it was made. A folder resumes where it stopped. Exit codes: 0 all done, 1 some pictures failed, 2 usage,
+3 weights unavailable, 130 or 143 interrupted."""
 
 
-ENDING = "_edited.png"
+OUTPUTS = ("_edited.png", "_edited.json")
 
 
 def _parser():
@@ -34,15 +35,20 @@ def _parser():
 def _body(args):
     from . import images
 
-    pictures = find(args.pictures, args.output, (ENDING,))
+    pictures, left_out = find(args.pictures, args.output, OUTPUTS)
     editor = load(args)
     writing.make_folder(args.output)
     cli.say_editor(editor, quiet=args.quiet)
 
     def one(path):
-        target = args.output / f"{path.stem}{ENDING}"
-        if target.exists() and not args.overwrite:
-            raise ValueError(f"{target} exists; add --overwrite or choose another folder")
+        target, report_path = (args.output / f"{path.stem}{ending}" for ending in OUTPUTS)
+        asked = question(path, editor, args)
+        before = results.earlier(report_path, asked, [target], overwrite=args.overwrite)
+        if before and target.exists():
+            cli.say(f"{path}: done before, skipped", quiet=args.quiet)
+            if args.json:
+                cli.out(cli.to_json(results.in_short(before) | {"skipped": True}))
+            return
         picture = images.read(path)
         cli.say_notes(path, picture.info["notes"], quiet=args.quiet)
         with cli.progress(total=len(editor.plan(args.steps).timesteps), what=path.name, quiet=args.quiet) as bar:
@@ -51,14 +57,16 @@ def _body(args):
                                  on_step=lambda i, n: bar.update())
         if picture.icc and picture.mode in ("L", "LA"):
             cli.say(f"{path}: its colour profile is for grey pixels, and the edit has colours: left out", quiet=args.quiet)
-        images.write(target, picture.coloured(edited, alpha=True), overwrite=args.overwrite)
-        record = {}
-        if args.json:                                        # provenance hashes the weights: seconds of work
-            record = {"picture": path, "edited": target, "prompt": args.prompt, "seed": args.seed,
-                      "notes": picture.info["notes"], "editor": editor.provenance()}
-        cli.result(record, str(target), as_json=args.json)
+        report = {"finished": True, "asked": asked, "results": [target.name], "picture": str(path), "edited": str(target),
+                  "prompt": args.prompt, "seed": args.seed, "notes": picture.info["notes"], "editor": editor.provenance()}
+        results.write_results(
+            report_path, lambda finished: cli.to_json(report | {"finished": finished}, indent=1) + "\n",
+            {target: lambda path: images.write(path, picture.coloured(edited, alpha=True), overwrite=True)},
+            overwrite=args.overwrite)
+        cli.result(results.in_short(report), str(target), as_json=args.json)
 
-    return cli.each_file(pictures, one, output=args.output, quiet=args.quiet, debug=args.debug, as_json=args.json)
+    return cli.each_file(pictures, one, output=args.output, left_out=left_out, done="edited", quiet=args.quiet,
+                         debug=args.debug, as_json=args.json)
 
 
 def main(argv=None):

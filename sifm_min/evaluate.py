@@ -27,7 +27,7 @@ suites: white-box (the paper's Tables II to IV), transfer (V), ablation (VI), la
 how their judges agree), robustness (what an attacker does to the picture first). Every suite has the clean picture and
 random noise of the same budget beside the methods. A run that was interrupted, killed or extended goes on
 where it was; what failed is tried again. Exit codes: 0 all done, 1 something failed, 2 usage, 3 weights unavailable,
-130 interrupted."""
+130 or 143 interrupted."""
 
 
 def _parser():

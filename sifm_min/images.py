@@ -20,7 +20,6 @@ from PIL import Image
 from .files import decoding, png, writing
 from .files.decoding import Refused
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm")
 CHUNKS = "sifm_min_chunks"                                   # the key of an image's info
 LARGEST_FILE = 1 << 31                                       # bytes; a picture is read as a whole
 
@@ -132,20 +131,6 @@ def read_mask(path, width, height):
     return torch.from_numpy(light >= 128).float()[None, None]
 
 
-def find(paths):
-    """Files as they are, and for each folder the pictures directly in it, by name; each once, hidden files never.
-
-    Raises ValueError for a folder without pictures. A file that does not exist is reported by `read`.
-    """
-    found = []
-    for path in map(Path, paths):
-        inside = [path]
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
-            if not inside:
-                raise ValueError(f"{path}: no pictures in this folder ({', '.join(SUFFIXES)})")
-        found += inside
-    return list(dict.fromkeys(found))
 
 
 # -------------------------------------------------------------------------------------------------- pixels, resize, size

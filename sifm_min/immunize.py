@@ -6,9 +6,7 @@ holds on the 8-bit picture that is saved. `python -m sifm_min.immunize` does it 
 """
 
 import argparse
-import contextlib
 import inspect
-import json
 import os
 import platform
 import sys
@@ -19,7 +17,8 @@ from importlib import import_module
 from pathlib import Path
 
 from . import cli
-from .files import writing
+from .files import listing as listing_of
+from .files import results, writing
 from .memory import in_words
 
 
@@ -255,7 +254,7 @@ EXAMPLES = """examples:
 
 writes, per picture: NAME_immunized.png, NAME_preview.png (original, its edit, immunized, its edit, perturbation x10) and
 NAME.json (the report). A folder resumes where it stopped. Exit codes: 0 all done, 1 some pictures failed, 2 usage,
-3 weights unavailable, 130 interrupted."""
+3 weights unavailable, 130 or 143 interrupted."""
 OUTPUTS = ("_immunized.png", "_preview.png", ".json")
 
 
@@ -319,11 +318,10 @@ def _body(args):
         raise ValueError("give at least one picture or folder, --prompt TEXT and -o DIR (--help shows examples)")
     if not listing:
         settings(args.method, args.preset, **_given(args))   # an option that the method has not is told before any work
-    pictures = []
     if not listing:
-        pictures = find(args.pictures, args.output, OUTPUTS)
+        pictures, left_out = find(args.pictures, args.output, OUTPUTS)
         index, count = cli.rank(os.environ)
-        pictures = pictures[index::count]
+        pictures, left_out = pictures[index::count], {} if index else left_out
     if args.mask:                                            # what is wrong with the mask itself is no picture's fault
         images.read_mask(args.mask, *images.read(args.mask).image.size)
     editor = load(args)
@@ -337,8 +335,8 @@ def _body(args):
         raise ValueError(f"--taps {unknown[0]}: this editor has no such activation; --taps list prints those it has")
     writing.make_folder(args.output)
     cli.say_editor(editor, quiet=args.quiet)
-    return cli.each_file(pictures, lambda path: _immunize_file(path, editor, args), output=args.output,
-                         quiet=args.quiet, debug=args.debug, as_json=args.json)
+    return cli.each_file(pictures, lambda path: _immunize_file(path, editor, args), output=args.output, left_out=left_out,
+                         done="immunized", quiet=args.quiet, debug=args.debug, as_json=args.json)
 
 
 def load(args):
@@ -363,26 +361,23 @@ def set_strength(editor, strength):
 
 
 def find(names, output, endings):
-    """The pictures named, folders opened, for a command that writes <output>/<stem><ending> for each of them.
+    """The `Listing` of the pictures named, folders opened, for a command that writes <output>/<stem><ending> for each.
 
-    Earlier results that lie in a folder are left out. Raises ValueError where two pictures would write one file, or one
-    picture would be overwritten by the result of another.
+    endings: of the results, that of the report last. Results of earlier runs are left out of folders. Raises ValueError
+    where two pictures would write one file, or one picture would be overwritten by the result of another.
     """
-    from . import images
-    named, stems = set(names), {}
-    for path in images.find(names):
-        if path in named or not path.name.endswith(endings):
-            other = stems.setdefault(path.stem, path)
-            if os.path.realpath(other) != os.path.realpath(path):
-                raise ValueError(f"{other} and {path} would both write {path.stem}{endings[0]}; "
-                                 "run them into different folders")
-    if not stems:
-        raise ValueError(f"{names[0]}: nothing in this folder but earlier results")
+    listing = listing_of.list_pictures(names, lambda path: results.is_result(path, endings[:-1], endings[-1]))
+    stems = {}
+    for path in listing.pictures:
+        other = stems.setdefault(path.stem, path)
+        if os.path.realpath(other) != os.path.realpath(path):
+            raise ValueError(f"{other} and {path} would both write {path.stem}{endings[0]}; "
+                             "run them into different folders")
     here = os.path.realpath(output)
     inside = {path.name: path for path in stems.values() if os.path.realpath(path.parent) == here}
     if lost := [inside[stem + ending] for stem in stems for ending in endings if stem + ending in inside]:
         raise ValueError(f"{lost[0]} would be overwritten by a result; choose another folder for the results")
-    return list(stems.values())
+    return listing._replace(pictures=list(stems.values()))
 
 
 def _immunize_file(path, editor, args):
@@ -390,21 +385,17 @@ def _immunize_file(path, editor, args):
     from . import images
 
     immunized_path, preview_path, report_path = paths = [args.output / f"{path.stem}{end}" for end in OUTPUTS]
-    asked = _asked(path, editor, args)
-    before = _read_report(report_path)
-    replace_all = args.overwrite or before.get("asked") == asked
-    if existing := [p for p in paths if p.exists() and not replace_all]:
-        raise ValueError(f"{existing[0]} exists, from another picture or other options; "
-                         "add --overwrite or choose another folder")
-    picture = images.read(path)
-    done = before.get("asked") == asked and before.get("finished") and immunized_path.exists() and not args.overwrite
+    asked = question(path, editor, args)
+    before = results.earlier(report_path, asked, paths[:1] if args.no_preview else paths[:2], overwrite=args.overwrite)
+    done = before is not None and immunized_path.exists()
     if done and (args.no_preview or preview_path.exists()):
         cli.say(f"{path}: done before, skipped", quiet=args.quiet)
         if args.json:
-            cli.out(cli.to_json(_in_short(before) | {"skipped": True}))
+            cli.out(cli.to_json(results.in_short(before) | {"skipped": True}))
         return
+    picture = images.read(path)
     cli.say_notes(path, picture.info["notes"], quiet=args.quiet)
-    if done:
+    if done:                                                 # all but the preview
         immunized, report = picture.put_together(images.read(immunized_path).image), before
     else:
         steps = settings(args.method, args.preset, **_given(args))[0]["steps"]
@@ -413,47 +404,20 @@ def _immunize_file(path, editor, args):
                               preset=args.preset, mask=args.mask, memory=args.memory,
                               on_step=lambda step, loss, terms: bar.update(), **_given(args))
         immunized = result.image
-        report = {"finished": True, "asked": asked, "picture": str(path), "immunized": immunized_path.name, **result.report}
-        _write_results(picture, result.image, report, immunized_path, report_path, args)
-    cli.result(_in_short(report), f"{immunized_path}: at most {report['linf_steps']}/255 per channel "
+        report = {"finished": True, "asked": asked, "results": [immunized_path.name, preview_path.name], "picture": str(path),
+                  "immunized": immunized_path.name, **result.report}
+        results.write_results(
+            report_path, lambda finished: cli.to_json(report | {"finished": finished}, indent=1) + "\n",
+            {immunized_path: lambda path: images.write_checked(path, immunized, picture, args.eps, overwrite=True)},
+            overwrite=args.overwrite)
+    cli.result(results.in_short(report), f"{immunized_path}: at most {report['linf_steps']}/255 per channel "
                f"(budget {report['budget_steps']}/255), PSNR {report['psnr']:.1f} dB, {report['seconds']:.0f} s",
                as_json=args.json)
     if not args.no_preview:
-        _add_preview(picture, immunized, preview_path, editor, args)
+        _write_preview(picture, immunized, preview_path, editor, args)
 
 
-def _write_results(picture, immunized, report, immunized_path, report_path, args):
-    """Write the report unfinished, the picture, and the report finished.
-
-    The unfinished report claims the names for this question, so that a later run, or another one at the same time, knows
-    whose files these are: the same question may be written over, any other is a FileExistsError. Where the disk is full
-    nothing new is left behind.
-    """
-    from . import images
-
-    def claimed():
-        return args.overwrite or _read_report(report_path).get("asked") == report["asked"]
-
-    with contextlib.ExitStack() as undo:
-        def put(target, content, write=writing.write, **how):
-            if not target.exists():
-                undo.callback(_remove, target)
-            write(target, content, **how)
-
-        mine = claimed()
-        if immunized_path.exists() and not mine:
-            raise FileExistsError(f"{immunized_path} exists; --overwrite replaces it")
-        try:
-            put(report_path, cli.to_json({"finished": False, "asked": report["asked"]}) + "\n", overwrite=mine)
-        except FileExistsError:
-            if not claimed():                                # else another run asks the same, and writes the same
-                raise
-        put(immunized_path, immunized, images.write_checked, original=picture, eps=args.eps, overwrite=True)
-        put(report_path, cli.to_json(report, indent=1) + "\n", overwrite=True)
-        undo.pop_all()
-
-
-def _add_preview(picture, immunized, path, editor, args):
+def _write_preview(picture, immunized, path, editor, args):
     """Write the preview; its failure is a remark, because the immunized picture is finished and written."""
     from . import images
     try:
@@ -467,34 +431,15 @@ def _add_preview(picture, immunized, path, editor, args):
     images.write(path, sheet, overwrite=True)
 
 
-def _remove(path):
-    with contextlib.suppress(OSError):
-        path.unlink()
-
-
-def _in_short(report):
-    """A report as --json prints it on one line."""
-    return {key: value for key, value in report.items() if key not in ("loss", "asked")}
-
-
-def _asked(path, editor, args):
-    """What decides the result: the bytes of picture, mask and weights, and every option. The same needs no second run."""
+def question(path, editor, args):
+    """All that decides the result: the bytes of picture, mask and weights, and every option, as text."""
     from .models.checkpoints import sha256
-    told_apart = {"pictures", "output", "overwrite", "json", "quiet", "debug", "device"}
-    values = {key: str(value) for key, value in vars(args).items() if key not in told_apart}
+    irrelevant = {"pictures", "output", "overwrite", "json", "quiet", "debug", "device", "memory", "no_preview"}
+    values = {key: str(value) for key, value in vars(args).items() if key not in irrelevant}
     if not path.is_file():                                   # hashing a device would never end
         raise ValueError(f"{path}: no such file")
-    return {**values, "sha256": sha256(path), "mask": args.mask and sha256(args.mask),
-            "weights": editor.provenance()["weights"]}
-
-
-def _read_report(path):
-    """What an earlier run says of these results; an empty dict where there is no report, or not one of ours."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        return {}
+    mask = getattr(args, "mask", None)
+    return {**values, "sha256": sha256(path), "mask": mask and sha256(mask), "weights": editor.provenance()["weights"]}
 
 
 def _edits(picture, immunized, editor, args):

@@ -389,8 +389,8 @@ A manifest has a JSON object a line: sample_id, original, edited, prompt, arm ("
 image_id, prompt_id, prompt_type, category, editor, method where known; files are relative to it. A panel is a name or a .json
 file. Keys come from the environment (GEMINI_API_KEY, or what the panel names) or a file of mode 600 (GEMINI_API_KEY_FILE);
 only `run` and `dry-run --count` send pictures, and only to the panel's addresses. Exit codes: 0 all done, 1 some samples
-without verdict, 2 usage or key, 3 service unavailable, 130 interrupted (run the command again: at most the calls that were in
-flight are bought twice, and they count in the limits)."""
+without verdict, 2 usage or key, 3 service unavailable, 130 or 143 interrupted (run the command again: at most the calls
+that were in flight are bought twice, and they count in the limits)."""
 
 
 def _parser():

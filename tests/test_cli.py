@@ -289,14 +289,14 @@ cli.leave(cli.run(lambda args: cli.each_file("abc", work), parser, []))
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_ends_with_130_and_no_traceback(sent):
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_runs_end_with_their_code_and_no_traceback(sent, code):
     process = python(COMMAND.replace("SECONDS", "30"))
     assert [process.stdout.readline() for _ in range(2)] == ["a\n", "b\n"]
     time.sleep(0.1)
     process.send_signal(sent)
     written, told = process.communicate(timeout=20)
-    assert process.returncode == cli.INTERRUPTED
+    assert process.returncode == code
     assert written == ""
     assert told == "1 of 3 pictures done, 0 failed\nerror: interrupted; what is finished is whole\n"
 

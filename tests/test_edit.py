@@ -60,7 +60,9 @@ def test_it_is_the_librarys_edit(run, editor, capsys, argv, options):
     original = photo("a.png", (40, 30))
     assert run("a.png", *argv) == cli.OK
     expected = editor.edit(original, PROMPT, **options)
-    assert list(files()) == ["a_edited.png"]
+    assert list(files()) == ["a_edited.json", "a_edited.png"]
+    report = json.loads(files()["a_edited.json"])
+    assert (report["finished"], report["prompt"], report["seed"]) == (True, PROMPT, options["seed"])
     with Image.open("out/a_edited.png") as edited:
         assert edited.size == (40, 30) and np.array_equal(edited, expected)
     assert np.array_equal(expected, editor.edit(original, PROMPT)) == (argv == ())
@@ -85,7 +87,7 @@ def test_every_kind_of_picture_is_edited_at_its_size(run):
     exif[0x0112] = 6
     photo("turned.png").save("in/turned.jpg", exif=exif)
     assert run("in") == cli.OK
-    sizes = {name: Image.open(f"out/{name}").size for name in files()}
+    sizes = {name: Image.open(f"out/{name}").size for name in files() if name.endswith(".png")}
     assert sizes == {f"{stem}_edited.png": {"strip": (37, 513), "turned": (20, 24)}.get(stem, (24, 20))
                      for stem in ("strip", "grey", "clear", "deep", "palette", "turned")}
 
@@ -113,7 +115,8 @@ def test_nothing_is_overwritten_unless_asked(run, capsys):
     Path("out").mkdir()
     Path("out/a_edited.png").write_text("mine")
     assert run("a.png", "--quiet") == cli.SOME_FAILED
-    assert told(capsys) == "error: a.png: out/a_edited.png exists; add --overwrite or choose another folder\n"
+    assert told(capsys) == ("error: a.png: out/a_edited.png exists, from another picture or other options; add --overwrite or "
+                            "choose another folder\n")
     assert files() == {"a_edited.png": b"mine"}
     assert run("a.png", "--overwrite") == cli.OK and Image.open("out/a_edited.png").size == (24, 20)
 
@@ -153,7 +156,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_done(run, caps
     photo("in/good.png")
     Path("in/bad.png").write_text("I am not a picture.")
     assert run("in", "missing.png", "--json") == cli.SOME_FAILED
-    assert list(files()) == ["good_edited.png"]
+    assert list(files()) == ["good_edited.json", "good_edited.png"]
     out, err = capsys.readouterr()
     assert [json.loads(line).get("file") for line in out.splitlines()] == ["in/bad.png", None, "missing.png"]
     assert "1 of 3 pictures done, 2 failed:" in err and "Traceback" not in err

@@ -246,16 +246,6 @@ def test_damaged_files_never_raise_anything_else(tmp_path):
                 assert f"a.{suffix}" in str(refusal)
 
 
-def test_find(tmp_path):
-    for name in ("b.PNG", "a.jpg", ".hidden.png", "notes.txt"):
-        (tmp_path / name).touch()
-    (tmp_path / "sub.png").mkdir()
-    assert images.find([tmp_path]) == [tmp_path / "a.jpg", tmp_path / "b.PNG"]
-    assert images.find([tmp_path / "x", tmp_path, tmp_path / "a.jpg"]) == [tmp_path / n for n in ("x", "a.jpg", "b.PNG")]
-    with pytest.raises(ValueError, match="sub.png: no pictures in this folder"):
-        images.find([tmp_path / "sub.png"])
-
-
 def test_masks(tmp_path):
     drawn = np.zeros((6, 9), np.uint8)
     drawn[2:4, 3:] = 200

@@ -45,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sifm_min import cli, images  # noqa: E402
 from sifm_min.experiments import manifest  # noqa: E402
 from sifm_min.files import writing  # noqa: E402
+from sifm_min.files.listing import list_pictures  # noqa: E402
 from sifm_min.models.checkpoints import Unavailable  # noqa: E402
 
 DATASET, SERVER = "timbrooks/instructpix2pix-clip-filtered", "https://datasets-server.huggingface.co"
@@ -87,7 +88,7 @@ def world(args):
 
 
 def folder(args):
-    pictures = images.find([args.pictures])
+    pictures, left_out = list_pictures([args.pictures])
     if args.prompts:
         told = read_prompts(args.prompts)
         if lost := sorted(told.keys() - {path.name for path in pictures}):
@@ -111,7 +112,7 @@ def folder(args):
         except ValueError as error:
             raise ValueError(f"{args.prompts or 'the picture'}: {path.name} {error}") from None
 
-    cli.each_file(pictures, one, quiet=args.quiet, debug=args.debug)
+    cli.each_file(pictures, one, left_out=left_out, done="taken", quiet=args.quiet, debug=args.debug)
     return finish(items, len(pictures), args)
 
 
@@ -703,7 +704,7 @@ def main(argv=None):
         writing.make_folder(args.output / "images")
         return args.run(args)
 
-    return cli.guard(body, debug=args.debug)
+    return cli.guard(body, debug=lambda: args.debug)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
 """Write files whole or not at all.
 
 The content goes to a hidden file beside the target, reaches the disk, and then takes the target's name. A reader sees the
-old file or the new one, never a part. After a kill -9 a hidden `.*.part` may stay; it is safe to delete.
+old file or the new one, never a part. After a kill -9 a hidden `.*.part` may stay; `make_folder` of the next run removes it.
 """
 
 import contextlib
 import os
 import secrets
 import tempfile
+import time
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                                          # Windows
+    fcntl = None
 
 
 def make_folder(path):
@@ -22,6 +28,26 @@ def make_folder(path):
             pass
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+    for part in path.glob(".*.part"):
+        _remove_if_abandoned(part)
+
+
+def _remove_if_abandoned(part):
+    """Remove the file of a killed run. A run that is alive holds its lock; where there are no locks, an hour must pass."""
+    with contextlib.suppress(OSError):
+        age = time.time() - part.stat().st_mtime
+        with part.open("rb") as file:
+            if _lock(file) if fcntl else age > 3600:
+                part.unlink()
+
+
+def _lock(file):
+    """Lock an open file for this process; False where another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def write(path, content, *, overwrite=False, check=None):
@@ -35,7 +61,7 @@ def write(path, content, *, overwrite=False, check=None):
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; --overwrite replaces it")
     with _part(path) as part:
-        with part.open("xb") as file:
+        with part.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -46,10 +72,16 @@ def write(path, content, *, overwrite=False, check=None):
 
 @contextlib.contextmanager
 def _part(path):
-    """Yield a new file name beside `path` and remove that file at the end, unless it was renamed. Errors name `path`."""
+    """Yield a new file beside `path`, locked, and remove it at the end, unless it was renamed. Errors name `path`."""
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        yield part
+        with contextlib.ExitStack() as held:
+            new = part.open("xb")
+            if fcntl:
+                _lock(held.enter_context(new))
+            else:
+                new.close()                                  # Windows renames no open file
+            yield part
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
