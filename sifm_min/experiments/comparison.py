@@ -59,16 +59,16 @@ def reference_of(arm, names):
 
 def against_sifm(cells, judges, names):
     """{(arm, prompt type): Paired} of the judged arms of one table; names: of its arms, in order."""
-    found = {}
+    paired = {}
     for prompts in PROMPTS:
         judged = judged_by_arm(cells, judges, prompts)
         for arm in names:
             if arm in judged:
-                found[arm, prompts] = _paired(judged, arm, reference_of(arm, names))
-    places = [place for place, paired in found.items() if paired.result and not paired.note]
-    for place, p in zip(places, isr.holm([found[place].result.p for place in places]), strict=True):
-        found[place] = dataclasses.replace(found[place], p_holm=p, comparisons=len(places))
-    return found
+                paired[arm, prompts] = _paired(judged, arm, reference_of(arm, names))
+    places = [place for place, pair in paired.items() if pair.result and not pair.note]
+    for place, p in zip(places, isr.holm([paired[place].result.p for place in places]), strict=True):
+        paired[place] = dataclasses.replace(paired[place], p_holm=p, comparisons=len(places))
+    return paired
 
 
 def _paired(judged, arm, reference):

@@ -79,7 +79,7 @@ def judged_by_arm(cells, judges, prompts):
 
 def figures(cells, judges, arms):
     """{(arm, prompt type): Figures} of the cells of one editor, for the arms that have cells."""
-    found = {}
+    by_arm = {}
     for prompts in dict.fromkeys(cell["prompt_type"] for cell in cells):
         of_type = [cell for cell in cells if cell["prompt_type"] == prompts]
         judged = judged_by_arm(cells, judges, prompts)
@@ -98,8 +98,8 @@ def figures(cells, judges, arms):
             if judges:
                 rates = {"rate": isr.success_rate(judged, arm), "by_judge": isr.by_judge(judged, arm),
                          "controlled": _controlled(judged, arm)}
-            found[arm, prompts] = Figures(len(own), sum(cell["failed"] is not None for cell in own), means, left_out, **rates)
-    return found
+            by_arm[arm, prompts] = Figures(len(own), sum(cell["failed"] is not None for cell in own), means, left_out, **rates)
+    return by_arm
 
 
 def _controlled(judged, arm):

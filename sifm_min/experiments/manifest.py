@@ -7,11 +7,11 @@
         item.picture()                                       # an images.Picture whose bytes are those of sha256
         item.prompts()                                       # the original prompt, then the unseen ones
 
-`image` is relative to the manifest's folder and does not leave it, so that a folder is a whole set and can be moved. Also
-allowed: `caption` and `unseen_captions`, descriptions of what an edit should look like, which img2img editors are told in
-place of the instructions; and `origin`, an object that says where a picture comes from. {"world": {"seed": 0,
-"split": "held-out", "index": 3}} is a picture of the miniature world, whose ground truth `item.sample()` gives.
-A line that is not like this is an error that names it. `tools/make_manifest.py` writes manifests.
+`image` is relative to the manifest's folder and stays inside it, so that a folder is a whole set and can be moved. Optional:
+`caption` and `unseen_captions`, descriptions of the results, which img2img editors get in place of the instructions; and
+`origin`, an object with the source of the picture. {"world": {"seed": 0, "split": "held-out", "index": 3}} is a picture of
+the miniature's world; `item.sample()` returns its ground truth. Any other line is an error that names the line.
+`tools/make_manifest.py` writes manifests.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ KEYS = (*REQUIRED, "caption", "unseen_captions", "origin")
 
 @dataclass(frozen=True)
 class Item:
-    """One picture of a manifest. sha256 is that of the file's bytes; path is where the file is, once it was read."""
+    """One picture of a manifest. sha256: of the file's bytes. path: of the file; None before the manifest was read."""
 
     id: str
     image: str
@@ -47,47 +47,47 @@ class Item:
     path: Path | None = None
 
     @classmethod
-    def from_json(cls, given, folder):
-        """The object of a line, checked; raises ValueError with a sentence that begins in the middle."""
-        if not isinstance(given, dict):
+    def from_json(cls, entry, folder):
+        """Check the object of a line. Raises ValueError with the predicate of a sentence, such as "has no prompt"."""
+        if not isinstance(entry, dict):
             raise ValueError("is no JSON object")
-        if missing := [key for key in REQUIRED if key not in given]:
+        if missing := [key for key in REQUIRED if key not in entry]:
             raise ValueError(f"has no {missing[0]}")
-        if extra := [key for key in given if key not in KEYS]:
+        if extra := [key for key in entry if key not in KEYS]:
             raise ValueError(f"has {extra[0]!r}, which no manifest has; its keys are {', '.join(KEYS)}")
-        for key in (*TEXTS, *(("caption",) if "caption" in given else ())):
-            if not _is_text(given[key]):
+        for key in (*TEXTS, *(("caption",) if "caption" in entry else ())):
+            if not _is_text(entry[key]):
                 raise ValueError(f"has a {key} that is no text")
         for key in LISTS:
-            if not (isinstance(given.get(key, []), list) and all(map(_is_text, given.get(key, [])))):
+            if not (isinstance(entry.get(key, []), list) and all(map(_is_text, entry.get(key, [])))):
                 raise ValueError(f"has {key} that are no list of texts")
-        if not re.fullmatch(r"\w[\w.-]{0,99}", given["id"]):
-            raise ValueError(f"has the id {given['id']!r}; letters, digits, dot, dash and underscore make one, up to 100")
-        parts = PurePosixPath(given["image"])
-        if parts.is_absolute() or ".." in parts.parts or re.search(r"[\\:\0]", given["image"]):
-            raise ValueError(f"has the image {given['image']!r}; give a path inside the manifest's folder, with slashes")
-        if not re.fullmatch("[0-9a-f]{64}", given["sha256"]):
+        if not re.fullmatch(r"\w[\w.-]{0,99}", entry["id"]):
+            raise ValueError(f"has the id {entry['id']!r}; letters, digits, dot, dash and underscore make one, up to 100")
+        parts = PurePosixPath(entry["image"])
+        if parts.is_absolute() or ".." in parts.parts or re.search(r"[\\:\0]", entry["image"]):
+            raise ValueError(f"has the image {entry['image']!r}; give a path inside the manifest's folder, with slashes")
+        if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
             raise ValueError("has a sha256 that is not 64 digits of 0-9 and a-f")
-        if len({given["prompt"], *given["unseen_prompts"]}) <= len(given["unseen_prompts"]):
+        if len({entry["prompt"], *entry["unseen_prompts"]}) <= len(entry["unseen_prompts"]):
             raise ValueError("has the same prompt twice; unseen prompts differ from the original and from each other")
-        if given.get("unseen_captions") and len(given["unseen_captions"]) != len(given["unseen_prompts"]):
-            raise ValueError(f"has {len(given['unseen_captions'])} unseen_captions for {len(given['unseen_prompts'])} "
+        if entry.get("unseen_captions") and len(entry["unseen_captions"]) != len(entry["unseen_prompts"]):
+            raise ValueError(f"has {len(entry['unseen_captions'])} unseen_captions for {len(entry['unseen_prompts'])} "
                              "unseen_prompts; give as many, or none")
-        if given.get("unseen_captions") and "caption" not in given:
+        if entry.get("unseen_captions") and "caption" not in entry:
             raise ValueError("has unseen_captions and no caption")
-        if not isinstance(given.get("origin", {}), dict):
+        if not isinstance(entry.get("origin", {}), dict):
             raise ValueError("has an origin that is no object")
-        return cls(**{key: tuple(value) if key in LISTS else value for key, value in given.items()},
+        return cls(**{key: tuple(value) if key in LISTS else value for key, value in entry.items()},
                    path=Path(folder, *parts.parts))
 
     def to_json(self):
-        """The object of a line; what is empty and may be left out is."""
+        """The object of a line, without empty optional keys."""
         record = {key: getattr(self, key) for key in KEYS}
         record |= {key: list(record[key]) for key in LISTS}
         return {key: value for key, value in record.items() if key in REQUIRED or value}
 
     def prompts(self, kind="instruct"):
-        """What an editor of this kind (`editor.kind`) is told: for the original prompt, then for each unseen one."""
+        """The words for an editor of this kind (`editor.kind`): of the original prompt, then of each unseen one."""
         if kind != "img2img":
             return [self.prompt, *self.unseen_prompts]
         if self.caption is None or len(self.unseen_captions) != len(self.unseen_prompts):
@@ -96,7 +96,7 @@ class Item:
         return [self.caption, *self.unseen_captions]
 
     def picture(self):
-        """The picture as `images.read` gives it; raises ValueError where the file is gone, damaged or another one."""
+        """The picture as `images.read` returns it. Raises ValueError if the file is missing, damaged or another one."""
         try:
             content = self.path.read_bytes()
         except OSError as error:
@@ -107,26 +107,26 @@ class Item:
         return images.read(self.path)
 
     def sample(self):
-        """The miniature.Sample, with its ground truth, that this picture shows; raises ValueError where there is none."""
+        """The miniature.Sample of this picture, with its ground truth. Raises ValueError if it is no picture of that world."""
         world = self.origin.get("world")
         if not (isinstance(world, dict) and {"seed", "split", "index"} == world.keys() and _is_text(world["split"])
                 and all(type(world[key]) is int and world[key] >= 0 for key in ("seed", "index"))):
             raise ValueError(f"{self.id} is no picture of the miniature world: its origin does not say which")
-        found = _sample(world["seed"], world["split"], world["index"])
-        if found.image.tobytes() != self.picture().image.tobytes():
+        sample = _sample(world["seed"], world["split"], world["index"])
+        if sample.image.tobytes() != self.picture().image.tobytes():
             raise ValueError(f"{self.id}: the miniature world now renders another picture; make the manifest anew")
-        if [found.prompt, *found.unseen_prompts][:1 + len(self.unseen_prompts)] != self.prompts():
+        if [sample.prompt, *sample.unseen_prompts][:1 + len(self.unseen_prompts)] != self.prompts():
             raise ValueError(f"{self.id}: its prompts are not those of the miniature world, whose ground truth would not fit")
-        return found
+        return sample
 
 
 def read(path):
-    """The items of a manifest file, or of the folder that holds one. Raises ValueError; the pictures are not opened."""
+    """Read the items of a manifest file, or of the folder that holds one. Raises ValueError. The pictures are not opened."""
     path = Path(path)
     if path.is_dir():
         path /= NAME
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")             # other line ends may be in texts
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")             # texts may hold other line ends
     except OSError as error:
         raise ValueError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except UnicodeDecodeError:
@@ -150,7 +150,7 @@ def read(path):
 
 
 def text(items, path=NAME):
-    """Items as the text of a manifest file; what `read` would refuse is refused here. Raises ValueError, naming the path."""
+    """The text of a manifest file. Items that `read` would refuse raise ValueError, which names the path."""
     lines, seen = [], set()
     for item in items:
         try:
@@ -165,11 +165,12 @@ def text(items, path=NAME):
 
 
 def write(path, items, *, overwrite=False):
-    """Write items as a manifest file, whole or not at all. Raises ValueError and OSError."""
+    """Write a manifest file, whole or not at all. Raises ValueError and OSError."""
     writing.write(path, text(items, path), overwrite=overwrite)
 
 
 def _loads(line):
+    """Parse a line as JSON; refuse double keys, and numbers such as NaN that JSON does not have."""
     def once(pairs):
         if len(dict(pairs)) < len(pairs):
             raise ValueError("has a key twice")
@@ -191,5 +192,5 @@ def _samples(seed, split, count):
 
 
 def _sample(seed, split, index):
-    """The index-th sample. The earlier ones are drawn too, so the lists that are kept double in length."""
+    """The index-th sample. All earlier ones are drawn as well, so the cached lists have lengths that are powers of two."""
     return _samples(seed, split, max(8, 1 << index.bit_length()))[index]

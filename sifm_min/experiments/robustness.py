@@ -1,18 +1,17 @@
-"""What an attacker does to a picture before editing it: recompress, rescale, blur, clean, pass it through an autoencoder.
+"""Attacks on a protection: recompress, rescale, blur, clean a picture, or pass it through an autoencoder, before the edit.
 
     attacked = robustness.apply("jpeg-75", image, seed=0)                     # PIL in, PIL out, same size and mode
     for name, attack in robustness.ATTACKS.items():
         attack.needs                                         # "", "own" (the editor under attack) or "other" (another one)
-        attack.refusal(editor)                               # None, or a sentence why it does not apply to this editor
+        attack.refusal(editor)                               # None, or why it does not apply to this editor
 
-All are published transforms with their source named, meant for measuring how much of a protection is left: a clean and a
-noised picture belong beside the protected one, and what the attack itself does to the picture beside all three. Every
-attack changes the colours and leaves the transparency, the ICC profile and the greyness of a picture as they are; the
-result has 8 bits, since what is passed on is a file. What is drawn is drawn from a generator of the seed, so that the
-same call gives the same picture (JPEG: with the same version of Pillow and its codec).
+All attacks are published transforms, each with its source. They measure how much of a protection is left. A clean and a
+noised picture belong beside the protected one, and the damage by the attack itself beside all three. An attack changes
+the colours; transparency, ICC profile and greyness stay. The result has 8 bits, as a file has. Random numbers come from a
+generator of the seed: the same call gives the same picture (JPEG: with the same version of Pillow and its codec).
 
-Filters treat 0 to 255 as their sources do. `moves` tells the one attack after which the picture shows less of its scene:
-its edits are to be compared with edits of a picture attacked the same way.
+Filters work on 0 to 255, as their sources do. `moves` is True for the one attack after which the picture shows less of its
+scene: its edits are compared with edits of a clean picture after the same attack.
 """
 
 import io
@@ -34,8 +33,8 @@ class Attack:
     """One row of the table. function(image, editor=, seed=, **parameters): an "RGB" or "L" image -> the same mode and size.
 
     needs: "" for nothing, "own" for the editor that will edit the picture, "other" for a different one. kinds: the editor
-    kinds (`editor.kind`) it applies to; empty for all. moves: the picture is not where it was. source: whose attack it is,
-    and with which parameters.
+    kinds (`editor.kind`) it applies to; empty for all. moves: True if the picture is shifted or scaled. source: the
+    publication, and the source of the parameters.
     """
 
     name: str
@@ -47,7 +46,7 @@ class Attack:
     moves: bool = False
 
     def refusal(self, editor=None):
-        """None where the attack can be carried out, otherwise one sentence that says why it cannot."""
+        """None if the attack can be carried out, else the reason in one sentence."""
         if not self.needs:
             return None
         if editor is None:
@@ -59,20 +58,20 @@ class Attack:
         return None
 
     def __call__(self, image, *, editor=None, seed=0):
-        """The attacked picture; see `apply`."""
+        """Attack a picture; see `apply`."""
         if why := self.refusal(editor):
             raise ValueError(why)
-        whole = images.picture(image)
-        colours = whole.image.convert("L") if whole.mode in ("L", "LA") else whole.image
+        picture = images.picture(image)
+        colours = picture.image.convert("L") if picture.mode in ("L", "LA") else picture.image
         attacked = self.function(colours, editor=editor, seed=seed, **self.parameters)
-        return whole.put_together(attacked)
+        return picture.put_together(attacked)
 
 
 def apply(name, image, *, editor=None, seed=0):
-    """The picture after the attack called `name`: a PIL image of the same size, and of the mode that `images.read` gives.
+    """Attack a picture: return a PIL image of the same size, and of the mode that `images.read` gives.
 
-    editor: for attacks that need one (`ATTACKS[name].needs`). Raises ValueError for an unknown name, for a missing editor
-    and for one that the attack does not apply to.
+    editor: for attacks that need one (`ATTACKS[name].needs`). Raises ValueError for an unknown name, a missing editor, and an
+    editor that the attack does not apply to.
     """
     if name not in ATTACKS:
         raise ValueError(f"unknown attack {name!r}: choose from {', '.join(ATTACKS)}")
@@ -82,7 +81,7 @@ def apply(name, image, *, editor=None, seed=0):
 # ----------------------------------------------------------------------------------------------------- files and sizes
 
 def jpeg(image, *, quality, editor=None, seed=0):
-    """Saved as JPEG at this quality, with halved colour resolution (4:2:0) as platforms do, and opened again."""
+    """Save as JPEG of this quality, with halved colour resolution (4:2:0) as platforms do, and open it again."""
     file = io.BytesIO()
     more = {} if image.mode == "L" else {"subsampling": "4:2:0"}
     image.save(file, "JPEG", quality=quality, **more)
@@ -91,20 +90,20 @@ def jpeg(image, *, quality, editor=None, seed=0):
 
 
 def resize(image, *, factor, editor=None, seed=0):
-    """Scaled by `factor` (each side rounded, at least 1) and back, both times with Pillow's antialiased Lanczos."""
+    """Scale by `factor` (each side rounded, at least 1) and back, both times with Pillow's antialiased Lanczos."""
     small = tuple(max(1, round(side * factor)) for side in image.size)
     return image.resize(small, LANCZOS).resize(image.size, LANCZOS)
 
 
 def crop(image, *, share, editor=None, seed=0):
-    """The middle `share` of both sides, scaled up to the whole size with the bicubic filter."""
+    """Cut out the middle `share` of both sides and scale it to the whole size with the bicubic filter."""
     width, height = (max(1, round(side * share)) for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height)).resize(image.size, BICUBIC)
 
 
 def depth(image, *, bits, editor=None, seed=0):
-    """Every channel rounded to 2**bits evenly spaced levels, of which 0 and 255 are two."""
+    """Round every channel to 2**bits evenly spaced levels, from 0 to 255."""
     steps = 2 ** bits - 1
     return image.point([round(round(value * steps / 255) * 255 / steps) for value in range(256)] * len(image.getbands()))
 
@@ -112,14 +111,14 @@ def depth(image, *, bits, editor=None, seed=0):
 # ------------------------------------------------------------------------------------------------------ noise and filters
 
 def noise(image, *, sigma, editor=None, seed=0):
-    """Gaussian noise of this standard deviation (in [0,1]) on every value, cut to the range; drawn from the seed."""
+    """Add Gaussian noise of this standard deviation (in [0,1]), drawn from the seed, to every value; clip to the range."""
     values = _values(image)
     drawn = torch.randn(values.shape, generator=torch.Generator().manual_seed(seed))
     return _image(values + 255 * sigma * drawn, image.mode)
 
 
 def blur(image, *, sigma, taps, editor=None, seed=0):
-    """A Gaussian of this standard deviation, in pixels, cut to `taps` and normalised; the picture is mirrored at its edges."""
+    """Blur by a Gaussian of this standard deviation in pixels, cut to `taps` and normalised; edges are mirrored."""
     place = torch.arange(taps) - (taps - 1) / 2
     weights = torch.exp(-place.square() / (2 * sigma ** 2))
     weights = weights / weights.sum()
@@ -131,15 +130,15 @@ def blur(image, *, sigma, taps, editor=None, seed=0):
 
 def adverse_cleaner(image, *, bilateral_times, diameter, sigma_colour, sigma_space, guided_times, radius, eps,
                     editor=None, seed=0):
-    """Bilateral filters that flatten what is faint, then guided filters that bring back the edges of the attacked picture.
+    """Flatten faint structure by bilateral filters, then bring back the edges of the attacked picture by guided filters.
 
-    The guide is the picture as it came, and so, as the author warns, carries some of the perturbation back.
+    The guide is the attacked picture, so it brings back some of the perturbation, as the author warns.
     """
-    given = _values(image.convert("RGB"))
-    cleaned = given
+    attacked = _values(image.convert("RGB"))
+    cleaned = attacked
     for _ in range(bilateral_times):
         cleaned = bilateral(cleaned, diameter, sigma_colour, sigma_space)
-    guide = _Guide(given, radius, eps)
+    guide = _Guide(attacked, radius, eps)
     for _ in range(guided_times):
         cleaned = guide.filter(cleaned)
     return _image(cleaned, "RGB").convert(image.mode)
@@ -150,8 +149,8 @@ def bilateral(values, diameter, sigma_colour, sigma_space):
 
         y(p) = sum_q w(p,q) x(q) / sum_q w(p,q),   w(p,q) = exp(-|p-q|^2 / 2 sigma_space^2) exp(-d(p,q)^2 / 2 sigma_colour^2)
 
-    d is the sum over channels of the absolute differences; q runs over the disc of this diameter; edges are mirrored
-    without repeating the last pixel.
+    d is the sum over channels of the absolute differences. q runs over the disc of this diameter. Edges are mirrored without
+    repeating the last pixel.
     """
     radius = diameter // 2
     height, width = values.shape[1:]
@@ -176,7 +175,7 @@ class _Guide:
 
         a = (cov(I, I) + eps)^-1 cov(I, p),   b = mean(p) - a^T mean(I),   q = mean(a)^T I + mean(b)      (equations 14 to 16)
 
-    Double precision: a variance is the small difference of two large numbers here. Edges are mirrored with the last pixel.
+    Double precision, since a variance is the small difference of two large numbers. Edges are mirrored with the last pixel.
     """
 
     def __init__(self, guide, radius, eps):
@@ -187,7 +186,7 @@ class _Guide:
         self.inverse = torch.linalg.inv(covariance + eps * torch.eye(3, dtype=torch.float64))
 
     def filter(self, values):
-        """values (3,H,W), each channel filtered by itself."""
+        """Filter values (3,H,W), each channel by itself."""
         values = values.double()
         mean = self._box(values)
         crossed = self._box((self.guide[:, None] * values[None]).flatten(0, 1)).unflatten(0, (3, 3))
@@ -207,18 +206,18 @@ class _Guide:
 
 @torch.no_grad()
 def autoencoder(image, *, editor, seed=0):
-    """Through an editor's autoencoder at its working size and back: what the latent space does not hold is gone."""
+    """Encode and decode by an editor's autoencoder at its working size: everything outside the latent space is lost."""
     pixels = editor.resize(images.to_pixels(image))
     decoded = editor.decode(editor.scaled(editor.encode(pixels)))
-    if not decoded.isfinite().all():                         # as 8 bits it would look like a picture that was destroyed
+    if not decoded.isfinite().all():                         # in 8 bits it would look like a destroyed picture
         raise ValueError(f"the autoencoder of {editor.name} gave no finite picture; a wider dtype, such as float32, may help")
     return images.to_image(decoded).resize(image.size, LANCZOS).convert(image.mode)
 
 
 def regenerate(image, *, strength, editor, seed=0):
-    """Noised a little and painted again from there without a prompt, by an img2img editor (SDEdit, Meng et al. 2022)."""
-    again = editor.edit(image.convert("RGB"), "", strength=strength, guidance=1.0, seed=seed)      # no prompt to be guided by
-    return again.convert(image.mode)
+    """Add noise and denoise without a prompt, by an img2img editor (SDEdit, Meng et al. 2022)."""
+    # guidance 1: there is no prompt.
+    return editor.edit(image.convert("RGB"), "", strength=strength, guidance=1.0, seed=seed).convert(image.mode)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the table
@@ -268,13 +267,13 @@ def _image(values, mode):
 
 
 def _pad(values, radius, edge):
-    """(C,H,W) with a border, however small the picture: numpy's "reflect" or "symmetric"."""
+    """(C,H,W) with a border, also of pictures smaller than the border: numpy's "reflect" or "symmetric"."""
     rows, columns = (torch.from_numpy(np.pad(np.arange(side), radius, mode=edge)) for side in values.shape[1:])
     return values[:, rows][:, :, columns]
 
 
 def _along(values, weights, axis, edge):
-    """Each pixel of (C,H,W) as the weighted sum of its neighbours along one axis; an odd number of weights."""
+    """The weighted sums of (C,H,W) along one axis, centred on each pixel; the number of weights is odd."""
     side, radius = values.shape[axis], len(weights) // 2
     places = torch.from_numpy(np.pad(np.arange(side), radius, mode=edge))
     padded = values.index_select(axis, places)

@@ -247,10 +247,10 @@ def _agreement(title, cells, judges, people, notes):
     for who, label in GROUPS.items():
         by_label = {name: agreement.get(name, {}).get(who) for name in labels}
         if any(by_label.values()):
-            rows.append([label, *(estimated(found.observed) if found else "-" for found in by_label.values()),
+            rows.append([label, *(estimated(a.observed) if a else "-" for a in by_label.values()),
                          *_kappa(by_label["success"])])
             data.append({"table": title, "method": who, "who": "ours",
-                         **{name: found and found.observed.value for name, found in by_label.items()}})
+                         **{name: a and a.observed.value for name, a in by_label.items()}})
         rows.append([f"{label}, paper", *(f"{100 * theirs[who][name]:.0f}%" for name in labels), "-", "-", "-"])
         data.append({"table": title, "method": who, "who": "paper", **{name: theirs[who][name] for name in labels}})
     columns = [("", "Agreement"), ("", "Semantic mismatch"), ("", "Perceptual degradation"), ("", "Final success (ISR)"),

@@ -52,9 +52,9 @@ def _read(backbone, path, changed):
     with torch.inference_mode(False):                        # cached: later calls may need gradients
         tensors, source, digest = (_safetensors if path.suffix == ".safetensors" else _pickle)(backbone, path)
         for name, shape in backbone.shapes.items():
-            found = tensors.get(name)
-            if found is None or tuple(found.shape) != shape or not found.is_floating_point():
-                what = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
+            tensor = tensors.get(name)
+            if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
+                what = "is missing" if tensor is None else f"is {tensor.dtype} {list(tensor.shape)}"
                 raise Unfit(f"{path} does not hold the convolutions of {backbone.title}: {name} {what}, expected "
                             f"{list(shape)}; fetch {backbone.file} again")
         tensors = {name: tensors[name].detach().float().contiguous() for name in backbone.shapes}
@@ -86,10 +86,10 @@ def _safetensors(backbone, path):
 
 def _pickle(backbone, path):
     """The same three of torchvision's file. No other pickle is opened: a pickle can run code."""
-    if (found := sha256(path)) != backbone.sha256:
-        raise Unfit(f"{path} is not {backbone.file}: its SHA-256 is {found}, expected {backbone.sha256}; give that file, "
+    if (digest := sha256(path)) != backbone.sha256:
+        raise Unfit(f"{path} is not {backbone.file}: its SHA-256 is {digest}, expected {backbone.sha256}; give that file, "
                     "or safetensors")
-    return torch.load(path, map_location="cpu", weights_only=True), found, None
+    return torch.load(path, map_location="cpu", weights_only=True), digest, None
 
 
 @lru_cache(maxsize=4)

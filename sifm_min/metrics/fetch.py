@@ -76,9 +76,9 @@ def _fetch(source, part, on_bytes):
             raise Unavailable(f"{source.url} cannot be fetched ({reason}): check the connection and the proxy and run this "
                               f"again, the {have} bytes that came are kept; or fetch it elsewhere and give it with --weights")
         time.sleep(PAUSE)
-    if (found := sha256(part)) != source.sha256:
+    if (digest := sha256(part)) != source.sha256:
         part.unlink()
-        raise Unavailable(f"{source.url} sent another file: its SHA-256 is {found}, expected {source.sha256}; it was removed "
+        raise Unavailable(f"{source.url} sent another file: its SHA-256 is {digest}, expected {source.sha256}; it was removed "
                           "unopened: look whether a proxy answers instead, or give the right file with --weights")
 
 

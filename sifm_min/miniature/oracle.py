@@ -63,8 +63,8 @@ def pose(scene, edited):
 
     def attempt(jitter):
         nonlocal best, least
-        if (found := cost(jitter, values)) < least:
-            best, least = jitter, found
+        if (error := cost(jitter, values)) < least:
+            best, least = jitter, error
 
     for _ in range(40):
         attempt(tuple(rng.uniform(-1, 1) for _ in best))

@@ -54,16 +54,16 @@ def samples(n, seed=0, *, split="held-out"):
     """
     if split not in ("held-out", "train"):
         raise ValueError(f"split {split!r}: choose held-out or train")
-    held_out, rng, found = split == "held-out", world.generator(seed, split + " samples"), []
-    while len(found) < n:
+    held_out, rng, drawn = split == "held-out", world.generator(seed, split + " samples"), []
+    while len(drawn) < n:
         kind, scene = rng.choice(wording.KINDS), world.draw(rng, held_out)
         while not (kind.applies(scene) and kind.colours(scene)):
             scene = world.draw(rng, held_out)
         others = {instruction.kind: instruction for instruction in wording.instructions(scene, rng, held_out)}
         first = others.pop(kind.name)
         image = drawing.render(scene)
-        found.append(_sample(image, first, tuple(_sample(image, other) for other in list(others.values())[:5])))
-    return found
+        drawn.append(_sample(image, first, tuple(_sample(image, other) for other in list(others.values())[:5])))
+    return drawn
 
 
 def _sample(image, instruction, unseen=()):

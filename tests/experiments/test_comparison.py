@@ -121,7 +121,8 @@ def test_an_edit_that_one_judge_left_open_is_no_pair(ten):
         if (edit["arm"], edit["image_id"]) == ("mist", "p8"):
             edit["judges"] = {"one": [True, False, "ok"], "two": [None, None, "timeout"]}
     found = comparison.against_sifm(ten["cells"], ("one", "two"), ["control", "mist", "sifm"])
-    assert found["mist", "original"].result.pairs == 9 and found["mist", "original"].result.p == 2 / 2 ** 7
+    mist = found["mist", "original"]
+    assert mist.result.pairs == mist.images == 9 and mist.result.p == 2 / 2 ** 7
 
 
 def test_the_reference_of_the_lambda_suite_and_of_attacks():
