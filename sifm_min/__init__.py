@@ -31,7 +31,7 @@ __path__.remove(_beside)
 
 _PUBLIC = {  # public name -> the file that holds it
     "immunize": "immunize",
-    "METHODS": "immunize",
+    "METHODS": "methods",
     "load_editor": "editors",
     "metrics": "metrics",
     "miniature": "miniature",

@@ -302,7 +302,7 @@ def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repea
     def count(steps):
         times = steps * repeats
         evaluations = times * unroll * len(editor.guide().views)
-        runs = evaluations * (1 if editor.is_miniature else 2)
+        runs = evaluations * (1 if editor.is_small else 2)
         return passes(encoder=(steps + 1, steps), denoiser=(runs, evaluations), decoder=(times, times))
 
     objective.passes = count
@@ -325,7 +325,7 @@ def short_edit(editor, E, eta, context, nothing, steps):
         kept = torch.linspace(0, len(plan.timesteps), steps + 1).round().long()[:-1]
         plan.timesteps, plan.sigmas = plan.timesteps[kept], torch.cat([plan.sigmas[kept], plan.sigmas[-1:]])
     latent = editor.first_latent(E, eta, plan)
-    run = editor.predict if editor.is_miniature else partial(checkpoint, editor.predict, use_reentrant=False,
+    run = editor.predict if editor.is_small else partial(checkpoint, editor.predict, use_reentrant=False,
                                                              preserve_rng_state=False)
     latent = editor.denoise(latent, plan, E, context, nothing, guide=editor.guide(), predict=lambda *inputs: run(*inputs).to(E))
     return editor.decode(latent)
@@ -356,7 +356,11 @@ def semantic_attack(editor, x_orig, contexts, *, generator, prompts, content=Non
     T = editor.timesteps(timesteps) if isinstance(timesteps, int) else torch.as_tensor(timesteps)
     if min(len(T), 1 if batch is None else batch) < 1:
         raise ValueError("semantic-attack needs at least one timestep, and one timestep in a batch")
-    columns = [word_positions(editor, prompt) for prompt in prompts]
+    if not editor.probs_names:
+        raise ValueError(f"semantic-attack needs the denoiser's attention maps, and {editor.name} returns none")
+    columns = [editor.word_positions(prompt) for prompt in prompts]
+    if not all(columns):
+        raise ValueError("semantic-attack looks for the words of the prompt in the picture, and this prompt has none")
     batches = T.split(batch or len(T))
     with torch.no_grad():
         E_orig = editor.encode(editor.resize(x_orig))
@@ -390,21 +394,6 @@ def semantic_attack(editor, x_orig, contexts, *, generator, prompts, content=Non
                                             denoiser=(len(T) * (steps + min(steps, len(prompts))), len(T) * steps))
     return _noted(objective, editor, "the paper does not say what this attack is on Stable Diffusion 3, which has no "
                                      "cross-attention; its joint attention in that place is ours")
-
-
-def word_positions(editor, text):
-    """Where in the editor's text context the text itself stands: neither start, end nor padding. ValueError for no words.
-
-    Stable Diffusion 3's context is two CLIP side by side, which split a text alike, and then T5, which has no start.
-    """
-    encoders = None if hasattr(editor, "unet") else editor.context
-    clip = encoders.tokenizers[0] if encoders else editor.tokenizer
-    positions = [*range(1, 1 + min(len(clip.encode(text)), clip.length - 2))]
-    if not positions:
-        raise ValueError("semantic-attack looks for the words of the prompt in the picture, and this prompt has none")
-    if encoders and encoders.t5_tokenizer:
-        positions += range(clip.length, clip.length + min(encoders.t5_tokenizer.count(text), encoders.length) - 1)
-    return positions
 
 
 def _grid(tokens, height, width):

@@ -11,70 +11,15 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
-from . import cli
+from . import cli, methods
 from .files import listing as listing_of
 from .files import results, writing
 from .memory import in_words
-
-
-class _Methods(Mapping):
-    """Name -> objective, imported at the first use: listing the names loads no torch."""
-
-    HOMES = {"sifm": "sifm"} | dict.fromkeys(
-        ("photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack", "sds", "mist", "ace", "noise"),
-        "baselines")
-
-    def __getitem__(self, name):
-        if name not in self.HOMES:
-            raise KeyError(name)
-        return getattr(import_module(f".{self.HOMES[name]}", __package__), name.replace("-", "_"))
-
-    def __iter__(self):
-        return iter(self.HOMES)
-
-    def __len__(self):
-        return len(self.HOMES)
-
-
-METHODS = _Methods()
-# The paper's protocol, which is the same for all methods; preset "native" runs a baseline as its original was run.
-PROTOCOL = {"steps": 100, "step_size": 1 / 255, "schedule": "constant", "init": "random"}
-PRESETS = ("protocol", "native")
-
-
-def options_of(method):
-    """The names of a method's own options, beside those of the loop."""
-    parameters = inspect.signature(METHODS[method]).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty)
-
-
-def settings(method, preset="protocol", **given):
-    """The settings of a run as two dicts: the loop's (the keys of PROTOCOL) and the method's.
-
-    Arguments win over the preset; None counts as not given. Raises ValueError for an unknown method, preset or option.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}: choose one of {', '.join(METHODS)}")
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    given = {name: value for name, value in given.items() if value is not None}
-    known = options_of(method)
-    if unknown := [name for name in given if name not in (*PROTOCOL, *known)]:
-        raise ValueError(f"{method} has no option {unknown[0]}; its options are {', '.join(known) or 'those of the loop'}")
-    chosen = PROTOCOL | (_native(method).settings if preset == "native" else {}) | given
-    return {name: chosen.pop(name) for name in PROTOCOL}, chosen
-
-
-def _native(method):
-    from .baselines import NATIVE
-    if method not in NATIVE:
-        raise ValueError(f"{method} has no preset 'native'; those that have one are {', '.join(NATIVE)}")
-    return NATIVE[method]
+from .methods import METHODS, PRESETS, PROTOCOL, options_of, settings
 
 
 @dataclass(frozen=True)
@@ -89,28 +34,37 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
              schedule=None, init=None, preset="protocol", mask=None, memory="auto", on_step=None, **options):
     """Immunize a picture against one editor.
 
-    image: a PIL picture, an `images.Picture`, or a path. prompts: the edit to defeat, or several that the steps cycle
-    through (Algorithm 1 has one). method: a name in METHODS; options go to its objective (for SIFM: lam, timesteps, taps,
-    reduction, aggregate, noisy, resample, batch). eps: budget on [0,1]. steps, step_size, schedule ("constant" or "linear"
-    decay), init ("random" in the budget, or "zero"): of the PGD loop. Where these and the options are not given, the
-    preset decides: "protocol", the paper's (100 steps of 1/255, constant, random), or "native", a baseline as its original
-    was run. No preset changes eps. mask: the path of a picture of the same size; only where it is bright is the picture
-    perturbed. memory: "fast", "low", or "auto", which gives way where memory ends and warns (see `memory.plans`); the
-    result is the same. on_step(step, loss, terms) is called after each step, and from the first again where a plan did not
-    fit. Raises ValueError, in one sentence, for whatever the caller can mend.
+    image: a PIL picture, an `images.Picture`, or a path.
+    prompts: the edit to defeat, or several that the steps cycle through (Algorithm 1 has one).
+    method: a name in METHODS, a function, or "module:name" of one (see `methods`); options go to it (for SIFM: lam,
+      timesteps, taps, reduction, aggregate, noisy, resample, batch).
+    eps: the budget on [0,1]; no preset changes it.
+    steps, step_size, schedule ("constant" or "linear" decay), init ("random" in the budget, or "zero"): of the PGD loop.
+    preset: decides these and the options where they are not given; "protocol", the paper's (100 steps of 1/255, constant,
+      random), or "native", a baseline as its original was run.
+    mask: the path of a picture of the same size; only where it is bright is the picture perturbed.
+    memory: "fast", "low", or "auto", which gives way where memory ends and warns (see `memory.plans`); the result is the
+      same.
+    on_step(step, loss, terms): called after each step, and from the first again where a memory plan did not fit.
+
+    Raises ValueError, in one sentence, for whatever the caller can mend.
     """
     import torch
 
     from . import images
     from . import memory as plans
+    from .editors import check
     from .pgd import pgd
 
-    loop, options = settings(method, preset, steps=steps, step_size=step_size, schedule=schedule, init=init, **options)
+    name, function = methods.find(method)
+    loop, options = settings(function, preset, steps=steps, step_size=step_size, schedule=schedule, init=init, **options)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("immunize needs at least one prompt")
     if isinstance(editor, str | Path):
         raise ValueError(f"editor {str(editor)!r} is a name; load it first: load_editor({str(editor)!r})")
+    check(editor)
+    methods.check_fit(name, options, editor)
     images.budget(eps)                                       # an impossible budget is refused before any work
     picture = _picture(image)
     region = images.read_mask(mask, *picture.image.size) if mask is not None else None
@@ -120,8 +74,8 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
     original = images.to_pixels(picture.image).to(editor.device)
     with torch.no_grad():
         contexts = editor.contexts(prompts)
-    parameters = inspect.signature(METHODS[method]).parameters
-    texts = {"prompts": prompts} if "prompts" in parameters else {}
+    texts = {"prompts": prompts} if "prompts" in methods.parameters_of(function) else {}
+    timesteps = _timesteps_of(function, options)
     curve = []
 
     def record(step, loss, terms):
@@ -133,11 +87,12 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
         """(delta, objective, the loop as it ran) under this memory plan."""
         curve.clear()
         generator = torch.Generator().manual_seed(seed)
-        batch = {"batch": plan.batch} if "batch" in parameters else {}
-        objective = METHODS[method](editor, original, contexts, generator=generator, **texts, **options | batch)
+        batch = {"batch": plan.batch} if timesteps else {}
+        objective = function(editor, original, contexts, generator=generator, **texts, **options | batch)
+        loss = methods.checked(objective, name)
 
         def in_colour(x, step):                              # a grey picture is perturbed as one channel, and stays grey
-            return objective(x.expand(-1, 3, -1, -1), step)
+            return loss(x.expand(-1, 3, -1, -1), step)
 
         # The noise control has no objective: it is the loop's random start as it is.
         ran = loop | ({"steps": 0, "init": "random"} if objective is None else {})
@@ -145,18 +100,18 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
                    on_step=record), objective, ran
 
     begun = time.perf_counter()
-    (delta, objective, loop), plan = plans.run(perturb, memory, editor, **_timesteps_of(method, options))
+    (delta, objective, loop), plan = plans.run(perturb, memory, editor, **timesteps)
     looped = time.perf_counter() - begun
     immunized = images.quantize(picture, delta, eps)
     seconds = {"seconds": round(time.perf_counter() - started, 3), "loop_seconds": round(looped, 3)}
     return Result(immunized, {
         "input": {"width": picture.image.width, "height": picture.image.height, "mode": picture.mode, **picture.info},
         "editor": editor.provenance(),
-        "method": method, "note": getattr(objective, "note", ""), "prompts": prompts, "preset": _preset(method, preset),
+        "method": name, "note": getattr(objective, "note", ""), "prompts": prompts, "preset": _preset(name, preset),
         "options": {"eps": eps, **loop, "seed": seed, "mask": str(mask) if mask is not None else None,
-                    **_spelled_out(METHODS[method], editor, options)},
+                    **_spelled_out(name, function, editor, options)},
         **_measured(picture, immunized, eps),
-        "loss": curve, "passes": _passes(objective, len(curve)), **seconds,
+        "loss": curve, "passes": methods.passes(objective, len(curve)), **seconds,
         "memory": {"asked": memory, **plan._asdict()}, "peak_memory_bytes": _peak(editor.device),
         "versions": {"sifm_min": import_module(__package__).__version__, "torch": torch.__version__,
                      "python": platform.python_version()},
@@ -187,16 +142,18 @@ def _measured(picture, immunized, eps):
 
 def _timesteps_of(method, options):
     """The number of the method's timesteps, and how many at once were asked for: what its memory depends on."""
-    if "batch" not in options_of(method):
+    if not {"batch", "timesteps"} <= {*options_of(method)}:
         return {}
-    timesteps = options.get("timesteps", inspect.signature(METHODS[method]).parameters["timesteps"].default)
+    timesteps = options.get("timesteps", methods.parameters_of(method)["timesteps"].default)
     return {"count": timesteps if isinstance(timesteps, int) else len(timesteps), "batch": options.get("batch")}
 
 
-def _spelled_out(method, editor, options):
-    """The objective's options with its defaults filled in, as plain values."""
-    defaults = {name: p.default for name, p in inspect.signature(method).parameters.items() if p.default is not p.empty}
-    values = {**defaults, **options}
+def _spelled_out(name, method, editor, options):
+    """The method's options with its defaults filled in, as plain values."""
+    parameters = methods.parameters_of(method)
+    values = {key: parameters[key].default for key in options_of(method)} | options
+    if name not in METHODS.HOMES:
+        return values
     if "taps" in values:
         values["taps"] = list(values["taps"] or editor.default_taps)
     if isinstance(values.get("timesteps"), int):
@@ -206,16 +163,8 @@ def _spelled_out(method, editor, options):
 
 def _preset(method, preset):
     """The preset as a report states it; "native" with its source, and with the original's budget, which is not used."""
-    native = _native(method) if preset == "native" else None
+    native = methods.native(method) if preset == "native" else None
     return {"name": preset} | ({"source": native.source, "budget": native.budget} if native else {})
-
-
-def _passes(objective, steps):
-    """Forward and backward passes of VAE encoder and denoiser, as the objective counts them."""
-    if hasattr(objective, "passes"):
-        return objective.passes(steps)
-    return {} if objective else dict.fromkeys(("encoder_forward", "encoder_backward", "denoiser_forward",
-                                               "denoiser_backward"), 0)
 
 
 def _reset_peak(device):
@@ -267,7 +216,8 @@ def _parser():
     add("--prompt", action="append", type=cli.prompt, help="the edit to defeat; several take turns")
     add("-o", "--output", type=cli.path, metavar="DIR", help="where results go (created if absent)")
     parser.editor()
-    add("--method", default="sifm", choices=tuple(METHODS))
+    add("--method", default="sifm", type=_method, help=f"{', '.join(METHODS)}, or your own as MODULE:NAME (default: sifm)")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, above all of your own")
     add("--eps", type=cli.eps, default=0.03, help="budget, as 0.03 or 8/255 (default: 0.03)")
     add("--preset", choices=PRESETS, default="protocol",
         help="what holds unless told otherwise: the paper's protocol for all methods (default), or how the original of a "
@@ -301,13 +251,23 @@ def _parser():
     return parser
 
 
+def _method(text):
+    if text not in METHODS.HOMES and ":" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(METHODS)}; your own is MODULE:NAME")
+    return text
+
+
 OPTIONS = ("lam", "timesteps", "taps", "reduction", "aggregate", "noisy", "resample", "batch", "unroll", "repeats", "content",
            "variant")
 
 
 def _given(args):
     """Of loop and method, what the command line set; the rest is the preset's, or the method's own default."""
-    return {name: value for name in (*PROTOCOL, *OPTIONS) if (value := getattr(args, name)) is not None}
+    given = {name: value for name in (*PROTOCOL, *OPTIONS) if (value := getattr(args, name)) is not None}
+    options = methods.parse(args.method, args.option)
+    if twice := sorted(given.keys() & options.keys()):
+        raise ValueError(f"--option {twice[0]} and --{twice[0].replace('_', '-')} are the same; give one of them")
+    return given | options
 
 
 def _body(args):
@@ -330,6 +290,7 @@ def _body(args):
             default = name in editor.default_taps
             cli.result({"tap": name, "default": default}, f"{name}{'  (default)' if default else ''}", as_json=args.json)
         return cli.OK
+    methods.check_fit(args.method, _given(args), editor)
     editor_taps = set(editor.tap_names)
     if unknown := [name for name in args.taps or () if name not in editor_taps]:
         raise ValueError(f"--taps {unknown[0]}: this editor has no such activation; --taps list prints those it has")
@@ -435,10 +396,12 @@ def question(path, editor, args):
     """All that decides the result: the bytes of picture, mask and weights, and every option, as text."""
     from .models.checkpoints import sha256
     irrelevant = {"pictures", "output", "overwrite", "json", "quiet", "debug", "device", "memory", "no_preview"}
-    values = {key: str(value) for key, value in vars(args).items() if key not in irrelevant}
+    values = {key: str(value) for key, value in vars(args).items() if key not in irrelevant and value != []}
     if not path.is_file():                                   # hashing a device would never end
         raise ValueError(f"{path}: no such file")
-    mask = getattr(args, "mask", None)
+    method, mask = getattr(args, "method", None), getattr(args, "mask", None)
+    if own := methods.own_sources(*([METHODS[method]] if method else []), editor):
+        values["sources"] = [sha256(Path(source)) for source in own]
     return {**values, "sha256": sha256(path), "mask": mask and sha256(mask), "weights": editor.provenance()["weights"]}
 
 

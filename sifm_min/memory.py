@@ -40,7 +40,7 @@ def plans(memory, editor, count=None, batch=None):
     if count is None or batch is not None:
         sizes = [batch]
     else:
-        few = memory == "auto" and editor.device.type == "cpu" and not editor.is_miniature
+        few = memory == "auto" and editor.device.type == "cpu" and not editor.is_small
         most = max(1, min(count // 3, AT_ONCE_ON_A_CPU)) if few else count
         sizes = [most >> n for n in range(max(most, 1).bit_length())]
     kept, again = [Plan(size, False) for size in sizes], Plan(sizes[-1], True)

@@ -31,13 +31,13 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
       printed; at lam 0.1 the distance is then about 1e-6 of the norm), or "mean" (both means).
     aggregate: "loss-mean" (default) or "feature-mean", Eq. 3 to the letter, for taps of one shape.
     noisy: "paper" noises the immunized picture's latent; "deploy" the original's, because what an instruction editor
-      denoises never contains delta: there it enters through the image condition alone.
+      denoises never contains delta: there it enters through the image latent alone.
     resample: draw new noise at every step (the same for both pictures) instead of one bank for all.
     batch: timesteps run at once (None: all). Cost per step: one VAE encode and backward, |T| forwards and backwards of the
       denoiser up to its last tap. Raises ValueError for unknown options and taps.
     """
     for value, known, option in ((reduction, REDUCTIONS, "reduction"), (aggregate, AGGREGATES, "aggregate"),
-                                 (noisy, NOISY, "noisy")):
+                                 (noisy, NOISY if editor.kind == "instruct" else NOISY[:1], "noisy")):
         if value not in known:
             raise ValueError(f"{option} {value!r}: choose one of {', '.join(known)}")
     T = editor.timesteps(timesteps) if isinstance(timesteps, int) else torch.as_tensor(timesteps)

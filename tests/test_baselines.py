@@ -384,7 +384,7 @@ def test_on_a_miniature_the_unrolled_edit_is_not_run_twice(counted, editor, cont
     runs = {}
     monkeypatch.setattr(editor, "frame", lambda width, height, size=None: (height, width))
     for miniature in (False, True):
-        monkeypatch.setattr(type(editor), "is_miniature", miniature)
+        monkeypatch.setattr(type(editor), "is_small", miniature)
         objective = made("photoguard-diffusion", editor, x_orig, contexts[:1], unroll=3)
         counted.update(dict.fromkeys(counted, 0))
         loss = objective(moved(x_orig).requires_grad_(True), 0)
@@ -556,7 +556,7 @@ def test_the_pattern_is_words_of_high_contrast_at_any_size():
 @pytest.mark.parametrize(("text", "words"), [("make the sky red", None), ("A top hat.", None), ("word " * 60, 22)])
 def test_words_stand_between_start_and_end(text, words, pair, editor):
     ids = pair[0].tokenizer(text, truncation=True).input_ids
-    assert baselines.word_positions(editor, text) == list(range(1, len(ids) - 1))
+    assert editor.word_positions(text) == list(range(1, len(ids) - 1))
     assert words in (None, len(ids) - 2)
 
 

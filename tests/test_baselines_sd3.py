@@ -165,13 +165,12 @@ def test_loss_and_gradient_are_the_formulas(form, pair, contexts, x_orig):
 def test_words_are_those_of_every_text_encoder_that_there_is(pair, tokenizers, tmp_path):
     pipeline, editor = pair
     for text in (*PROMPTS, "A top hat."):
-        assert baselines.word_positions(editor, text) == words(pipeline, text)
-    long = baselines.word_positions(editor, "word " * 400)   # both cut it, and keep their end
+        assert editor.word_positions(text) == words(pipeline, text)
+    long = editor.word_positions("word " * 400)             # both cut it, and keep their end
     assert long == [*range(1, 76), *range(77, 77 + 255)]
-    with pytest.raises(ValueError, match="this prompt has none"):
-        baselines.word_positions(editor, " ")
+    assert editor.word_positions(" ") == []
     alone = load_editor(small_sd3.write(small_sd3.pipeline("without T5", tokenizers=tokenizers), tmp_path), device="cpu")
-    assert baselines.word_positions(alone, PROMPTS[0]) == [n for n in words(pipeline, PROMPTS[0]) if n < 77]
+    assert alone.word_positions(PROMPTS[0]) == [n for n in words(pipeline, PROMPTS[0]) if n < 77]
 
 
 def test_what_the_paper_leaves_out_says_that_it_is_ours(pair, contexts, x_orig):

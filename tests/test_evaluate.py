@@ -236,7 +236,7 @@ def test_jobs_share_the_work_and_a_helper_ends_with_whom_it_helps(run, calls, lo
     assert workers.jobs(SimpleNamespace(jobs=2, helper_of=7, shard=(0, 1)), loaded) == 1   # or there were no end of them
     monkeypatch.setattr(workers.os, "sched_getaffinity", lambda process: {0, 1, 2})
     assert workers.jobs(args, loaded) == 3
-    large = SimpleNamespace(is_miniature=False, device=torch.device("cpu"))
+    large = SimpleNamespace(is_small=False, device=torch.device("cpu"))
     assert workers.jobs(args, {**loaded, "large": large}) == 1
     assert workers.jobs(SimpleNamespace(**{**vars(args), "shard": (0, 2)}), loaded) == 1
 

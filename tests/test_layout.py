@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [                                                    # from the top; eight arrows, one between each two lines
     "compare edit evaluate weights",                         # commands: nothing imports them
     "experiments",                                           # the paper's tables
-    "immunize",                                              # one picture
+    "immunize methods",                                      # one picture; the registry of methods
     "judging",                                               # verdicts of models and people, and their statistics
     "baselines miniature",                                   # the methods SIFM is compared with; the world of exact verdicts
     "editors metrics",                                       # what is attacked; distances
@@ -44,7 +44,7 @@ LAYERS = {"models.lean", "models.winograd", "models.config", "models.cpu"}
 # distribution -> what it is imported as; no others, ever
 SIX = {"torch": "torch", "safetensors": "safetensors", "huggingface-hub": "huggingface_hub", "numpy": "numpy",
        "pillow": "PIL", "requests": "requests"}
-BY_NAME = ("__init__", "immunize")                           # whose lazy names a test below looks up
+BY_NAME = ("__init__", "immunize", "methods", "editors.loading")    # whose lazy names a test below looks up
 
 
 def room(name):

@@ -15,7 +15,7 @@ class Device:
     """What of an editor the plans depend on."""
 
     def __init__(self, kind, miniature=False):
-        self.device, self.is_miniature = torch.device(kind), miniature
+        self.device, self.is_small = torch.device(kind), miniature
 
 
 @pytest.mark.parametrize(("name", "device", "count", "batch", "expected"), [

@@ -96,7 +96,7 @@ def close(ours, oracle, tolerance=1e-5):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_edit_is_the_published_pipeline(config, folders):
     pipeline, editor = folders(config)
-    assert type(editor) is StableDiffusion3 and (editor.context.t5_tokenizer is None) == (config == "without T5")
+    assert type(editor) is StableDiffusion3 and (editor.text_encoders.t5_tokenizer is None) == (config == "without T5")
     for size, strength, seed in ((SQUARE, 0.3, 0), (SQUARE, 0.6, 1), (SQUARE, 1.0, 2), (WIDE, 0.3, 3), (WIDE, 0.6, 4),
                                  (WIDE, 1.0, 5)):
         edited = editor.edit(photo(*size), HAT, seed=seed, steps=4, strength=strength)
@@ -267,7 +267,7 @@ def test_prompts_said_before_are_not_encoded_again(folders, loads):
     # An edit after that, with the usual negative prompt: only the transformer is read.
     editor.edit(photo(*SQUARE), RED, steps=1, strength=1.0)
     assert loads[1:] == [*texts, ("transformer", ["vae"])]
-    many = [f"{i}" for i in range(editor.context.KEPT)]
+    many = [f"{i}" for i in range(editor.text_encoders.KEPT)]
     assert len(editor.context([RED, *many]).states) == len(many) + 1 and len(loads) == 8
     editor.context(many[1:])
     assert len(loads) == 8                                   # the latest are kept,
@@ -643,7 +643,7 @@ def test_a_single_file_gives_the_picture_of_the_folder(holds, published, folders
         assert_same(ours, editor.edit(image, HAT, steps=3))
         assert_same(ours, theirs(pipeline, image, HAT, steps=3))
     assert "sd3_medium.safetensors" in alone.provenance()["weights"]
-    assert load_editor(file, components=components, device="cpu", t5=False).context.t5_tokenizer is None
+    assert load_editor(file, components=components, device="cpu", t5=False).text_encoders.t5_tokenizer is None
     with pytest.raises(checkpoints.Unavailable, match="give components"):
         load_editor(file, device="cpu")
 
@@ -737,7 +737,7 @@ def test_a_missing_shard_is_one_sentence(folders, tmp_path):
     with pytest.raises(checkpoints.Unavailable, match=f"lists the shard {gone.name}, which is not there") as caught:
         load_editor(folder, device="cpu")
     assert "\n" not in str(caught.value)
-    assert load_editor(folder, device="cpu", t5=False).context.t5_tokenizer is None
+    assert load_editor(folder, device="cpu", t5=False).text_encoders.t5_tokenizer is None
 
 
 MIXED = {                                                    # which parts come from which other config

@@ -108,7 +108,7 @@ def bench_step(args):
 
 def size_of(editor, args):
     """The side of the picture: of a miniature its own, whatever was asked for."""
-    if args.size and not editor.is_miniature:
+    if args.size and not editor.is_small:
         editor.defaults = replace(editor.defaults, size=max(args.size, 512))
     return max(editor.frame(*[args.size or editor.working_size] * 2))
 

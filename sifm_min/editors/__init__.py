@@ -8,11 +8,11 @@
     loading.py            `load_editor`
 """
 
-from .base import Defaults, Editor
+from .base import Defaults, Editor, check
 from .instruct_pix2pix import InstructPix2Pix
 from .loading import DEFAULTS, EDITORS, load_editor
 from .sd3 import StableDiffusion3, UltraEdit
 from .text import Text, TextEncoders
 
 __all__ = ["DEFAULTS", "EDITORS", "Defaults", "Editor", "InstructPix2Pix", "StableDiffusion3", "Text", "TextEncoders",
-           "UltraEdit", "load_editor"]
+           "UltraEdit", "check", "load_editor"]

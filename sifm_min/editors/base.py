@@ -7,14 +7,17 @@ use every editor through the same calls, all differentiable: `encode`, `noise_la
 `context` of the prompts.
 """
 
+import inspect
 import math
+from abc import abstractmethod
 from dataclasses import asdict, dataclass
 
 import torch
 from PIL import Image
 
 from .. import images
-from ..models.lean import Prepared, frozen
+from ..models.lean import Prepared
+from ..models.schedulers import FlowScheduler
 from .guidance import UNGUIDED, over_text, over_text_and_picture
 from .text import apart, together
 
@@ -37,35 +40,85 @@ class Defaults:
 class Editor:
     """The base of all editors.
 
-    `tap_names` lists what `features` can return, and `probs_names` the attention maps, at a cost; `default_taps` is what SIFM
-    perturbs; `working_size` is the long side that pictures are edited at; `notice` is a sentence that belongs beside every
-    result of a shipped miniature. `kind` is "instruct" where the denoiser sees the image latent beside a latent of pure
-    noise, "img2img" where the image latent, noised, is what it denoises.
+    An editor of your own derives from this class and has `context`, `features`, `predict`, `tap_names` and `default_taps`;
+    the rest has defaults. `check` says what is missing.
+
+    vae: encodes pixels in [-1,1] to (mean, log variance), as `models.vae.AutoencoderKL` does; None where the editor has
+      `encode` and `decode` of its own.
+    scheduler: of `models.schedulers`. defaults: see `Defaults`. notice: a sentence that belongs beside every result.
+    checkpoint: the source of the weights, which reports name.
+    kind: "instruct" where the denoiser sees the image latent beside a latent of pure noise, "img2img" where the image
+      latent, noised, is what it denoises. OPTIONS: what `edit` takes besides steps and guidance.
+    tap_names: all that `features` can return. default_taps: what SIFM perturbs. probs_names: the attention maps among the
+      former, which cost memory. denoiser: the network whose activations may be computed again in the backward pass.
     """
 
     kind = "instruct"
-    OPTIONS = frozenset({"image_guidance"})                  # what `edit` takes besides steps and guidance
+    OPTIONS = frozenset({"image_guidance"})
+    probs_names = ()
+    denoiser = None
+    _checkpointing = False
 
-    def __init__(self, *, name, vae, scheduler, device, dtype, defaults, notice="", checkpoint=None):
+    def __init__(self, *, name, scheduler, vae=None, device="cpu", dtype=torch.float32, defaults=None, notice="",
+                 checkpoint=None):
         self.name, self.vae, self.scheduler, self.checkpoint = name, vae, scheduler, checkpoint
-        self.device, self.dtype, self.defaults, self.notice = torch.device(device), dtype, defaults, notice
+        self.device, self.dtype, self.defaults, self.notice = torch.device(device), dtype, defaults or Defaults(), notice
+
+    # -- what an editor of your own has --------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def tap_names(self):
+        """The names of the activations that `features` can return, in the order in which they are computed."""
+
+    @property
+    @abstractmethod
+    def default_taps(self):
+        """The names among `tap_names` that SIFM perturbs unless told otherwise."""
+
+    @abstractmethod
+    def context(self, prompts):
+        """Prompts -> their context: a tensor (B,L,C), or `text.Text`."""
+
+    @abstractmethod
+    def features(self, image_latent, noisy_latent, timesteps, context, *, taps):
+        """Activations of the denoiser, {tap: tensor (B,...)}, with their graph, in the order of execution.
+
+        image_latent, noisy_latent: (B,C,h,w); timesteps: one or (B,); context: of one prompt or of B. timesteps and context
+        may come from `prepare_timesteps` and `prepare_text`.
+        """
+
+    @abstractmethod
+    def predict(self, image_latent, noisy_latent, timesteps, context):
+        """The denoiser's prediction (B,C,h,w), in the scheduler's parameterisation; arguments as those of `features`."""
+
+    def word_positions(self, text):
+        """The positions of the text's own tokens in its context: neither start, end nor padding."""
+        raise ValueError(f"{self.name} does not tell where words stand in its context")
+
+    # -- size, memory and report ---------------------------------------------------------------------------------------
 
     @property
     def working_size(self):
+        """The long side, in pixels, that pictures are edited at."""
         return self.defaults.size
 
     @property
-    def is_miniature(self):
-        return self.defaults.size < 512
+    def is_small(self):
+        """True where the working size is below 512: activations are small, and smaller pictures are scaled up to it."""
+        return self.working_size < 512
 
     @property
     def checkpointing(self):
         """True where the networks compute their activations again in the backward pass, instead of keeping them."""
-        return self.vae.checkpointing
+        return self._checkpointing
 
     @checkpointing.setter
     def checkpointing(self, value):
-        self.denoiser.checkpointing = self.vae.checkpointing = value
+        self._checkpointing = value
+        for network in (self.denoiser, self.vae):
+            if network is not None:
+                network.checkpointing = value
 
     def forget_text(self):
         """Release the text encoders until they are needed again."""
@@ -88,13 +141,13 @@ class Editor:
         """(height, width) at which a picture of this size is edited: see `images.working_size`."""
         size = size or self.defaults.size
         width, height = images.working_size(width, height, limit=size, multiple=self.multiple,
-                                            upscale=self.is_miniature)     # which sees nothing in less than its own size
+                                            upscale=self.is_small)
         return height, width
 
     @property
     def multiple(self):
         """The number that both sides of a working size are multiples of."""
-        return self.vae.factor
+        return self.vae.factor if self.vae else 8
 
     def resize(self, pixels, size=None):
         """Pixels of any size -> the working size, by the filter that `edit` uses (antialiased Lanczos), differentiably."""
@@ -129,7 +182,7 @@ class Editor:
 
     @property
     def vae_dtype(self):
-        return next(self.vae.parameters()).dtype
+        return next(self.vae.parameters()).dtype if self.vae else self.dtype
 
     def contexts(self, prompts):
         """One context for each prompt, all encoded at once: the text encoders are loaded no more than once."""
@@ -154,13 +207,26 @@ class Editor:
         """The noisy latent z_t of a picture; noise (B,C,h,w) standard normal, timesteps (B,)."""
         return self.scheduler.add_noise(self.scaled(image_latent), noise.to(image_latent), timesteps.to(image_latent.device))
 
+    def noise_prediction(self, prediction, noisy_latent, timesteps):
+        """The noise (B,C,h,w) that a prediction implies in noisy_latent, for each parameterisation of the scheduler."""
+        if isinstance(self.scheduler, FlowScheduler):        # z_sigma = (1 - sigma) z + sigma noise, v = noise - z
+            sigma = self.scheduler.sigma_at(timesteps).reshape(-1, 1, 1, 1).to(noisy_latent)
+            return noisy_latent + (1 - sigma) * prediction
+        if self.scheduler.config.prediction_type == "epsilon":
+            return prediction
+        kept = self.scheduler.alphas_cumprod_at(timesteps).reshape(-1, 1, 1, 1)          # z_t = sqrt(a) z + sqrt(1-a) noise
+        kept, lost = kept.sqrt().to(noisy_latent), (1 - kept).sqrt().to(noisy_latent)
+        if self.scheduler.config.prediction_type == "v_prediction":                      # v = sqrt(a) noise - sqrt(1-a) z
+            return lost * noisy_latent + kept * prediction
+        return (noisy_latent - kept * prediction) / lost                                 # "sample": z itself
+
     def prepare_text(self, context):
         """A context for many calls of `features`: what the denoiser computes from the text alone is computed once."""
-        return self.denoiser.prepare_context(context) if frozen(self.denoiser) else context
+        return context
 
     def prepare_timesteps(self, timesteps, context):
         """Timesteps for many calls of `features` with this context: what they add to each block is computed once."""
-        return self.denoiser.prepare_timestep(timesteps.to(self.device)) if frozen(self.denoiser) else timesteps
+        return timesteps
 
     # -- the edit ------------------------------------------------------------------------------------------------------
 
@@ -255,6 +321,31 @@ class Editor:
                               for generator in generators]).to(self.device)
 
         return draw
+
+
+NEEDED = ("name", "kind", "device", "dtype", "defaults", "notice", "OPTIONS", "scheduler", "tap_names", "default_taps",
+          "context", "features", "predict", "encode", "decode", "scaled", "contexts", "timesteps", "plan", "noise_latent",
+          "noise_prediction", "prepare_text", "prepare_timesteps", "resize", "frame", "edit", "guide", "denoise",
+          "first_latent", "forget_text", "checkpointing", "is_small", "provenance", "probs_names", "word_positions")
+
+
+def check(editor):
+    """Raise ValueError, in one sentence, where an editor lacks something that methods or commands use."""
+    missing = [name for name in NEEDED if not _has(editor, name)]
+    if isinstance(editor, Editor) and getattr(editor, "vae", None) is None:
+        missing += [name for name in ("encode", "decode") if getattr(type(editor), name) is getattr(Editor, name)]
+    if missing:
+        kind = editor if isinstance(editor, type) else type(editor)
+        raise ValueError(f"the editor {kind.__name__} lacks {', '.join(missing)}; derive it from {Editor.__module__}.Editor, "
+                         "which has defaults for most of an editor and says what the rest is")
+
+
+def _has(editor, name):
+    """True if an object has this attribute, and not only a method that is still to be written; no property is computed."""
+    attribute = inspect.getattr_static(editor, name, None)
+    if attribute is None and hasattr(type(editor), "__getattr__"):
+        return hasattr(editor, name)
+    return attribute is not None and not getattr(attribute, "__isabstractmethod__", False)
 
 
 def on(timesteps, device):

@@ -7,6 +7,7 @@ import torch
 
 from ..models import schedulers, unet
 from ..models.clip import CLIPText
+from ..models.lean import frozen
 from ..models.tokenizers import CLIPTokenizer
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
@@ -93,12 +94,11 @@ class InstructPix2Pix(Editor):
         # Only the network itself runs in its dtype: noise, noising and the sum of gradients stay in float32.
         return torch.cat([noisy_latent, image_latent], 1).to(self.dtype), on(timesteps, image_latent.device)
 
-    def noise_prediction(self, prediction, noisy_latent, timesteps):
-        """The noise (B,C,h,w) that a prediction implies in noisy_latent, for each parameterisation of the scheduler."""
-        if self.scheduler.config.prediction_type == "epsilon":
-            return prediction
-        kept = self.scheduler.alphas_cumprod_at(timesteps).reshape(-1, 1, 1, 1)          # z_t = sqrt(a) z + sqrt(1-a) noise
-        kept, lost = kept.sqrt().to(noisy_latent), (1 - kept).sqrt().to(noisy_latent)
-        if self.scheduler.config.prediction_type == "v_prediction":                      # v = sqrt(a) noise - sqrt(1-a) z
-            return lost * noisy_latent + kept * prediction
-        return (noisy_latent - kept * prediction) / lost                                 # "sample": z itself
+    def prepare_text(self, context):
+        return self.unet.prepare_context(context) if frozen(self.unet) else context
+
+    def prepare_timesteps(self, timesteps, context):
+        return self.unet.prepare_timestep(timesteps.to(self.device)) if frozen(self.unet) else timesteps
+
+    def word_positions(self, text):
+        return [*range(1, 1 + min(len(self.tokenizer.encode(text)), self.tokenizer.length - 2))]

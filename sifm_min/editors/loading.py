@@ -1,11 +1,16 @@
 """Load an editor by its name: from the shipped ones, a folder, a single file or a hub repository."""
 
+import importlib
+import inspect
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from ..models import checkpoints
 from ..models.mmdit import MMDiT
+from .base import check
 from .instruct_pix2pix import InstructPix2Pix
 from .sd3 import StableDiffusion3, UltraEdit
 
@@ -16,18 +21,21 @@ DEFAULTS = {name: defaults for editor_class in EDITORS for name, defaults in edi
 def load_editor(source="miniature", *, device=None, dtype=None, vae_dtype=None, revision=None, offline=None, t5=True,
                 components=None):
     """Load the editor called `source`: a known name (`checkpoints.EDITORS`), a folder in the published (diffusers) layout,
-    a single file of Stable Diffusion 3, or a hub id.
+    a single file of Stable Diffusion 3, a hub id, or "module:name" of a class or function that returns an editor.
 
     device: default cuda where there is one, else cpu.
     dtype: of denoiser and text encoders; default bfloat16 on cuda, float32 elsewhere.
     vae_dtype: default float32 everywhere. Pictures decoded in bfloat16 are one or two steps of 1/255 off, and some VAEs
       overflow in float16.
     t5: False does without Stable Diffusion 3's largest text encoder, as its pipeline allows, and does not fetch it.
+    revision, offline: for a hub id (see `checkpoints.open_checkpoint`).
     components: the source of the parts that a single file lacks (a folder, "sd3", or a hub id; default: the file's folder).
 
     Raises `checkpoints.Unavailable` where the weights cannot be had and ValueError where they do not fit; both in one
     sentence.
     """
+    if re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", str(source)) and not Path(source).exists():
+        return _outside(str(source), device=device, dtype=dtype, vae_dtype=vae_dtype, revision=revision, components=components)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     checkpoint = checkpoints.open_checkpoint(source, t5=t5, revision=revision, offline=offline, rest=components)
@@ -41,3 +49,36 @@ def load_editor(source="miniature", *, device=None, dtype=None, vae_dtype=None, 
     defaults = replace(DEFAULTS.get(name, editor_class.DEFAULTS), **own.get("defaults", {}))
     return editor_class.load(checkpoint, name=name, device=device, dtype=dtype, vae_dtype=vae_dtype or torch.float32,
                              defaults=defaults, notice=own.get("notice", ""))
+
+
+def _outside(source, **given):
+    """The editor that a class or function from outside the package returns; it gets those arguments that are given."""
+    make = imported(source)
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        inspect.signature(make).bind(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} cannot be called with {', '.join(f'{name}=...' for name in given) or 'no argument'}: "
+                         f"{error}") from None
+    editor = make(**given)
+    check(editor)
+    return editor
+
+
+def imported(name):
+    """The function or class called "module:name"; ValueError, in one sentence, where there is none."""
+    module_name, _, attribute = name.partition(":")
+    if not (module_name and attribute and all(part.isidentifier() for part in (*module_name.split("."), attribute))):
+        raise ValueError(f"{name!r} is not of the form module:name")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(f"{name}: there is no module {module_name}, neither in the working folder nor installed") from None
+        raise ValueError(f"{name}: importing {module_name} failed: {error}") from error
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"{name}: importing {module_name} failed: {error}") from error
+    thing = getattr(module, attribute, None)
+    if not callable(thing):
+        raise ValueError(f"{name}: {module_name} has no function or class {attribute}")
+    return thing

@@ -27,8 +27,8 @@ class StableDiffusion3(Editor):
                          scheduler=schedulers.load(checkpoint.text("scheduler/scheduler_config.json")),
                          device=device, dtype=dtype, defaults=defaults or self.DEFAULTS, notice=notice, checkpoint=checkpoint)
         self.config = config = checkpoint.check(MMDiT, "transformer")
-        self.context = TextEncoders(checkpoint, width=config.joint_attention_dim, length=self.defaults.text_length,
-                                    device=self.device, dtype=dtype)
+        self.text_encoders = TextEncoders(checkpoint, width=config.joint_attention_dim, length=self.defaults.text_length,
+                                          device=self.device, dtype=dtype)
         if not isinstance(self.scheduler, schedulers.FlowScheduler):
             raise ValueError(f"{name}: scheduler_config.json does not name {schedulers.FLOW}, which Stable Diffusion 3 is "
                              "sampled by")
@@ -37,9 +37,9 @@ class StableDiffusion3(Editor):
             wanted = " or ".join(str(n) for n in self.takes(latent))
             raise ValueError(f"{name}: the transformer takes {config.in_channels} channels and gives {config.out_channels}; "
                              f"with this VAE it has to take {wanted} and give {latent}")
-        if config.pooled_projection_dim != self.context.pooled_width:
+        if config.pooled_projection_dim != self.text_encoders.pooled_width:
             raise ValueError(f"{name}: the transformer takes {config.pooled_projection_dim} channels of pooled text, "
-                             f"the two CLIP have {self.context.pooled_width}")
+                             f"the two CLIP have {self.text_encoders.pooled_width}")
 
     @classmethod
     def load(cls, checkpoint, **more):
@@ -80,13 +80,26 @@ class StableDiffusion3(Editor):
         return self.scheduler.plan(self.defaults.steps if steps is None else steps,
                                    self.defaults.strength if strength is None else strength)
 
+    def context(self, prompts):
+        """Prompts -> `Text`: CLIP's and T5's states, and the two CLIP's pooled vectors."""
+        return self.text_encoders(prompts)
+
+    def word_positions(self, text):
+        """As in `Editor`; the context is two CLIP side by side, which split a text alike, then T5, which has no start."""
+        clip, encoders = self.text_encoders.tokenizers[0], self.text_encoders
+        positions = [*range(1, 1 + min(len(clip.encode(text)), clip.length - 2))]
+        if positions and encoders.t5_tokenizer:
+            positions += range(clip.length, clip.length + min(encoders.t5_tokenizer.count(text), encoders.length) - 1)
+        return positions
+
     def prepare_text(self, context):
-        return context._replace(states=super().prepare_text(context.states))
+        states = self.transformer.prepare_context(context.states) if frozen(self.transformer) else context.states
+        return context._replace(states=states)
 
     def prepare_timesteps(self, timesteps, context):
-        if not frozen(self.denoiser):
+        if not frozen(self.transformer):
             return timesteps
-        return self.denoiser.prepare_timestep(timesteps.to(self.device), context.pooled)
+        return self.transformer.prepare_timestep(timesteps.to(self.device), context.pooled)
 
     def features(self, image_latent, noisy_latent, timesteps, context, *, taps):
         """Activations of the transformer, name -> tensor, with their graph; the forward pass ends at the last tap."""
@@ -98,11 +111,6 @@ class StableDiffusion3(Editor):
 
     def _inputs(self, image_latent, noisy_latent, timesteps):
         return noisy_latent.to(self.dtype), on(timesteps, noisy_latent.device)           # it sees the noisy latent alone
-
-    def noise_prediction(self, prediction, noisy_latent, timesteps):
-        """The noise (B,C,h,w) that a velocity implies in noisy_latent: z_sigma + (1 - sigma) v."""
-        sigma = self.scheduler.sigma_at(timesteps).reshape(-1, 1, 1, 1).to(noisy_latent)
-        return noisy_latent + (1 - sigma) * prediction
 
     def start(self, pixels, plan, seeds):
         # The published pipeline does not take the posterior's mean, as the methods do, but draws from the posterior.

@@ -72,8 +72,8 @@ class TextEncoders:
                 raise ValueError(f"{checkpoint.source}: the transformer takes {width} channels of text, T5 has {t5.d_model}")
         self.pooled_width = sum(config.projection_dim or config.hidden_size for config in configs)
         if (clip := sum(config.hidden_size for config in configs)) > width:
-            warnings.warn(f"{checkpoint.source}: the two CLIP have {clip} channels of text and the transformer takes {width}: the "
-                          "rest is cut off, as in the published pipeline", stacklevel=2)
+            warnings.warn(f"{checkpoint.source}: the two CLIP have {clip} channels of text and the transformer takes {width}: "
+                          "the rest is cut off, as in the published pipeline", stacklevel=2)
         self._known = OrderedDict()
 
     def __call__(self, prompts):

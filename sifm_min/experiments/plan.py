@@ -38,7 +38,7 @@ class Case:
 def identity(editor):
     """Everything that decides an editor's edits, JSON-ready: equal for two editors whose edits are equal."""
     provenance = editor.provenance()
-    config = panels.digest([str(editor.scheduler.config), str(editor.vae.config)])
+    config = panels.digest([str(editor.scheduler.config), str(getattr(editor.vae, "config", None))])
     fields = {name: provenance[name] for name in ("weights", "scheduler", "defaults", "dtype", "device")} | {"config": config}
     if provenance["vae_dtype"] != "float32":                 # recorded only where it differs from the default
         fields["vae_dtype"] = provenance["vae_dtype"]

@@ -42,7 +42,7 @@ def carry_out(runner, cases, remark=None, finished=None):
 
 def are_small(editors):
     """True if all editors are miniatures on the CPU."""
-    return all(editor.is_miniature and editor.device.type == "cpu" for editor in editors.values())
+    return all(editor.is_small and editor.device.type == "cpu" for editor in editors.values())
 
 
 def jobs(args, editors):

@@ -1,0 +1,207 @@
+"""Methods: the registry of objectives, their options, and the settings of a run.
+
+A method is a function (editor, x_orig, contexts, *, generator, **options) that returns the objective, a function
+(x_imu, step) -> loss or (loss, {name: number}) to minimise. One from outside the package is given as the function itself or
+as "module:name". An objective that has `passes(steps)` counts its forward and backward passes for the report.
+"""
+
+import inspect
+from collections.abc import Mapping
+from fractions import Fraction
+from importlib import import_module
+from types import ModuleType
+
+
+class _Methods(Mapping):
+    """Name -> method, imported at the first use: listing the names loads no torch. "module:name" is a name as well."""
+
+    HOMES = {"sifm": "sifm"} | dict.fromkeys(
+        ("photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack", "sds", "mist", "ace", "noise"),
+        "baselines")
+
+    def __getitem__(self, name):
+        if name in self.HOMES:
+            return getattr(import_module(f".{self.HOMES[name]}", __package__), name.replace("-", "_"))
+        if isinstance(name, str) and ":" in name:
+            from .editors.loading import imported
+            return imported(name)
+        raise KeyError(name)
+
+    def __iter__(self):
+        return iter(self.HOMES)
+
+    def __len__(self):
+        return len(self.HOMES)
+
+
+METHODS = _Methods()
+# The paper's protocol, which is the same for all methods; preset "native" runs a baseline as its original was run.
+PROTOCOL = {"steps": 100, "step_size": 1 / 255, "schedule": "constant", "init": "random"}
+PRESETS = ("protocol", "native")
+GIVEN = ("generator", "prompts")                             # keywords that are passed to a method, and no options of it
+TAKEN = (*PROTOCOL, "method", "eps", "seed", "preset", "mask", "memory", "on_step")      # arguments of `immunize`
+KINDS = {"int": int, "float": float, "bool": bool, "str": str}
+WORDS = {"true": True, "yes": True, "false": False, "no": False}
+# Options that need an image latent beside the noisy latent: (method, option, value) -> the reason.
+INSTRUCT_ONLY = {
+    ("sifm", "noisy", "deploy"): "it noises the original's latent, so that the perturbation reaches the denoiser through the "
+                                 "image latent beside it alone; choose paper",
+    ("editshield", "variant", "released"): "it compares the noisy latent and the image latent beside it; choose eot or plain",
+}
+
+
+def find(method):
+    """(name, function) of a method: a name in METHODS, "module:name", or the function itself. ValueError for any other."""
+    if callable(method) and not isinstance(method, ModuleType):
+        name, function = _name(method), method
+    elif isinstance(method, str) and (method in METHODS.HOMES or ":" in method):
+        name, function = method, METHODS[method]
+    else:
+        raise ValueError(f"method {method!r}: choose one of {', '.join(METHODS)}; your own is a function, or module:name")
+    if name in METHODS.HOMES:
+        return name, function
+    try:
+        inspect.signature(function).bind_partial(None, None, None, generator=None)
+    except (TypeError, ValueError):
+        raise ValueError(f"the method {name} cannot be called as method(editor, x_orig, contexts, generator=..., "
+                         "its options=...)") from None
+    if clash := [option for option in options_of(function) if option in TAKEN]:
+        raise ValueError(f"the method {name} has an option {clash[0]}, which immunize has as well; rename it")
+    return name, function
+
+
+def _name(function):
+    inside = {id(METHODS[name]): name for name in METHODS}
+    named = getattr(function, "func", function)              # of a functools.partial
+    return inside.get(id(function)) or f"{named.__module__}:{getattr(named, '__qualname__', type(named).__name__)}"
+
+
+def parameters_of(method):
+    """{name: parameter} of a method's function."""
+    return inspect.signature(METHODS[method] if isinstance(method, str) else method).parameters
+
+
+def options_of(method):
+    """The names of a method's own options, beside those of the loop."""
+    return tuple(p.name for p in parameters_of(method).values() if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN)
+
+
+def takes_any(method):
+    """True for a method with **options, which takes options of any name."""
+    return any(p.kind is p.VAR_KEYWORD for p in parameters_of(method).values())
+
+
+def settings(method, preset="protocol", **given):
+    """The settings of a run as two dicts: the loop's (the keys of PROTOCOL) and the method's.
+
+    Arguments win over the preset; None counts as not given. Raises ValueError for an unknown method, preset or option.
+    """
+    name, function = find(method)
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    given = {key: value for key, value in given.items() if value is not None}
+    for key in given:
+        if key not in PROTOCOL:
+            _known(name, function, key)
+    chosen = PROTOCOL | (native(name).settings if preset == "native" else {}) | given
+    loop, options = {key: chosen.pop(key) for key in PROTOCOL}, chosen
+    parameters = parameters_of(function)
+    if lacking := [key for key in options_of(function) if parameters[key].default is inspect.Parameter.empty
+                   and key not in options]:
+        raise ValueError(f"the method {name} needs the option {lacking[0]}: give it as --option {lacking[0]}=VALUE, or by "
+                         "name in a call")
+    return loop, options
+
+
+def parse(method, texts):
+    """The options in texts like "name=value", as the method takes them: {name: int, float, bool or str}.
+
+    A parameter's annotation, else its default, says which of these a value is; without either the text itself decides.
+    Raises ValueError for a name that the method does not have and for a value that does not fit.
+    """
+    name, function = find(method)
+    parameters, options = parameters_of(function), {}
+    for text in texts:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not (key and equals):
+            raise ValueError(f"--option {text}: write it as NAME=VALUE, such as weight=0.5")
+        if key in options:
+            raise ValueError(f"--option {key} is given twice")
+        _known(name, function, key)
+        options[key] = _value(key, value, parameters.get(key))
+    return options
+
+
+def _known(name, function, key):
+    if key not in options_of(function) and (key in (*GIVEN, *TAKEN) or not takes_any(function)):
+        hint = f"--{key.replace('_', '-')} is of the command itself; " if key in TAKEN else ""
+        raise ValueError(f"{name} has no option {key}; {hint}its options are "
+                         f"{', '.join(options_of(function)) or 'those of the loop'}")
+
+
+def _value(key, text, parameter):
+    annotation, default = (parameter.annotation, parameter.default) if parameter else (None, None)
+    kind = KINDS.get(getattr(annotation, "__name__", annotation)) or KINDS.get(type(default).__name__)
+    if kind is bool or kind is None and text.lower() in WORDS:
+        if text.lower() not in WORDS:
+            raise ValueError(f"--option {key}={text}: give true or false")
+        return WORDS[text.lower()]
+    for number, convert in ((int, int), (float, lambda text: float(Fraction(text)))):
+        if kind is number or kind is None:
+            try:
+                return convert(text)
+            except (ValueError, ArithmeticError):
+                if kind is number:
+                    raise ValueError(f"--option {key}={text}: not a {'whole ' if kind is int else ''}number") from None
+    return text
+
+
+def check_fit(name, options, editor):
+    """Raise ValueError where an option of this method makes no sense for this kind of editor."""
+    for (method, option, value), reason in INSTRUCT_ONLY.items():
+        if (name, options.get(option)) == (method, value) and editor.kind != "instruct":
+            raise ValueError(f"{option} {value} of {name} is for instruction editors, and {editor.name} edits by img2img: "
+                             f"{reason}")
+
+
+def native(name):
+    """The preset "native" of a method: see `baselines.NATIVE`."""
+    from .baselines import NATIVE
+    if name not in NATIVE:
+        raise ValueError(f"{name} has no preset 'native'; those that have one are {', '.join(NATIVE)}")
+    return NATIVE[name]
+
+
+def checked(objective, name):
+    """The objective with its results checked: a loss with a gradient, and terms that are numbers."""
+    import torch
+
+    def checked_objective(x_imu, step):
+        result = objective(x_imu, step)
+        loss, terms = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+        if not (isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.requires_grad):
+            raise ValueError(f"the objective of {name} must return a loss, one number as a tensor that depends on x_imu, or "
+                             "(loss, terms)")
+        return loss.reshape(()), terms
+
+    return checked_objective
+
+
+def passes(objective, steps):
+    """Forward and backward passes of encoder and denoiser as a report states them; "unknown" if nobody counts them."""
+    if hasattr(objective, "passes"):
+        return objective.passes(steps)
+    if objective:
+        return "unknown"
+    return dict.fromkeys(("encoder_forward", "encoder_backward", "denoiser_forward", "denoiser_backward"), 0)
+
+
+def own_sources(*things):
+    """The source files of those of these functions and objects that are not this package's: they decide results too."""
+    files = set()
+    for thing in things:
+        function = getattr(thing, "func", thing)
+        home = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+        if home.__module__.partition(".")[0] != __package__.partition(".")[0]:
+            files.add(inspect.getsourcefile(home))
+    return sorted(files - {None})
