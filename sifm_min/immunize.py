@@ -371,7 +371,7 @@ def _immunize_file(path, editor, args):
             report_path, lambda finished: cli.to_json(report | {"finished": finished}, indent=1) + "\n",
             {immunized_path: lambda path: images.write_checked(path, immunized, picture, args.eps, overwrite=True)},
             overwrite=args.overwrite)
-    cli.result(results.in_short(report), f"{immunized_path}: at most {report['linf_steps']}/255 per channel "
+    cli.result(results.in_short(report), f"{path} -> {immunized_path}: at most {report['linf_steps']}/255 per channel "
                f"(budget {report['budget_steps']}/255), PSNR {report['psnr']:.1f} dB, {report['seconds']:.0f} s",
                as_json=args.json)
     if not args.no_preview:

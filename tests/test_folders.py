@@ -139,7 +139,7 @@ def test_failed_preview_costs_nothing_else(run, monkeypatch, capsys, error):
         assert run("a.png") == cli.OK
     out, err = capsys.readouterr()
     assert made() == ["a.json", "a_immunized.png"] and json.loads(Path("out/a.json").read_text())["finished"]
-    assert out.startswith("out/a_immunized.png: at most 7/255") and "no preview, because its edit failed" in err
+    assert out.startswith("a.png -> out/a_immunized.png: at most 7/255") and "no preview, because its edit failed" in err
     before = Path("out/a_immunized.png").stat().st_mtime_ns
     assert run("a.png") == cli.OK                            # the next run adds the preview, and only that
     assert made() == ["a.json", "a_immunized.png", "a_preview.png"]

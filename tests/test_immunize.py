@@ -121,7 +121,7 @@ def test_three_files_and_what_the_report_holds(run, editor, tiny_folder, tmp_pat
 
     out, err = capsys.readouterr()
     assert err == f"{tiny_editor.NOTICE}\n"
-    assert out == (f"out/a_immunized.png: at most {difference}/255 per channel (budget 7/255), "
+    assert out == (f"a.png -> out/a_immunized.png: at most {difference}/255 per channel (budget 7/255), "
                    f"PSNR {found['psnr']:.1f} dB, {found['seconds']:.0f} s\n")
 
 
@@ -613,7 +613,7 @@ def test_a_second_run_does_only_what_is_not_done(run, capsys):
         Path(f"out/a{end}").unlink()
         assert run("in") == cli.OK
         out, err = capsys.readouterr()
-        assert out.startswith("out/a_immunized.png: ") and out.count("\n") == 1 and "in/b.png: done before, skipped" in err
+        assert out.startswith("in/a.png -> out/a_immunized.png: ") and out.count("\n") == 1 and "in/b.png: done before, skipped" in err
         assert sorted(files()) == sorted(before)
         assert all(files()[name] == before[name] for name in before if name != "a.json")
 
