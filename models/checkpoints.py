@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 
+from .. import PROGRAM
 from . import hub, readahead, single_files
 from .hub import MAIN, Unavailable
 from .single_files import Place
@@ -209,7 +210,7 @@ def open_checkpoint(source, components=None, *, t5=True, revision=None, offline=
     if missing and (hub.is_offline() if offline is None else offline):
         if isinstance(missing, Unfit):
             raise missing                           # no download would help
-        raise Unavailable(f"{missing}, and offline nothing is fetched: run `python -m sifm_min.weights {command}` once "
+        raise Unavailable(f"{missing}, and offline nothing is fetched: run `{PROGRAM}.weights {command}` once "
                           "while online, without HF_HUB_OFFLINE")
     if missing:
         def choose(names, get):

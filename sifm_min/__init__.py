@@ -15,6 +15,7 @@ from importlib.machinery import PathFinder as _PathFinder
 from pathlib import Path as _Path
 
 __version__ = "0.1.0"
+PROGRAM = f"python -m {__name__}"                            # commands as messages name them, also where we are vendored
 
 # models/ lies beside this folder in a checkout, but is installed as sifm_min.models: a top-level package called `models`
 # would collide with the models/ of most research code. Where no installer has moved it (a bare checkout, a vendored

@@ -28,7 +28,7 @@ from fractions import Fraction
 from pathlib import Path
 from unicodedata import category
 
-from . import memory
+from . import PROGRAM, memory
 from .files.listing import EARLIER
 
 OK, SOME_FAILED, USAGE, UNAVAILABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
@@ -48,12 +48,12 @@ REMEDIES = {
 class Parser(argparse.ArgumentParser):
     """argparse whose usage errors are one sentence and exit code 2, with the flags that commands share.
 
-    `command` is the name after `python -m sifm_min.`; `examples` is shown below the options as it is written, where
+    `command` is the module's name in the package; `examples` is shown below the options as it is written, where
     %(prog)s stands for the command. Options cannot be abbreviated: an abbreviation breaks when an option is added.
     """
 
     def __init__(self, command, description, examples=""):
-        super().__init__(prog=f"python -m {__package__}.{command}", description=description, epilog=examples,
+        super().__init__(prog=f"{PROGRAM}.{command}", description=description, epilog=examples,
                          formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message):

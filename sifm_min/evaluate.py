@@ -11,7 +11,7 @@ import sys
 from argparse import SUPPRESS
 from pathlib import Path
 
-from . import cli, panels
+from . import PROGRAM, cli, panels
 from .experiments import suites
 from .immunize import PRESETS
 
@@ -85,7 +85,7 @@ def _parser():
 
 
 def _action(prog, description, **_):
-    return cli.Parser(prog.removeprefix(f"python -m {__package__}."), description)
+    return cli.Parser(prog.removeprefix(f"{PROGRAM}."), description)
 
 
 def _shard(text):
@@ -151,7 +151,7 @@ def _run(args):
     cli.result({"suite": args.suite, "output": str(args.output), "pictures": len(mine), "computed": runner.computed,
                 "failed": [str(failure) for failure in runner.failures]},
                f"{about} done, {runner.computed} steps computed, {len(runner.failures)} failed; "
-               f"python -m {__package__}.evaluate table {args.output}", as_json=args.json)
+               f"{PROGRAM}.evaluate table {args.output}", as_json=args.json)
     return code
 
 

@@ -30,7 +30,7 @@ from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 
-from . import __version__, cli, isr, panels, ratings, verdicts
+from . import PROGRAM, __version__, cli, isr, panels, ratings, verdicts
 from .canaries import PASS, canaries
 from .files import writing
 from .ledger import Ledger
@@ -441,7 +441,7 @@ def _parser():
 
 
 def _action(prog, description, **_):
-    return cli.Parser(prog.removeprefix(f"python -m {__package__}."), description)
+    return cli.Parser(prog.removeprefix(f"{PROGRAM}."), description)
 
 
 def _run(args):

@@ -202,6 +202,6 @@ def own_sources(*things):
     for thing in things:
         function = getattr(thing, "func", thing)
         home = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
-        if home.__module__.partition(".")[0] != __package__.partition(".")[0]:
+        if not home.__module__.startswith(f"{__package__}."):
             files.add(inspect.getsourcefile(home))
     return sorted(files - {None})

@@ -164,7 +164,7 @@ def _targets(node, name, known):
             targets.append(f"{inner}.__init__")              # from . import models
         elif ".".join(package) in known:
             targets.append(".".join(package))                # from .pgd import pgd
-        elif package or alias.name == "__version__":
+        elif package or alias.name in ("__version__", "PROGRAM"):
             targets.append(".".join([*package, "__init__"]))
         elif room(inner):
             targets.append(inner)                            # a room that this checkout lacks, as in the planted faults

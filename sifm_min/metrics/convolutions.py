@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .. import PROGRAM
 from ..models.checkpoints import Unavailable, Unfit, sha256
 from . import backbones
-
-ROOT = __package__.rpartition(".")[0]                        # also where the package was vendored under another name
 
 
 @dataclass(frozen=True, eq=False)                            # hashed by identity, the key of `placed`
@@ -41,8 +40,8 @@ def lpips_weights(network="alex", file=None):
     if not path.is_file():
         if file is not None:
             raise Unavailable(f"{path}: no such file; LPIPS needs {backbone.file} or its convolutions as safetensors")
-        raise Unavailable(f"the weights of LPIPS ({backbone.title}) are not in {path.parent}: run `python -m "
-                          f"{ROOT}.weights download lpips-{network}` once while online, or give {backbone.file} with "
+        raise Unavailable(f"the weights of LPIPS ({backbone.title}) are not in {path.parent}: run "
+                          f"`{PROGRAM}.weights download lpips-{network}` once while online, or give {backbone.file} with "
                           "--weights")
     return _read(backbone, path, path.stat().st_mtime_ns)
 
@@ -60,8 +59,8 @@ def _read(backbone, path, changed):
         tensors = {name: tensors[name].detach().float().contiguous() for name in backbone.shapes}
         actual = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors.values())).hexdigest()
         if digest not in (None, actual):
-            raise Unfit(f"{path} is damaged: its tensors are not those that were written; remove it and run `python -m "
-                        f"{ROOT}.weights download lpips-{backbone.name}` again")
+            raise Unfit(f"{path} is damaged: its tensors are not those that were written; remove it and run "
+                        f"`{PROGRAM}.weights download lpips-{backbone.name}` again")
         tensors |= linear_layers(backbone.name)
     return LPIPSWeights(backbone.name, tensors, actual, source == backbone.sha256, path)
 
