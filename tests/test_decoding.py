@@ -5,6 +5,7 @@ The expected pixels are computed from the samples that the file was written from
 
 import io
 import itertools
+import struct
 import zlib
 
 import numpy as np
@@ -152,7 +153,9 @@ def test_cut_tiffs_are_refused(tmp_path):
     counts = whole.index((30).to_bytes(4, "little") * 2 + (10).to_bytes(4, "little"))
     short = whole[:counts] + (5).to_bytes(4, "little") + whole[counts + 4:]
     assert "it holds 45 bytes of pixels, and its size says 70" in refusal(tmp_path, short)
-    assert "end before the last of 7 rows" in refusal(tmp_path, whole.replace(b"\x11\1\4\0\3", b"\x11\1\4\0\2"))
+    assert "it has 2 strips or tiles" in refusal(tmp_path, whole.replace(b"\x11\1\4\0\3", b"\x11\1\4\0\2"))
+    lower = whole.replace(struct.pack("<HHII", 257, 4, 1, 7), struct.pack("<HHII", 257, 4, 1, 3))
+    assert "it has 3 strips or tiles of pixels, and its size says 1" in refusal(tmp_path, lower)
 
 
 def test_inks_that_are_not_cmyk_are_refused(tmp_path):
@@ -205,6 +208,13 @@ def test_a_png_that_lacks_rows_is_refused(tmp_path, depth, colour_type):
     images.read(tmp_path / "a.png")
     short = png(samples(depth, count)[:-1], depth, colour_type, palette)
     assert refusal(tmp_path, whole[:33] + short[33:]).endswith("its pixels end before the last of 7 rows")
+
+
+def test_broken_pngs_that_pillow_reads_are_refused(tmp_path):
+    head, rest = png(samples(2), 2, 3)[8:33], png(samples(2), 2, 3)[33:]
+    assert "the palette is missing" in refusal(tmp_path, png_file.SIGNATURE + head + rest)
+    gamma = chunk(b"gAMA", bytes([0, 0, 200, 0]))
+    assert "no PNG header follows" in refusal(tmp_path, png_file.SIGNATURE + gamma + png(samples(8), 8, 0)[8:])
 
 
 def test_the_length_of_an_interlaced_png():

@@ -30,6 +30,7 @@ DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, Ar
 # TIFF tags
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION = 256, 257, 258, 259, 262, 274
 STRIPS, ROWS_PER_STRIP, STRIP_BYTES, PLANAR, COLORMAP, INK_SET, SAMPLE_FORMAT = 273, 278, 279, 284, 320, 332, 339
+TILE_WIDTH, TILE_HEIGHT, TILES = 322, 323, 324
 # JPEG 2000's colour spaces that Pillow decodes to RGB or grey: bi-level, CMYK, sRGB, grey, sYCC
 JPEG2000_SPACES = (None, 0, 12, 15, 16, 17, 18)
 
@@ -75,6 +76,8 @@ class _Header:
 def decode(data):
     """The bytes of a picture file as a `Decoded`. Raises Refused, Pillow's errors for unknown formats, or DAMAGE."""
     head = png.header(data)
+    if head is None and data.startswith(png.SIGNATURE):
+        raise Refused("it begins as a PNG, and no PNG header follows")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # from the decoders, on metadata that is not used here
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -130,6 +133,8 @@ def _header(image, data, head):
 def _png(data, head):
     if png.rows_missing(data, head):
         raise Refused(f"its pixels end before the last of {head.height} rows")
+    if head.colour_type == 3 and not head.palette:
+        raise Refused("its colours are numbers in a palette, and the palette is missing")
     key = None if head.key is None or head.depth > 8 else head.key * 255 // ((1 << head.depth) - 1)
     if head.key is not None and head.depth > 8:
         raise Refused("16 bits a channel and one colour of them transparent; convert it to 8 bits with alpha")
@@ -149,16 +154,7 @@ def _tiff(image):
                       "channels")
     if photometric == 5 and tags.get(INK_SET, 1) != 1:
         raise Refused("its inks are not cyan, magenta, yellow and black; convert it to RGB")
-    if STRIPS in tags:
-        height = tags[HEIGHT]
-        strips = -(-height // max(1, min(tags.get(ROWS_PER_STRIP, height), height)))
-        if len(tags[STRIPS]) < strips * (len(bits) if planar == 2 else 1):
-            raise Refused(f"its pixels end before the last of {height} rows")
-        stored = tags.get(STRIP_BYTES, ())
-        if raw and stored and min(stored) > 0:
-            row = -(-tags[WIDTH] * sum(bits) // 8) if planar == 1 else sum(-(-tags[WIDTH] * b // 8) for b in bits)
-            if sum(stored) < row * height:
-                raise Refused(f"it holds {sum(stored)} bytes of pixels, and its size says {row * height}")
+    _check_parts(tags, bits, planar, raw)
     found = _Header((tags[WIDTH], tags[HEIGHT]), max(8, depth), icc=image.info.get("icc_profile"))
     if image.mode in SIXTEEN:
         found.stored, found.inverted = depth, photometric == 0
@@ -167,6 +163,24 @@ def _tiff(image):
     if tags.get(ORIENTATION) in (5, 6, 7, 8):
         found.size = found.size[::-1]                        # Pillow turns it while it decodes
     return found
+
+
+def _check_parts(tags, bits, planar, raw):
+    """Refuse a TIFF whose strips or tiles are not as many, or not as long, as its size says.
+
+    Pillow leaves rows black where strips are missing, and draws the strips that are too many over the first.
+    """
+    width, height, planes = tags[WIDTH], tags[HEIGHT], len(bits) if planar == 2 else 1
+    across, down = tags.get(TILE_WIDTH, width), tags.get(TILE_HEIGHT, height)
+    if STRIPS in tags:
+        across, down = width, min(tags.get(ROWS_PER_STRIP, height), height)
+    parts, wanted = tags.get(STRIPS, tags.get(TILES, ())), planes * -(-width // max(1, across)) * -(-height // max(1, down))
+    if len(parts) < wanted or raw and len(parts) > wanted:
+        raise Refused(f"it has {len(parts)} strips or tiles of pixels, and its size says {wanted}")
+    stored = tags.get(STRIP_BYTES, ())
+    row = -(-width * sum(bits) // 8) if planar == 1 else sum(-(-width * b // 8) for b in bits)
+    if STRIPS in tags and raw and stored and min(stored) > 0 and sum(stored) < row * height:
+        raise Refused(f"it holds {sum(stored)} bytes of pixels, and its size says {row * height}")
 
 
 # --------------------------------------------------------------------------------------------------------------- decode

@@ -24,7 +24,8 @@ PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), 
 class Header:
     """The facts of a PNG. key: the transparent grey (one sample), or None. icc: the profile, or None.
 
-    chunks: ((kind, data), ...) of COLOUR, in file order. lean: the file without the chunks that decoding does not need.
+    palette: True if there is one. chunks: ((kind, data), ...) of COLOUR, in file order.
+    lean: the file without the chunks that decoding does not need.
     """
 
     width: int
@@ -34,6 +35,7 @@ class Header:
     interlaced: bool
     key: int | None = None
     icc: bytes | None = None
+    palette: bool = False
     chunks: tuple = ()
     lean: bytes = field(default=b"", repr=False)
 
@@ -71,7 +73,8 @@ def header(data):
         elif kind == b"tRNS" and colour_type == 0 and len(content) == 2:
             key = struct.unpack(">H", content)[0] & ((1 << depth) - 1)
     lean = SIGNATURE + b"".join(whole for kind, content, _, whole in parts if _needed(kind, content))
-    return Header(width, height, depth, colour_type, interlace == 1, key, icc, tuple(found.items()), lean)
+    palette = any(kind == b"PLTE" for kind, *_ in parts)
+    return Header(width, height, depth, colour_type, interlace == 1, key, icc, palette, tuple(found.items()), lean)
 
 
 def rows_missing(data, head):
