@@ -208,6 +208,14 @@ class _GatedGELU(torch.autograd.Function):
         return torch.cat([gradient * F.gelu(gate), torch.ops.aten.gelu_backward(gradient * x, gate)], dim=-1)
 
 
+def sent(values, device, dtype=None):
+    """Values on a device, as tensor.to(). From pinned memory the copy waits in the GPU's queue, and the program goes on."""
+    values = values.to(dtype or values.dtype)
+    if torch.device(device).type != "cuda" or values.device.type != "cpu":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 class Prepared:
     """The part of each block's input that depends on a timestep or a text alone: `prepared[block]` is `block.prepare(value)`,
     computed at the first use and then kept."""

@@ -22,6 +22,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from .lean import sent
+
 DDIM, EULER, ANCESTRAL = "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
 FLOW = "FlowMatchEulerDiscreteScheduler"
 
@@ -185,6 +187,26 @@ def from_betas(stored: str | None, given: dict) -> SchedulerConfig:
     return SchedulerConfig(sampler=ANCESTRAL, timestep_spacing="linspace", **kept)
 
 
+class Sent:
+    """Numbers that depend on timesteps alone, kept on the device for the calls to come."""
+
+    KEPT = 64
+
+    def __init__(self):
+        self.known = {}
+
+    def __call__(self, make, timesteps, latent):
+        """The tensors of make(timesteps), each (1 or B, 1, ...) for a latent (B, ...), of its dtype and on its device."""
+        timesteps = torch.as_tensor(timesteps, device="cpu").detach()
+        key = (*timesteps.reshape(-1).tolist(), latent.ndim, latent.dtype, latent.device, torch.is_inference_mode_enabled())
+        if key not in self.known:
+            if len(self.known) >= self.KEPT:
+                self.known.clear()
+            shape = -1, *[1] * (latent.ndim - 1)
+            self.known[key] = [sent(part.reshape(shape), latent.device, latent.dtype) for part in make(timesteps)]
+        return self.known[key]
+
+
 class Scheduler:
     """The noise levels a network was trained with, and the sampler that its checkpoint asks for.
 
@@ -194,6 +216,7 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, note: str = ""):
         self.config = config
+        self._sent = Sent()
         self.note = note
         self.alphas_cumprod = torch.cumprod(1.0 - training_betas(config), dim=0)
         if config.rescale_betas_zero_snr and config.sampler != DDIM:
@@ -219,9 +242,16 @@ class Scheduler:
         latent (scaled) and noise are (B, C, h, w); timesteps is one number or (B,), and may be fractional. This is the
         variance-preserving form for every sampler: add_noise of diffusers' Euler classes, followed by scale_input.
         """
-        kept = self.alphas_cumprod_at(timesteps)
-        kept = kept.reshape(-1, *[1] * (latent.ndim - 1))                       # () or (B,) -> (1 or B, 1, 1, 1)
-        return kept.sqrt().to(latent) * latent + (1 - kept).sqrt().to(latent) * noise
+        kept, lost = self.shares(timesteps, latent)
+        return kept * latent + lost * noise
+
+    def shares(self, timesteps, latent):
+        """sqrt(a) and sqrt(1 - a) at the timesteps, each (1 or B, 1, 1, 1), like latent. Sent to the device once."""
+        def make(timesteps):
+            kept = self.alphas_cumprod_at(timesteps)
+            return kept.sqrt(), (1 - kept).sqrt()
+
+        return self._sent(make, timesteps, latent)
 
     def alphas_cumprod_at(self, timesteps) -> torch.Tensor:
         """alphas_cumprod at timesteps (a number or a tensor, fractional allowed): float32 on the CPU, of their shape.
@@ -341,6 +371,7 @@ class FlowScheduler:
 
     def __init__(self, config: FlowConfig):
         self.config = config
+        self._sent = Sent()
 
     def plan(self, steps: int, strength: float = 1.0) -> "FlowPlan":
         """The timesteps and transitions of one edit: the last `strength` of that many steps from noise to picture."""
@@ -352,8 +383,12 @@ class FlowScheduler:
 
     def add_noise(self, latent, noise, timesteps):
         """(1 - sigma) latent + sigma noise: latent (scaled) and noise (B, C, h, w), timesteps a number or (B,)."""
-        sigma = self.sigma_at(timesteps).reshape(-1, *[1] * (latent.ndim - 1)).to(latent)
+        (sigma,) = self.shares(timesteps, latent)
         return sigma * noise + (1.0 - sigma) * latent
+
+    def shares(self, timesteps, latent):
+        """(sigma at the timesteps, (1 or B, 1, 1, 1), like latent). Sent to the device once."""
+        return self._sent(lambda timesteps: (self.sigma_at(timesteps),), timesteps, latent)
 
     def sigma_at(self, timesteps) -> torch.Tensor:
         """The share of noise at timesteps (a number or a tensor), of their shape, float32."""

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import images
 from .models import schedulers
+from .models.lean import sent
 
 NOT_IN_THE_PAPER = ("the paper leaves this method out on Stable Diffusion 3, as incompatible with its transformer; "
                     "this rectified-flow form is ours")
@@ -99,7 +100,7 @@ def editshield(editor, x_orig, contexts, *, generator, variant="eot"):
             return -F.mse_loss(editor.encode(pixels), E_orig)
         if variant == "released":
             shift, penalty = F.mse_loss(seen(editor.encode(pixels)), F_orig), F.mse_loss(x_imu, x_orig)
-            return 0.1 * penalty - shift, {"shift": shift.item(), "penalty": penalty.item()}
+            return 0.1 * penalty - shift, {"shift": shift, "penalty": penalty}
         tau = transformation(pixels, generator)
         with torch.no_grad():
             aim = editor.encode(tau(resized))
@@ -117,7 +118,7 @@ def transformation(pixels, generator):
     if kind == "none":
         return lambda pixels: pixels
     if kind == "blur":
-        reach = torch.arange(-4, 5).to(pixels)
+        reach = torch.arange(-4, 5, dtype=pixels.dtype, device=pixels.device)
         weights = (-reach.square() / (2 * (0.5 + a) ** 2)).softmax(0).expand(3, 1, 1, -1)
 
         def blur(pixels):
@@ -131,7 +132,7 @@ def transformation(pixels, generator):
         angle = math.radians(5) * (2 * a - 1)
         sine, cosine = math.sin(angle), math.cos(angle)
         rows = [[cosine, -sine * height / width, 0], [sine * width / height, cosine, 0]]
-    grid = F.affine_grid(torch.tensor([rows]).to(pixels), [1, 3, height, width], align_corners=False)
+    grid = F.affine_grid(sent(torch.tensor([rows]), pixels.device, pixels.dtype), [1, 3, height, width], align_corners=False)
     return lambda pixels: F.grid_sample(pixels, grid.expand(len(pixels), -1, -1, -1), padding_mode="reflection",
                                         align_corners=False)
 
@@ -189,12 +190,12 @@ def mist(editor, x_orig, contexts, *, generator, variant="fused"):
         loss, terms = 0, {}
         if variant != "semantic":
             loss = F.mse_loss(editor.scaled(E), target)
-            terms["textural"] = loss.item()
+            terms["textural"] = loss
         if variant != "textural":
             t, eta = _draw(editor, E, generator)
             error = F.mse_loss(_noise_prediction(editor, E, eta, t, contexts[step % len(contexts)]), eta)
             loss = loss - weight * error
-            terms["semantic"] = -error.item()
+            terms["semantic"] = -error
         return loss, terms
 
     denoised = variant != "textural"
@@ -227,7 +228,7 @@ def ace(editor, x_orig, contexts, *, generator, variant="ace+"):
         if variant == "ace":
             return score
         latent = F.mse_loss(editor.scaled(E), target)
-        return score + 100 * latent, {"score": score.item(), "latent": latent.item()}
+        return score + 100 * latent, {"score": score, "latent": latent}
 
     objective.passes = lambda steps: passes(encoder=(steps + 1, steps), denoiser=(steps, steps))
     return _noted(objective, editor, NOT_IN_THE_PAPER)
@@ -293,7 +294,7 @@ def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repea
         E = editor.encode(editor.resize(x_imu))
         E_imu = E.detach().requires_grad_(True)              # the draws' gradients meet here: their graphs do not add up
         value, g = 0.0, torch.zeros_like(E_imu)
-        for eta in bank.to(E).split(1):
+        for eta in sent(bank, E.device, E.dtype).split(1):
             edited = short_edit(editor, E_imu, eta, contexts[step % len(contexts)], nothing, unroll)
             loss = (2 * edited - 1).norm() / repeats
             value, g = value + loss.detach(), g + torch.autograd.grad(loss, E_imu)[0]
@@ -361,6 +362,7 @@ def semantic_attack(editor, x_orig, contexts, *, generator, prompts, content=Non
     columns = [editor.word_positions(prompt) for prompt in prompts]
     if not all(columns):
         raise ValueError("semantic-attack looks for the words of the prompt in the picture, and this prompt has none")
+    columns = [torch.tensor(positions, device=editor.device) for positions in columns]
     batches = T.split(batch or len(T))
     with torch.no_grad():
         E_orig = editor.encode(editor.resize(x_orig))
@@ -425,7 +427,7 @@ def _latent(editor, pixels):
 def _draw(editor, E, generator, lowest=0):
     """A timestep of training, (1,), no cleaner than `lowest`, and the noise to go with it, like E."""
     t = torch.randint(lowest, editor.scheduler.config.num_train_timesteps, (1,), generator=generator)
-    return t, torch.randn(E.shape, generator=generator).to(E)
+    return t, sent(torch.randn(E.shape, generator=generator), E.device, E.dtype)
 
 
 def _noise_prediction(editor, E, eta, t, context):

@@ -166,10 +166,18 @@ def resize(pixels, height, width):
     to [0,1]. (Pillow 13 takes the columns first where they shrink more: a difference at hard edges, where it clips.)
     """
     if pixels.shape[3] != width:
-        pixels = (pixels @ torch.tensor(_lanczos(pixels.shape[3], width).T).to(pixels)).clamp(0, 1)
+        pixels = (pixels @ _weights(pixels.shape[3], width, pixels.dtype, pixels.device, across=True)).clamp(0, 1)
     if pixels.shape[2] != height:
-        pixels = (torch.tensor(_lanczos(pixels.shape[2], height)).to(pixels) @ pixels).clamp(0, 1)
+        pixels = (_weights(pixels.shape[2], height, pixels.dtype, pixels.device) @ pixels).clamp(0, 1)
     return pixels
+
+
+@lru_cache(maxsize=16)
+def _weights(size, new, dtype, device, across=False):
+    """`_lanczos`, transposed for the pass along the rows, on a device: sent there once for all steps."""
+    weights = _lanczos(size, new)
+    with torch.inference_mode(False):                        # else no gradient could pass later
+        return torch.tensor(weights.T if across else weights, dtype=dtype).to(device)
 
 
 @lru_cache(maxsize=16)

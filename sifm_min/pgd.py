@@ -17,8 +17,9 @@ def pgd(pixels, objective, eps, *, steps, step_size, schedule="constant", init="
     pixels: (1,C,H,W) in [0,1], native size. A grey picture has C = 1, and an objective that expands it to three,
       so that it stays grey.
     objective(x, step) -> the loss to minimise at x = pixels + delta, a scalar tensor with a graph back to x; or
-      (loss, terms), where terms is a dict that only `on_step` sees. An objective that computes its gradient g itself
-      returns loss.detach() + ((x - x.detach()) * g).sum(): a scalar with that value and gradient.
+      (loss, terms), where terms is a dict of numbers or scalar tensors that only `on_step` sees, as numbers. An objective
+      that computes its gradient g itself returns loss.detach() + ((x - x.detach()) * g).sum(): a scalar with that value and
+      gradient.
     schedule: "constant", or "linear": from step_size at the first step down to a hundredth of it at the last.
     init: "random", uniform in the budget, drawn from `generator`, or "zero". Where the loss is a distance to the features
       of the picture itself, zero is a stationary point.
@@ -43,17 +44,27 @@ def pgd(pixels, objective, eps, *, steps, step_size, schedule="constant", init="
         value = objective(x, step)
         loss, terms = value if isinstance(value, tuple) else (value, {})
         (gradient,) = torch.autograd.grad(loss, x)
-        if not gradient.isfinite().all():
-            raise ValueError(f"step {step}: the gradient is not finite (loss {loss.item():.4g}); "
-                             "a wider dtype, such as float32, may help")
-        if step == 0 and not (gradient if mask is None else gradient * mask).any():
-            raise ValueError("the loss has no gradient at this picture, so nothing would move; a random start, another "
-                             "objective or a wider mask may help")
         decay = 1 - 0.99 * step / max(steps - 1, 1) if schedule == "linear" else 1
         delta = (delta - step_size * decay * gradient.sign()).clamp(low, high)
+        moved = gradient if mask is None else gradient * mask
+        finite, moves, value, *numbers = _numbers(gradient.isfinite().all(), moved.any(), loss, *terms.values())
+        if not finite:
+            raise ValueError(f"step {step}: the gradient is not finite (loss {value:.4g}); "
+                             "a wider dtype, such as float32, may help")
+        if step == 0 and not moves:
+            raise ValueError("the loss has no gradient at this picture, so nothing would move; a random start, another "
+                             "objective or a wider mask may help")
         if on_step:
-            on_step(step, loss.item(), terms)
+            on_step(step, value, dict(zip(terms, numbers, strict=True)))
     return delta
+
+
+def _numbers(*values):
+    """Scalar tensors as numbers (numbers stay), in one read at the end of a step: each read waits for the device."""
+    tensors = [value.detach().reshape(()) for value in values if isinstance(value, torch.Tensor)]
+    kind = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    read = iter(torch.stack([tensor.to(kind) for tensor in tensors]).tolist())
+    return [next(read) if isinstance(value, torch.Tensor) else value for value in values]
 
 
 def _check(pixels, eps, steps, step_size, schedule, init, mask, generator):

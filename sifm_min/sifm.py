@@ -15,6 +15,8 @@ This file is phi and L; `pgd.py` is the loop. The distance drives the features f
 
 import torch
 
+from .models.lean import sent
+
 REDUCTIONS = ("balanced", "relative", "mean", "literal")
 BALANCE = 10                                                 # 1 / 0.1: the distance in tenths
 AGGREGATES, NOISY = ("loss-mean", "feature-mean"), ("paper", "deploy")
@@ -51,7 +53,8 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
     times = [[editor.prepare_timesteps(t, c) for t in batches] for c in contexts]
 
     def draw():
-        return torch.randn((len(T), *E_orig.shape[1:]), generator=generator).to(E_orig).split(batch or len(T))
+        eta = torch.randn((len(T), *E_orig.shape[1:]), generator=generator)
+        return sent(eta, E_orig.device, E_orig.dtype).split(batch or len(T))
 
     def phi(*, E, t, time, eta, text):
         """Eq. 3 before the mean over taps: activations (t, ...) in float32. time: timestep t as the denoiser wants it."""
@@ -83,7 +86,7 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
             g = g + torch.autograd.grad(norm_t - lam * dist_t, E_imu)[0]
             norm, dist = norm + norm_t.detach(), dist + dist_t.detach()
         loss = norm - lam * dist + ((E - E.detach()) * g).sum()          # the loss's value, and g through E: one VAE backward
-        return loss, {"norm": norm.item(), "dist": dist.item()}
+        return loss, {"norm": norm, "dist": dist}
 
     def passes(steps):
         """Single-picture passes of `steps` steps; the original's features are forward passes as well."""

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 from .. import images
-from ..models.lean import Prepared
+from ..models.lean import Prepared, sent
 from ..models.schedulers import FlowScheduler
 from .guidance import UNGUIDED, over_text, over_text_and_picture
+from .half import in_dtype
 from .text import apart, together
 
 LOWEST_TIMESTEP = 50                                         # below it the noisy latent is the picture itself
@@ -164,12 +165,12 @@ class Editor:
         Only the network itself runs in its dtype: budget and gradients are summed in float32.
         """
         pixels = 2 * _wide(pixels.to(self.device)) - 1
-        return tuple(_wide(moment) for moment in self.vae.encode(pixels.to(self.vae_dtype)))
+        return tuple(_wide(moment) for moment in in_dtype(self.vae_dtype, self.vae.encode, pixels))
 
     def decode(self, latent):
         """A latent as the sampler leaves it (B,C,h,w) -> pixels in [0,1], not clipped."""
         latent = _wide(latent) / self.vae.config.scaling_factor + self.shift_factor
-        return _wide(self.vae.decode(latent.to(self.vae_dtype))) / 2 + 0.5
+        return _wide(in_dtype(self.vae_dtype, self.vae.decode, latent)) / 2 + 0.5
 
     @property
     def shift_factor(self):
@@ -205,17 +206,16 @@ class Editor:
 
     def noise_latent(self, image_latent, noise, timesteps):
         """The noisy latent z_t of a picture; noise (B,C,h,w) standard normal, timesteps (B,)."""
-        return self.scheduler.add_noise(self.scaled(image_latent), noise.to(image_latent), timesteps.to(image_latent.device))
+        return self.scheduler.add_noise(self.scaled(image_latent), noise.to(image_latent), timesteps)
 
     def noise_prediction(self, prediction, noisy_latent, timesteps):
         """The noise (B,C,h,w) that a prediction implies in noisy_latent, for each parameterisation of the scheduler."""
         if isinstance(self.scheduler, FlowScheduler):        # z_sigma = (1 - sigma) z + sigma noise, v = noise - z
-            sigma = self.scheduler.sigma_at(timesteps).reshape(-1, 1, 1, 1).to(noisy_latent)
+            (sigma,) = self.scheduler.shares(timesteps, noisy_latent)
             return noisy_latent + (1 - sigma) * prediction
         if self.scheduler.config.prediction_type == "epsilon":
             return prediction
-        kept = self.scheduler.alphas_cumprod_at(timesteps).reshape(-1, 1, 1, 1)          # z_t = sqrt(a) z + sqrt(1-a) noise
-        kept, lost = kept.sqrt().to(noisy_latent), (1 - kept).sqrt().to(noisy_latent)
+        kept, lost = self.scheduler.shares(timesteps, noisy_latent)                      # z_t = sqrt(a) z + sqrt(1-a) noise
         if self.scheduler.config.prediction_type == "v_prediction":                      # v = sqrt(a) noise - sqrt(1-a) z
             return lost * noisy_latent + kept * prediction
         return (noisy_latent - kept * prediction) / lost                                 # "sample": z itself
@@ -317,8 +317,8 @@ class Editor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def draw(dtype=self.dtype):
-            return torch.cat([torch.randn((1, *shape), generator=generator, dtype=dtype)
-                              for generator in generators]).to(self.device)
+            return sent(torch.cat([torch.randn((1, *shape), generator=generator, dtype=dtype) for generator in generators]),
+                        self.device)
 
         return draw
 
@@ -350,7 +350,7 @@ def _has(editor, name):
 
 def on(timesteps, device):
     """Timesteps, plain or prepared, on a device."""
-    return timesteps if isinstance(timesteps, Prepared) else timesteps.to(device)
+    return timesteps if isinstance(timesteps, Prepared) else sent(timesteps, device)
 
 
 def _wide(tensor):

@@ -12,6 +12,7 @@ from ..models.tokenizers import CLIPTokenizer
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
 from .base import Defaults, Editor, on
+from .half import in_dtype
 from .text import warn_if_cut
 
 
@@ -84,15 +85,17 @@ class InstructPix2Pix(Editor):
 
     def features(self, image_latent, noisy_latent, timesteps, context, *, taps):
         """Activations of the U-Net, name -> tensor, with their graph; the forward pass ends at the last tap."""
-        return self.unet.features(*self._inputs(image_latent, noisy_latent, timesteps), context, taps=taps)
+        x, timesteps = self._inputs(image_latent, noisy_latent, timesteps)
+        return in_dtype(self.dtype, lambda x: self.unet.features(x, timesteps, context, taps=taps), x)
 
     def predict(self, image_latent, noisy_latent, timesteps, context):
         """The U-Net's prediction (B,C,h,w), in the scheduler's parameterisation."""
-        return self.unet(*self._inputs(image_latent, noisy_latent, timesteps), context)
+        x, timesteps = self._inputs(image_latent, noisy_latent, timesteps)
+        return in_dtype(self.dtype, lambda x: self.unet(x, timesteps, context), x)
 
     def _inputs(self, image_latent, noisy_latent, timesteps):
         # Only the network itself runs in its dtype: noise, noising and the sum of gradients stay in float32.
-        return torch.cat([noisy_latent, image_latent], 1).to(self.dtype), on(timesteps, image_latent.device)
+        return torch.cat([noisy_latent, image_latent], 1), on(timesteps, image_latent.device)
 
     def prepare_text(self, context):
         return self.unet.prepare_context(context) if frozen(self.unet) else context

@@ -9,6 +9,7 @@ from ..models.lean import frozen
 from ..models.mmdit import MMDiT
 from ..models.vae import AutoencoderKL
 from .base import Defaults, Editor, on
+from .half import in_dtype
 from .text import TextEncoders
 
 
@@ -103,14 +104,16 @@ class StableDiffusion3(Editor):
 
     def features(self, image_latent, noisy_latent, timesteps, context, *, taps):
         """Activations of the transformer, name -> tensor, with their graph; the forward pass ends at the last tap."""
-        return self.transformer.features(*self._inputs(image_latent, noisy_latent, timesteps), *context, taps=taps)
+        x, timesteps = self._inputs(image_latent, noisy_latent, timesteps)
+        return in_dtype(self.dtype, lambda x: self.transformer.features(x, timesteps, *context, taps=taps), x)
 
     def predict(self, image_latent, noisy_latent, timesteps, context):
         """The transformer's prediction (B,C,h,w): the velocity, noise minus latent."""
-        return self.transformer(*self._inputs(image_latent, noisy_latent, timesteps), *context)
+        x, timesteps = self._inputs(image_latent, noisy_latent, timesteps)
+        return in_dtype(self.dtype, lambda x: self.transformer(x, timesteps, *context), x)
 
     def _inputs(self, image_latent, noisy_latent, timesteps):
-        return noisy_latent.to(self.dtype), on(timesteps, noisy_latent.device)           # it sees the noisy latent alone
+        return noisy_latent, on(timesteps, noisy_latent.device)           # it sees the noisy latent alone
 
     def start(self, pixels, plan, seeds):
         # The published pipeline does not take the posterior's mean, as the methods do, but draws from the posterior.
@@ -149,7 +152,7 @@ class UltraEdit(StableDiffusion3):
         if self.config.in_channels == 3 * self.vae.config.latent_channels:
             present = image_latent.flatten(1).any(1)[:, None, None, None]                # no picture, no mask either
             parts.append(self._everything(image_latent.shape[-2:]) * present)
-        return torch.cat(parts, 1).to(self.dtype), on(timesteps, image_latent.device)
+        return torch.cat(parts, 1), on(timesteps, image_latent.device)
 
     def _everything(self, shape):
         """The image latent of a white mask, encoded once for each size: everything may change."""

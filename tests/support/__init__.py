@@ -1,0 +1,1 @@
+"""Test doubles and fixtures that several tests use."""
