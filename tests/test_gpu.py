@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from support.pretended_gpu import PretendedGPU
+from pretended_gpu import PretendedGPU
 
 import sifm_min
 from sifm_min.editors import half

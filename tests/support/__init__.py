@@ -1,1 +1,0 @@
-"""Test doubles and fixtures that several tests use."""
