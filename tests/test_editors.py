@@ -1,6 +1,6 @@
 """The editor against diffusers' own pipeline: random-weight folders written by save_pretrained, same seeds, same pictures.
 
-tests/small_editors.py makes the folders, and says how their weights are scaled so that agreement means something.
+tests/support/small_editors.py makes the folders, and says how their weights are scaled so that agreement means something.
 """
 
 import json

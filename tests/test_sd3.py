@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and UltraEdit against diffusers: random-weight folders written by save_pretrained, same seeds, same
 pictures.
 
-tests/small_sd3.py makes the folders, and says how their weights are scaled so that agreement means something.
+tests/support/small_sd3.py makes the folders, and says how their weights are scaled so that agreement means something.
 """
 
 import json

@@ -17,7 +17,7 @@ import transformers
 
 from sifm_min.miniature import wording
 
-source = Path(__file__).resolve().parents[1] / "tools" / "train_bpe.py"
+source = Path(__file__).resolve().parents[2] / "tools" / "train_bpe.py"
 spec = importlib.util.spec_from_file_location("train_bpe", source)
 train_bpe = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train_bpe)
