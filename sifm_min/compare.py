@@ -3,7 +3,7 @@
 import math
 
 from . import cli
-from .files import results
+from .files import reports
 from .files.listing import list_pictures
 from .metrics.backbones import NETWORKS
 
@@ -52,7 +52,7 @@ def pairs(distorted, reference):
         raise ValueError(f"{distorted} and {reference}: give two pictures, or two folders")
     left, right, left_out = {}, {}, {}
     for folder, by_name in ((distorted, left), (reference, right)):
-        listing = list_pictures([folder], lambda path: results.is_result(path, ("_preview.png",), ".json"))
+        listing = list_pictures([folder], lambda path: reports.is_result(path, ("_preview.png",), ".json"))
         for reason, files in listing.left_out.items():
             left_out.setdefault(reason, []).extend(files)
         for path in listing.pictures:

@@ -1,7 +1,7 @@
 """Edit pictures with an instruction, as an attacker would: exactly what the published pipeline does."""
 
 from . import cli
-from .files import results, writing
+from .files import reports, writing
 from .immunize import find, load, question
 
 EXAMPLES = """examples:
@@ -43,11 +43,11 @@ def _body(args):
     def one(path):
         target, report_path = (args.output / f"{path.stem}{ending}" for ending in OUTPUTS)
         asked = question(path, editor, args)
-        before = results.earlier(report_path, asked, [target], overwrite=args.overwrite)
+        before = reports.earlier(report_path, asked, [target], overwrite=args.overwrite)
         if before and target.exists():
             cli.say(f"{path}: done before, skipped", quiet=args.quiet)
             if args.json:
-                cli.out(cli.to_json(results.in_short(before) | {"skipped": True}))
+                cli.out(cli.to_json(reports.in_short(before) | {"skipped": True}))
             return
         picture = images.read(path)
         cli.say_notes(path, picture.info["notes"], quiet=args.quiet)
@@ -59,11 +59,11 @@ def _body(args):
             cli.say(f"{path}: its colour profile is for grey pixels, and the edit has colours: left out", quiet=args.quiet)
         report = {"finished": True, "asked": asked, "results": [target.name], "picture": str(path), "edited": str(target),
                   "prompt": args.prompt, "seed": args.seed, "notes": picture.info["notes"], "editor": editor.provenance()}
-        results.write_results(
+        reports.write_results(
             report_path, lambda finished: cli.to_json(report | {"finished": finished}, indent=1) + "\n",
             {target: lambda path: images.write(path, picture.coloured(edited, alpha=True), overwrite=True)},
             overwrite=args.overwrite)
-        cli.result(results.in_short(report), str(target), as_json=args.json)
+        cli.result(reports.in_short(report), str(target), as_json=args.json)
 
     return cli.each_file(pictures, one, output=args.output, left_out=left_out, done="edited", quiet=args.quiet,
                          debug=args.debug, as_json=args.json)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import cli, methods
 from .files import listing as listing_of
-from .files import results, writing
+from .files import reports, writing
 from .memory import in_words
 from .methods import METHODS, PRESETS, PROTOCOL, options_of, settings
 
@@ -327,7 +327,7 @@ def find(names, output, endings):
     endings: of the results, that of the report last. Results of earlier runs are left out of folders. Raises ValueError
     where two pictures would write one file, or one picture would be overwritten by the result of another.
     """
-    listing = listing_of.list_pictures(names, lambda path: results.is_result(path, endings[:-1], endings[-1]))
+    listing = listing_of.list_pictures(names, lambda path: reports.is_result(path, endings[:-1], endings[-1]))
     stems = {}
     for path in listing.pictures:
         other = stems.setdefault(path.stem, path)
@@ -347,12 +347,12 @@ def _immunize_file(path, editor, args):
 
     immunized_path, preview_path, report_path = paths = [args.output / f"{path.stem}{end}" for end in OUTPUTS]
     asked = question(path, editor, args)
-    before = results.earlier(report_path, asked, paths[:1] if args.no_preview else paths[:2], overwrite=args.overwrite)
+    before = reports.earlier(report_path, asked, paths[:1] if args.no_preview else paths[:2], overwrite=args.overwrite)
     done = before is not None and immunized_path.exists()
     if done and (args.no_preview or preview_path.exists()):
         cli.say(f"{path}: done before, skipped", quiet=args.quiet)
         if args.json:
-            cli.out(cli.to_json(results.in_short(before) | {"skipped": True}))
+            cli.out(cli.to_json(reports.in_short(before) | {"skipped": True}))
         return
     picture = images.read(path)
     cli.say_notes(path, picture.info["notes"], quiet=args.quiet)
@@ -367,11 +367,11 @@ def _immunize_file(path, editor, args):
         immunized = result.image
         report = {"finished": True, "asked": asked, "results": [immunized_path.name, preview_path.name], "picture": str(path),
                   "immunized": immunized_path.name, **result.report}
-        results.write_results(
+        reports.write_results(
             report_path, lambda finished: cli.to_json(report | {"finished": finished}, indent=1) + "\n",
             {immunized_path: lambda path: images.write_checked(path, immunized, picture, args.eps, overwrite=True)},
             overwrite=args.overwrite)
-    cli.result(results.in_short(report), f"{path} -> {immunized_path}: at most {report['linf_steps']}/255 per channel "
+    cli.result(reports.in_short(report), f"{path} -> {immunized_path}: at most {report['linf_steps']}/255 per channel "
                f"(budget {report['budget_steps']}/255), PSNR {report['psnr']:.1f} dB, {report['seconds']:.0f} s",
                as_json=args.json)
     if not args.no_preview:

@@ -16,7 +16,7 @@ import tiny_editor
 from PIL import Image
 
 from sifm_min import cli, compare, edit, images
-from sifm_min.files import listing, results, writing
+from sifm_min.files import listing, reports, writing
 
 ROOT = Path(__file__).resolve().parents[1]
 immunize_module = importlib.import_module("sifm_min.immunize")
@@ -317,6 +317,6 @@ def test_report_of_somebody_else_claims_nothing(tmp_path):
     (tmp_path / "a_immunized.png").touch()
     for text in ("{}", "[]", '{"results": ["a_immunized.png"]}', "not json"):
         (tmp_path / "a.json").write_text(text)
-        assert not results.is_result(tmp_path / "a_immunized.png", ("_immunized.png",), ".json")
+        assert not reports.is_result(tmp_path / "a_immunized.png", ("_immunized.png",), ".json")
     (tmp_path / "a.json").write_text('{"asked": {}, "results": ["a_immunized.png"]}')
-    assert results.is_result(tmp_path / "a_immunized.png", ("_immunized.png",), ".json")
+    assert reports.is_result(tmp_path / "a_immunized.png", ("_immunized.png",), ".json")

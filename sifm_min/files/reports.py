@@ -1,4 +1,4 @@
-"""Results beside their report: a JSON file that says which question they answer, so that no run mistakes or loses them.
+"""Reports beside results: a JSON file says which question they answer, so that no run mistakes or loses them.
 
 A report holds "asked", all that decides the result (the picture's bytes, the weights, every option), and "finished". It is
 written first, unfinished, and so claims the names; then the results; then itself once more, finished. The same question may
