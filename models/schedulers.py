@@ -2,8 +2,9 @@
 Euler steps of rectified flow (Stable Diffusion 3).
 
 `load(text)` gives a `Scheduler`, or for rectified flow a `FlowScheduler`: the training noise levels, and `add_noise`, which
-is the same for every sampler of a kind. `scheduler.plan(steps)` gives a `Plan`: which timesteps one edit visits, and how to
-get from each to the next. A flow's plan takes a strength too: how much of the way from noise to picture an edit goes.
+is the same for every sampler of a kind. `scheduler.plan(steps)` gives a plan: the timesteps of one edit and the step from each
+to the next. A flow's plan also takes a strength: the share of the way from noise to picture. `plan.fault` is "", or a sentence
+that says why the plan cannot denoise; its timesteps are those of the training all the same.
 
     latent = plan.sigma_start * noise
     for i, timestep in enumerate(plan.timesteps):
@@ -16,12 +17,13 @@ Papers: Song et al. 2021 (DDIM), equation 12; Karras et al. 2022, algorithm 1 (E
 terminal SNR). Euler ancestral is k-diffusion's sampler, without a paper.
 """
 
-import json
 import math
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 
+from .config import Config, parsed, shown
 from .lean import sent
 
 DDIM, EULER, ANCESTRAL = "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
@@ -77,9 +79,18 @@ CHOICES = {
 }
 
 
+FILE = "scheduler_config.json"
+TIMESTEPS = (1, 100_000)
+BETAS = (1e-6, 0.999)                               # in float32, 1 minus less is 1; above, no picture is left
+
+
 @dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
+class SchedulerConfig(Config):
     """`scheduler_config.json`. Defaults stand in for keys that a file leaves out, and are the published classes'."""
+
+    FILE: ClassVar = FILE
+    RANGE: ClassVar = {"num_train_timesteps": TIMESTEPS, "steps_offset": (0, TIMESTEPS[1]), "clip_sample_range": (1e-6, 1e6),
+                       **dict.fromkeys(("beta_start", "beta_end", "trained_betas"), BETAS)}
 
     sampler: str                                    # the class that the file names, or the one used in its place
     timestep_spacing: str                           # the classes' defaults differ: leading in DDIM, linspace in Euler
@@ -96,31 +107,27 @@ class SchedulerConfig:
     set_alpha_to_one: bool = True                   # DDIM only: end at no noise, or else at that of timestep 0
 
     def __post_init__(self):
+        super().__post_init__()
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
-                raise ValueError(f"the scheduler's config sets {key} to {getattr(self, key)!r}; "
-                                 f"implemented are {', '.join(choices)}")
-        if self.trained_betas is not None:
-            object.__setattr__(self, "trained_betas", tuple(self.trained_betas))
-            if len(self.trained_betas) != self.num_train_timesteps:
-                raise ValueError(f"the scheduler's config has {len(self.trained_betas)} trained_betas "
-                                 f"for {self.num_train_timesteps} num_train_timesteps")
+                raise self.refusal(f"sets {key} to {shown(getattr(self, key))}; implemented are {', '.join(choices)}")
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise self.refusal(f"has {len(self.trained_betas)} trained_betas for {self.num_train_timesteps} "
+                               "num_train_timesteps")
+        if self.rescale_betas_zero_snr and self.num_train_timesteps == 1:
+            raise self.refusal("sets rescale_betas_zero_snr and num_train_timesteps to 1: that one would be pure noise")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowConfig:
+class FlowConfig(Config):
     """`scheduler_config.json` of rectified flow."""
+
+    FILE: ClassVar = FILE
+    RANGE: ClassVar = {"num_train_timesteps": TIMESTEPS, "shift": (0.001, 1000)}
 
     sampler: str = FLOW
     num_train_timesteps: int = 1000
     shift: float = 1.0                              # above 1, more of the steps are spent on noisy latents
-
-    def __post_init__(self):
-        if type(self.num_train_timesteps) is not int or self.num_train_timesteps < 1:
-            raise ValueError(f"scheduler_config.json sets num_train_timesteps to {self.num_train_timesteps!r}, "
-                             "not to a positive integer")
-        if type(self.shift) not in (int, float) or not 0 < self.shift < math.inf:
-            raise ValueError(f"scheduler_config.json sets shift to {self.shift!r}, not to a positive number")
 
 
 def load(text: str | None, *, ancestral: bool = False) -> "Scheduler | FlowScheduler":
@@ -134,11 +141,10 @@ def load(text: str | None, *, ancestral: bool = False) -> "Scheduler | FlowSched
     if text is None:
         return Scheduler(SchedulerConfig(sampler=ANCESTRAL, timestep_spacing="linspace", **STABLE_DIFFUSION),
                          "No scheduler_config.json is stored: Euler ancestral with Stable Diffusion's betas is used.")
-    try:
-        given = dict(json.loads(text).items())
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"scheduler_config.json is not a JSON object ({error})") from None
+    given = parsed(text, FILE)
     stored = given.get("_class_name")
+    if not isinstance(stored, str | None):
+        raise ValueError(f"{FILE} sets _class_name to {shown(stored)}, not to a text")
     given = {key: value for key, value in given.items() if not key.startswith("_")}
     if stored == FLOW:
         return FlowScheduler(flow_config(given))
@@ -159,7 +165,7 @@ def check(sampler: str, given: dict, known: set[str]) -> None:
     """ValueError for a key or value that this file does not implement."""
     for key, off in OFF[sampler].items():
         if key in given and given[key] not in off:
-            raise ValueError(f"scheduler_config.json sets {key} to {given[key]!r}; "
+            raise ValueError(f"scheduler_config.json sets {key} to {shown(given[key])}; "
                              f"for {sampler} only {off[0]!r} is implemented")
     if extra := sorted(given.keys() - known - IGNORED):
         raise ValueError(f"scheduler_config.json sets {', '.join(extra)}, which {sampler} here does not implement")
@@ -179,7 +185,7 @@ def from_betas(stored: str | None, given: dict) -> SchedulerConfig:
     """Euler ancestral on the training noise of a file that names another class; refused where that has no betas."""
     betas = ["beta_start", "beta_end", "beta_schedule"] if given.get("trained_betas") is None else ["trained_betas"]
     reasons = [f"does not set {key}" for key in betas if key not in given] + [
-        f"sets {key} to {given[key]!r}" for key, off in OTHER_NOISE.items() if given.get(key, off) != off]
+        f"sets {key} to {shown(given[key])}" for key, off in OTHER_NOISE.items() if given.get(key, off) != off]
     if reasons:
         raise ValueError(f"scheduler_config.json names {stored or 'no class'} and {reasons[0]}, so Euler ancestral "
                          f"cannot take its place; implemented are {', '.join(OFF)}")
@@ -219,13 +225,15 @@ class Scheduler:
         self._sent = Sent()
         self.note = note
         self.alphas_cumprod = torch.cumprod(1.0 - training_betas(config), dim=0)
+        if not config.rescale_betas_zero_snr and not self.alphas_cumprod[-1]:
+            raise config.refusal("has betas so large that nothing of a picture is left at the last training timestep")
         if config.rescale_betas_zero_snr and config.sampler != DDIM:
             # Zero would be an infinite sigma; this is the smallest positive half-precision number.
             self.alphas_cumprod = torch.cat([self.alphas_cumprod[:-1], self.alphas_cumprod.new_tensor([2.0**-24])])
 
     @property
     def draws_noise(self) -> bool:
-        """Whether every step, the last one included, needs fresh noise."""
+        """True if every step, the last one included, needs fresh noise."""
         return self.config.sampler == ANCESTRAL
 
     def plan(self, steps: int) -> "DDIMPlan | EulerPlan":
@@ -281,6 +289,8 @@ class EulerPlan:
     The latent is clean + sigma * noise here, and `scale_input` brings it to the unit variance the network knows.
     """
 
+    fault = ""
+
     def __init__(self, scheduler: Scheduler, steps: int):
         config = scheduler.config
         self.draws_noise = scheduler.draws_noise
@@ -316,7 +326,8 @@ class EulerPlan:
         if noise is None:
             raise ValueError("Euler ancestral adds noise at every step: pass standard normal noise of latent's shape")
         sigma_up = (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5
-        sigma_down = (sigma_next**2 - sigma_up**2) ** 0.5
+        # Where sigma is much larger than the next one, the difference rounds to either side of zero.
+        sigma_down = (sigma_next**2 - sigma_up**2).clamp(min=0) ** 0.5
         return (latent + direction * (sigma_down - sigma) + noise * sigma_up).to(noise_pred.dtype)
 
 
@@ -340,6 +351,11 @@ class DDIMPlan:
         final = torch.ones((), device="cpu") if config.set_alpha_to_one else scheduler.alphas_cumprod[0]
         self.kept = scheduler.alphas_cumprod[self.timesteps]                    # a at each step, and at the next one
         self.kept_next = torch.where(following >= 0, scheduler.alphas_cumprod[following.clamp(min=0)], final)
+        self.fault = ""
+        if config.prediction_type == "epsilon" and not config.clip_sample and bool((self.kept == 0).any()):
+            self.fault = (f"{FILE} sets rescale_betas_zero_snr with prediction_type epsilon and no clip_sample: timestep "
+                          f"{self.timesteps[0]} is noise alone, and its predicted noise says nothing of the picture; such a "
+                          "network is trained to predict v_prediction")
 
     def scale_input(self, latent, i):
         """The latent as the network wants it at step i: as it is."""
@@ -406,7 +422,7 @@ class FlowPlan:
     with `scheduler.add_noise(latent, noise, timesteps[0])`, which at strength 1 is the noise alone.
     """
 
-    draws_noise = False
+    draws_noise, fault = False, ""
     sigma_start = 1.0
 
     def __init__(self, scheduler: FlowScheduler, steps: int, strength: float):

@@ -325,6 +325,71 @@ def test_what_is_not_implemented_is_refused(sampler, change, named):
     assert "\n" not in str(caught.value)
 
 
+WRONG_TYPES = {
+    "num_train_timesteps": (None, "1000", 0, 1000.0, 10**9, True, [1000]),
+    "beta_start": (None, "0.1", -1, 0, 1.0, float("nan"), [0.1], {}),
+    "beta_end": (None, "0.012", 2, float("inf"), True),
+    "beta_schedule": (None, 3, ["linear"]),
+    "trained_betas": (0.1, "0.1", [None] * 1000, [-0.1] * 1000, {"0": 0.1}),
+    "prediction_type": (None, ["epsilon"]),
+    "rescale_betas_zero_snr": (None, "no", 1),
+    "timestep_spacing": (None, 1),
+    "steps_offset": (None, -1, 0.5, "1"),
+    "clip_sample": (None, "yes", 0),
+    "clip_sample_range": (None, 0, -1.0, "1"),
+    "set_alpha_to_one": (None, "true"),
+    "_class_name": (["DDIMScheduler"], 3, {}, True),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG_TYPES.items() for value in values], ids=str)
+def test_values_of_a_wrong_type_are_told(key, value):
+    with pytest.raises(ValueError, match=f"^scheduler_config.json sets {key} to ") as caught:
+        load(json.dumps(SD | {"_class_name": DDIM, key: value}))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_betas_that_leave_nothing_of_a_picture_are_refused():
+    for sampler in (DDIM, EULER, ANCESTRAL):
+        with pytest.raises(ValueError, match="nothing of a picture is left at the last training timestep"):
+            load(json.dumps({"_class_name": sampler, "beta_start": 0.5, "beta_end": 0.9}))
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr and num_train_timesteps to 1"):
+        load(json.dumps(SD | {"_class_name": DDIM, "num_train_timesteps": 1, "rescale_betas_zero_snr": True}))
+
+
+@pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "scaled_linear"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_euler_ancestral_stays_finite_in_few_steps(schedule, spacing):
+    """The oracle's formula, in float64: there its root is of a positive number."""
+    plan = None
+    for steps in range(1, 60):
+        plan = load(json.dumps({"_class_name": ANCESTRAL, "beta_schedule": schedule, "timestep_spacing": spacing})).plan(steps)
+        generator = torch.Generator().manual_seed(steps)
+        latent, prediction, noise = torch.randn(3, 1, 4, 4, 4, generator=generator)
+        for i in range(steps):
+            before, after = plan.sigmas[i].double(), plan.sigmas[i + 1].double()
+            up = (after**2 * (before**2 - after**2) / before**2) ** 0.5
+            down = (after**2 - up**2).clamp(min=0) ** 0.5
+            expected = latent + prediction * (down - before) + noise * up
+            found = plan.step(prediction, i, latent, noise)
+            assert found.isfinite().all(), (steps, i)
+            assert_close(found.double(), expected.double(), 3e-6)
+
+
+def test_zero_terminal_snr_with_epsilon_is_a_fault_of_the_plan():
+    stored = SD | {"_class_name": DDIM, "rescale_betas_zero_snr": True, "clip_sample": False, "timestep_spacing": "trailing"}
+    plan = load(json.dumps(stored)).plan(4)
+    assert "timestep 999 is noise alone" in plan.fault and plan.timesteps[0] == 999
+    latent, prediction = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert not plan.step(prediction, 0, latent).isfinite().all()                # the fault is no exaggeration
+    for change in ({"clip_sample": True}, {"prediction_type": "v_prediction"}, {"prediction_type": "sample"},
+                   {"timestep_spacing": "leading"}, {"rescale_betas_zero_snr": False}, {"_class_name": EULER},
+                   {"_class_name": ANCESTRAL}):
+        plan = load(json.dumps(stored | change)).plan(4)
+        assert plan.fault == "" and plan.step(prediction, 0, latent, latent).isfinite().all(), change
+    assert load(json.dumps({"_class_name": FLOW})).plan(4).fault == ""
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
 def test_what_is_no_json_object_is_refused(text):
     with pytest.raises(ValueError, match="not a JSON object"):
@@ -560,9 +625,9 @@ def test_every_option_of_a_flow_is_decided_on_and_its_default_accepted():
         "use_beta_sigmas")),
     ({"shift_terminal": 0.1}, "sets shift_terminal to 0.1; .* only None is implemented"),
     ({"beta_start": 0.1}, f"sets beta_start, which {FLOW} here does not implement"),
-    *(({"shift": wrong}, "sets shift to .*, not to a positive number") for wrong in (
+    *(({"shift": wrong}, "sets shift to .*, not to a number from 0.001") for wrong in (
         0, -3.0, None, "3", True, float("nan"), float("inf"))),
-    *(({"num_train_timesteps": wrong}, "sets num_train_timesteps to .*, not to a positive integer") for wrong in (
+    *(({"num_train_timesteps": wrong}, "sets num_train_timesteps to .*, not to a whole number from 1") for wrong in (
         0, -1, 1000.0, None, "1000", True)),
 ], ids=str)
 def test_a_flow_that_is_not_implemented_is_refused(change, named):
