@@ -1,11 +1,10 @@
 """Checkpoints: find the files of an editor (shipped, a folder, one file, or the hub) and load their tensors exactly.
 
-Reads the published (diffusers) layout: one folder per component, each network with a `config.json` and safetensors in
-one file or in shards with an index; and the single files of Stable Diffusion 3. Pickles are never opened. From the hub
-come only the files that are needed, at one revision, into the standard cache. Loading is all or nothing: every tensor's
-name and shape is compared before the first one is read.
+Reads the published (diffusers) layout, see layout.py, and the single files of Stable Diffusion 3, see single_files.py.
+Pickles are never opened. From the hub come only the files that are needed, at one revision, into the standard cache. Loading
+is all or nothing: every tensor's name and shape is compared before the first one is read.
 
-`EDITORS` is the table of the editors known by name, in sources.py.
+`EDITORS`, the table of the editors known by name, is in sources.py.
 """
 
 import hashlib
@@ -18,142 +17,14 @@ from pathlib import Path, PurePosixPath
 from safetensors import SafetensorError, safe_open
 
 from .. import PROGRAM
-from . import hub, readahead, single_files
+from . import hub, layout, readahead, single_files
 from .hub import MAIN, Unavailable
+from .layout import Unfit, is_weights, needed, pipeline_components
 from .single_files import Place
-from .sources import EDITORS, PIPELINES, STABLE_DIFFUSION_3, T5, Source
+from .sources import EDITORS, STABLE_DIFFUSION_3, T5, Source
 
-
-class Unfit(Unavailable, ValueError):
-    """The files are there, and are not what the network needs: damaged, of another network, or unsafe to read."""
-
-
-# ------------------------------------------------------------------------------------------------- what a layout needs
-
-BASES = ("diffusion_pytorch_model", "model")                    # as diffusers and as transformers name their weights
-WEIGHTS = tuple(                                                # best first: half the bytes, then one file, then shards
-    base + end
-    for ends in ((".fp16.safetensors", ".safetensors.index.fp16.json"), (".safetensors", ".safetensors.index.json"))
-    for base in BASES
-    for end in ends
-)
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5")
-TOKENIZERS = {                                                  # by what the tokenizer is for, best first
-    "CLIP": (("vocab.json", "merges.txt"), ("tokenizer.json",)),
-    "T5": (("tokenizer.json",), ("spiece.model",)),
-}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./-]*")
-
-
-def pipeline_components(index, where, *, t5=True):
-    """The components of the pipeline that a model_index.json, as a dict, describes; one that names no class is an
-    InstructPix2Pix. T5 is left out where the pipeline has none (no entry, or an empty one) or t5 is False."""
-    name = str(index.get("_class_name", "StableDiffusionInstructPix2PixPipeline"))
-    if name not in PIPELINES:
-        raise Unfit(f"{where} is a {name}, which is not implemented; implemented are {', '.join(PIPELINES)}")
-    entries = [index.get(part) for part in T5]
-    absent = () if t5 and all(isinstance(entry, list) and entry and None not in entry for entry in entries) else T5
-    return tuple(part for part in PIPELINES[name] if part not in absent)
-
-
-def needed(names, component, read, where):
-    """The files of one component, in the order in which they are to be fetched, chosen from `names`.
-
-    names: what exists, as paths relative to the checkpoint; read: such a path -> its text (an index of shards is read);
-    where: the checkpoint in words, for errors. What must be there comes last, weights after everything: so a download
-    that stopped anywhere is seen to be incomplete by its last file alone.
-    """
-    here = f"{component}/"
-    if component.startswith("tokenizer"):
-        extra = [f for f in (here + "tokenizer_config.json", here + "special_tokens_map.json") if f in names]
-        kinds = TOKENIZERS["T5" if component in T5 else "CLIP"]
-        for kind in kinds:
-            if names >= {here + file for file in kind}:
-                return extra + [here + file for file in kind]
-        raise Unavailable(f"{where} has no tokenizer: {here} needs {', or '.join(map(' and '.join, kinds))}")
-    if component == "scheduler":
-        if here + "scheduler_config.json" in names:
-            return [here + "scheduler_config.json"]
-        raise Unavailable(f"{where} has no {here}scheduler_config.json; a folder written by save_pretrained has one")
-    if here + "config.json" not in names:
-        raise Unavailable(f"{where} has no {here}config.json; expected is the layout that diffusers' save_pretrained "
-                          "writes, with a folder per network")
-    found = next((here + name for name in WEIGHTS if here + name in names), None)
-    if found is None:
-        if pickle := next((name for name in sorted(names) if name.startswith(here) and name.endswith(PICKLES)), None):
-            raise Unfit(
-                f"{where} has its {component} only as a pickle ({pickle}), which could run code on being opened and is "
-                "refused; if you trust it, convert it where diffusers is installed: python -c \"from diffusers import "
-                f"DiffusionPipeline as P; P.from_pretrained('{where}').save_pretrained('converted')\"")
-        raise Unavailable(f"{where} has no weights in {here}: expected is {WEIGHTS[0]}, {BASES[0]}.safetensors, "
-                          f"{BASES[1]}.safetensors, or shards with an index")
-    if not found.endswith(".json"):
-        return [here + "config.json", found]
-    shards = _shards(read(found), f"{where}/{found}")
-    if absent := [shard for shard in shards if here + shard not in names]:
-        raise Unavailable(f"{where}/{found} lists the shard {absent[0]}, which is not there; fetch it again")
-    return [here + "config.json", found, *(here + shard for shard in shards)]
-
-
-def is_weights(file):
-    return file.endswith(".safetensors")
-
-
-def _shards(text, where):
-    """The file names in an index, sorted. They lie beside the index: anything that looks like a path is refused."""
-    table = _json(text, where).get("weight_map")
-    if not isinstance(table, dict) or not table or not all(isinstance(shard, str) for shard in table.values()):
-        raise Unfit(f"{where} is not an index of shards: it has no weight_map from tensor names to file names")
-    for shard in table.values():
-        if re.fullmatch(r"[\w][\w.-]*\.safetensors", shard) is None:
-            raise Unfit(f"{where} points to {shard!r}; a shard is a safetensors file beside its index")
-    return sorted(set(table.values()))
-
-
-def _json(text, where):
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Unfit(f"{where} is not valid JSON ({error}); fetch it again") from None
-    if not isinstance(found, dict):
-        raise Unfit(f"{where} holds a JSON {type(found).__name__}, expected is an object")
-    return found
-
-
-def _in_folder(folder, components, where, t5=True):
-    """The files that `components` need of a folder on this disk; None: those of its pipeline."""
-    files = []
-    if components is None:
-        components = pipeline_components(_index(folder), where, t5=t5)
-    for component in components:
-        try:                                        # a dangling link does not exist: its blob left the cache
-            names = {f"{component}/{path.name}" for path in (folder / component).iterdir() if path.exists()}
-        except FileNotFoundError:
-            names = set()
-        except OSError as error:
-            raise Unavailable(f"{folder / component} cannot be read: {error.strerror}") from None
-        files += needed(names, component, lambda name: _read(folder / name), where)
-    return files
-
-
-def _index(folder):
-    """The model_index.json of a folder, {} where it has none."""
-    path = folder / MAIN
-    return _json(_read(path), path) if path.exists() else {}
-
-
-def _read(path):
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise Unavailable(f"{path} is missing") from None
-    except IsADirectoryError:
-        raise Unavailable(f"{path} is a folder where a file is expected") from None
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise Unfit(f"{path} is not text in UTF-8; fetch it again") from None
 
 
 # --------------------------------------------------------------------------------------------------------- finding it
@@ -200,7 +71,7 @@ def open_checkpoint(source, components=None, *, t5=True, revision=None, offline=
         if not found.folder.is_dir():
             raise Unavailable(f"the shipped editor {found.name} lacks its weights in {found.folder}; install sifm_min "
                               "again, or make them with tools/train_miniature.py")
-        files = _in_folder(found.folder, components, found.folder, t5)
+        files = layout.in_folder(found.folder, components, found.folder, t5)
         return Checkpoint(found.folder, str(found.folder), None, files)
     if revision is not None and REVISION.fullmatch(revision) is None:
         raise ValueError(f"revision {revision!r} is not a commit, tag or branch")
@@ -216,11 +87,11 @@ def open_checkpoint(source, components=None, *, t5=True, revision=None, offline=
         def choose(names, get):
             chosen = components
             if chosen is None:
-                chosen = pipeline_components(_json(_read(get(MAIN)), f"{hub_id}/{MAIN}"), hub_id, t5=t5)
-            return [file for part in chosen for file in needed(names, part, lambda name: _read(get(name)), hub_id)]
+                chosen = pipeline_components(layout.parse(layout.read(get(MAIN)), f"{hub_id}/{MAIN}"), hub_id, t5=t5)
+            return [file for part in chosen for file in needed(names, part, lambda name: layout.read(get(name)), hub_id)]
 
         folder = hub.fetch(hub_id, revision, choose, last=is_weights)           # weights last: see `needed`
-    return Checkpoint(folder, hub_id, folder.name, _in_folder(folder, components, hub_id, t5))
+    return Checkpoint(folder, hub_id, folder.name, layout.in_folder(folder, components, hub_id, t5))
 
 
 def cached(hub_id, revision, components=None, *, t5=True):
@@ -230,7 +101,7 @@ def cached(hub_id, revision, components=None, *, t5=True):
         folder = hub.snapshot(hub_id, revision or "main")
         if folder is None:
             return None, Unavailable(f"{hub_id} is not in the cache {hub.cache()}")
-        _in_folder(folder, components, hub_id, t5)
+        layout.in_folder(folder, components, hub_id, t5)
     except Unavailable as missing:
         if folder is None or isinstance(missing, Unfit):
             return folder, missing
@@ -282,8 +153,9 @@ def _parts(file):
         unknown += [prefix + name for name in held if name not in known]
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise Unfit(f"{file} holds tensors that Stable Diffusion 3 does not have: {', '.join(unknown[:3])}{more}; give the "
-                    "file as it was published")
+        raise Unfit(f"{file} holds tensors that Stable Diffusion 3 does not have: {', '.join(unknown[:3])}{more}; give a file "
+                    "whose weights are float32, float16, bfloat16, float8 or scaled float8, such as sd3_medium.safetensors, or "
+                    "the folder of a whole pipeline")
     return parts
 
 
@@ -305,7 +177,7 @@ class Checkpoint:
     @property
     def index(self):
         """The model_index.json as a dict, {} where there is none."""
-        return _json(self.text(MAIN), f"{self.source}/{MAIN}") if self.has(MAIN) else {}
+        return layout.parse(self.text(MAIN), f"{self.source}/{MAIN}") if self.has(MAIN) else {}
 
     def has(self, relative):
         """Whether the checkpoint holds this file; a path such as "vae/config.json"."""
@@ -313,7 +185,7 @@ class Checkpoint:
 
     def text(self, relative):
         """The text of a small file."""
-        return _read(self.path(relative))
+        return layout.read(self.path(relative))
 
     def path(self, relative):
         """Where a file or a folder of the checkpoint lies, such as "tokenizer"."""
@@ -332,7 +204,7 @@ class Checkpoint:
         import torch  # not at the top: `weights list` need not wait for it
 
         text, where = self.text(f"{component}/config.json"), self._where(f"{component}/config.json")
-        _json(text, where)
+        layout.parse(text, where)
         try:
             config = network_class.Config.from_json(text)
             with torch.device("meta"):
@@ -348,10 +220,10 @@ class Checkpoint:
     def load(self, network_class, component, *, device="cpu", dtype=None, lazily=False):
         """The network of `component` (a folder name), its config and weights read, in eval mode and frozen.
 
-        dtype None keeps what the file has (float8, in which nothing computes, becomes bfloat16, which holds each of its
-        values). Tensors go from the mapped file to `device` and `dtype`, and those of convolutions on a CPU to
-        channels-last, which is faster there, one at a time: the peak is the network plus one tensor, within `RENEWAL`.
-        What needs no conversion stays mapped on the CPU, which takes no memory of its own and wants the file left alone.
+        dtype None keeps that of the file (float8, in which nothing computes, becomes bfloat16, which holds its values). Tensors
+        go from the mapped file to `device` and `dtype`, and those of convolutions on a CPU to channels-last, which is faster
+        there, one at a time: the peak is the network plus one tensor, within `RENEWAL`. Tensors that need no conversion stay
+        mapped on the CPU, which takes no memory of its own; the file must not change meanwhile.
         lazily: each part is read when it is first run, and on torch's meta device until then, so what never runs is never
         read; the system fetches from the disk what comes next, see readahead.py. Raises `Unfit` with the first differences
         in name, shape or kind, before anything is read, where file and config disagree.
@@ -380,25 +252,27 @@ class Checkpoint:
             mapped = original = staying = None      # nothing of the file before stays mapped
             read = 0
 
-            def take(original, name, place):
+            def take(opened, stored, name, place):
+                original = opened.get_tensor(stored)
                 tensor = place.take(original).to(device)        # first to the device, which converts faster than the CPU
-                if tensor.is_floating_point() and (dtype or tensor.itemsize == 1):
+                if place.scale:
+                    tensor = tensor.float() * opened.get_tensor(place.scale).to(device).float()
+                if tensor.is_floating_point() and (dtype or original.itemsize == 1):
                     tensor = tensor.to(dtype or torch.bfloat16)
                 tensor = tensor.reshape(shapes[name])
                 if tensor.dim() == 4 and tensor.device.type == "cpu":         # measured there; on a GPU it has not been
                     tensor = tensor.contiguous(memory_format=torch.channels_last)
-                return tensor
+                return original, tensor
 
             for name, (stored, place) in tensors.items():
                 if name not in shapes:
                     continue
                 mapped = mapped or _opened(file)
-                original = mapped.get_tensor(stored)
-                state[name] = take(original, name, place)
+                original, state[name] = take(mapped, stored, name, place)
                 if state[name].untyped_storage().data_ptr() == original.untyped_storage().data_ptr():
                     # Not copied: from a mapping of its own kind, or it would keep all that was read from the other.
                     staying = staying or _opened(file)
-                    state[name] = take(staying.get_tensor(stored), name, place)
+                    _, state[name] = take(staying, stored, name, place)
                 else:
                     read += original.nbytes
                     if read > RENEWAL:
@@ -411,7 +285,7 @@ class Checkpoint:
 
     def _stored(self, component):
         """({file: its header}, {name in them: its places}) of a component's weights."""
-        files = [self.folder / file for file in _in_folder(self.folder, [component], self.source) if is_weights(file)]
+        files = [self.folder / file for file in layout.in_folder(self.folder, [component], self.source) if is_weights(file)]
         headers = {file: header(file) for file in files}
         return headers, {name: (Place(name),) for found in headers.values() for name in found}
 
@@ -470,7 +344,7 @@ class SingleFile(Checkpoint):
         file, prefix, held = self._parts[component]
         known = single_files.places(component, {name: shape for name, (shape, _) in held.items()})
         headers = {file: {prefix + name: found for name, found in held.items()}}
-        return headers, {prefix + name: known[name] for name in held}
+        return headers, {prefix + name: tuple(place.below(prefix) for place in known[name]) for name in held}
 
     def hashes(self):
         return dict(sorted((super().hashes() | (self._others.hashes() if self._others else {})).items()))

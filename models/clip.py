@@ -6,45 +6,28 @@ Parameters carry the names of the published files, so loading is a plain match b
 Paper: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", section 2.4.
 """
 
-import json
-from dataclasses import MISSING, dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .config import LARGEST, LAYERS, TRANSFORMERS, Config, shown
 from .lean import Embedding
 
 PREFIX = "text_model."
 
-# Keys of a published config.json that the numbers do not depend on, each with its reason,
-# or with the tuple of values under which that is true (any other value is refused).
-IGNORED = {
+# Keys of a published config.json that are not fields of `CLIPTextConfig`: they change nothing at inference ...
+HARMLESS = TRANSFORMERS | {"tie_word_embeddings": "of a language model"}
+# ... or only these values are implemented.
+IMPLEMENTED = {
     "model_type": ("clip_text_model",),
     "is_decoder": (False,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "pruned_heads": ({},),
-    "attention_dropout": "training only",
-    "dropout": "training only",
-    "gradient_checkpointing": "training only",
-    "initializer_factor": "training only",
-    "initializer_range": "training only",
-    "bos_token_id": "the tokenizer's business",
-    "pad_token_id": "the tokenizer's business; padding is attended like any token",
-    "chunk_size_feed_forward": "memory only",
-    "use_cache": "memory only",
-    "output_attentions": "what a call returns, in transformers",
-    "output_hidden_states": "what a call returns, in transformers",
-    "return_dict": "what a call returns, in transformers",
-    "id2label": "of a classifier",
-    "label2id": "of a classifier",
-    "problem_type": "of a classifier",
-    "tie_word_embeddings": "of a language model",
-    "dtype": "storage; the caller chooses the dtype",
-    "torch_dtype": "storage; the caller chooses the dtype",
-    "transformers_version": "history",
+    "cross_attention_hidden_size": (None,),
 }
 
 
@@ -56,9 +39,15 @@ def quick_gelu(x):
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}       # gelu is the exact one, with erf
 
 
-@dataclass(frozen=True)
-class CLIPTextConfig:
-    """The numbers of one checkpoint. `projection_dim` is None where the checkpoint has no `text_projection`."""
+@dataclass(frozen=True, kw_only=True)
+class CLIPTextConfig(Config):
+    """`text_encoder/config.json`. `projection_dim` is None where the checkpoint has no `text_projection`."""
+
+    FILE: ClassVar = "CLIP's config.json"
+    NETWORK: ClassVar = "CLIP's text transformer"
+    HARMLESS: ClassVar = HARMLESS
+    IMPLEMENTED: ClassVar = IMPLEMENTED
+    RANGE: ClassVar = {"num_hidden_layers": LAYERS, "layer_norm_eps": (0, 1), "eos_token_id": (0, LARGEST)}
 
     vocab_size: int
     hidden_size: int
@@ -72,47 +61,23 @@ class CLIPTextConfig:
     projection_dim: int | None = None
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name == "eos_token_id" else 1
-            if field.type is int and (type(value) is not int or value < least):
-                raise ValueError(f"config.json gives {field.name} {value!r}, expected a whole number from {least}")
+        super().__post_init__()
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"config.json gives hidden_size {self.hidden_size}, which is not a multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        if self.hidden_act not in tuple(ACTIVATIONS):
-            raise ValueError(
-                f"config.json gives hidden_act {self.hidden_act!r}, which this CLIP does not implement; "
-                f"it knows {' and '.join(ACTIVATIONS)}"
-            )
+            raise self.refusal(f"sets hidden_size to {self.hidden_size}, which is not a multiple of num_attention_heads "
+                               f"{self.num_attention_heads}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise self.refusal(f"sets hidden_act to {shown(self.hidden_act)}; implemented are {' and '.join(ACTIVATIONS)}")
 
     @classmethod
-    def from_json(cls, text):
-        """Read the text of a `config.json`; whatever would change the numbers and is not implemented is refused."""
-        given = json.loads(text)
-        if not isinstance(given, dict):
-            raise ValueError("config.json holds no JSON object")
-        given = {key: value for key, value in given.items() if not key.startswith("_")}
-        # The class name alone says whether the file holds a projection: both kinds write projection_dim.
-        architecture = (given.pop("architectures", None) or ["CLIPTextModel"])[0]
-        if architecture not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-            raise ValueError(f"config.json is of a {architecture}, not of a CLIP text transformer")
-        if architecture == "CLIPTextModel":
-            given.pop("projection_dim", None)
-        elif type(given.get("projection_dim")) is not int or given["projection_dim"] < 1:
-            raise ValueError(f"config.json is of a {architecture}, but its projection_dim is no whole number from 1")
-        for key in given.keys() & IGNORED.keys():
-            value, accepted = given.pop(key), IGNORED[key]
-            if isinstance(accepted, tuple) and value not in accepted:
-                raise ValueError(f"config.json sets {key} to {value!r}, which this CLIP does not implement")
-        known = {field.name: field.default is MISSING for field in fields(cls)}
-        if extra := sorted(given.keys() - known):
-            raise ValueError(f"config.json sets {', '.join(extra)}, which this CLIP does not implement")
-        if missing := sorted(name for name, needed in known.items() if needed and name not in given):
-            raise ValueError(f"config.json does not set {', '.join(missing)}, which a CLIP text transformer needs")
-        return cls(**given)
+    def translated(cls, given):
+        """Both classes of transformers write `projection_dim`; the class name says whether there is a projection."""
+        kinds = given.get("architectures") or ["CLIPTextModel"]
+        if kinds not in (["CLIPTextModel"], ["CLIPTextModelWithProjection"]):
+            raise cls.refusal(f"sets architectures to {shown(kinds)}, not to a CLIPTextModel or CLIPTextModelWithProjection")
+        dropped = {"architectures"} if kinds == ["CLIPTextModelWithProjection"] else {"architectures", "projection_dim"}
+        if "projection_dim" not in dropped and given.get("projection_dim") is None:
+            raise cls.refusal("is of a CLIPTextModelWithProjection and sets no projection_dim")
+        return {key: value for key, value in given.items() if key not in dropped}
 
 
 class TextStates(NamedTuple):
@@ -191,6 +156,8 @@ class CLIPText(nn.Module):
         """A file's tensor name as ours, or None for one that is dropped on purpose."""
         if name.endswith("embeddings.position_ids"):
             return None                                        # 0, 1, 2, ...: a buffer that SD 1.x files carry
+        if name == "logit_scale":
+            return None                                        # of the comparison with pictures, in files of the text half
         if name.startswith((PREFIX, "text_projection.")):
             return name
         return PREFIX + name                                   # transformers 5 saves CLIPTextModel without the prefix

@@ -9,30 +9,34 @@ is a plain match by name. Paper: Esser et al. 2024 (arXiv 2403.03206), section 4
 are two streams with their own weights, which meet in every block's attention.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .config import EMA, LAYERS, Config, shown
 from .lean import Prepared
 
-# A key of the published config.json that is no field below.
-IGNORED = {"sample_size": "decides the position table, which is in the file"}
-COUNTS = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size",
-          "joint_attention_dim", "caption_projection_dim", "pooled_projection_dim", "pos_embed_max_size")
+# Keys of the published config.json that are not fields of `MMDiTConfig`.
+HARMLESS = EMA | {"sample_size": "decides the position table, which is in the file"}
 
 NORM_EPS = 1e-6                                     # of every norm
 WAVES = 256                                         # sines and cosines that a timestep becomes
 
 
 @dataclass(frozen=True, kw_only=True)
-class MMDiTConfig:
+class MMDiTConfig(Config):
     """`transformer/config.json`. Defaults are those of the published class, for files older than the option."""
+
+    FILE: ClassVar = "the transformer's config.json"
+    NETWORK: ClassVar = "the transformer"
+    HARMLESS: ClassVar = HARMLESS
+    RANGE: ClassVar = {"num_layers": LAYERS, "dual_attention_layers": (0, LAYERS[1])}
 
     num_layers: int
     num_attention_heads: int
@@ -48,20 +52,15 @@ class MMDiTConfig:
     qk_norm: str | None = None                      # None, or "rms_norm" over each head's queries and keys
 
     def __post_init__(self):
-        for key in COUNTS:
-            if type(value := getattr(self, key)) is not int or value < 1:
-                raise ValueError(f"the transformer's config.json sets {key} to {value!r}, not to a positive integer")
-        if not isinstance(self.dual_attention_layers, (list, tuple)) or not all(
-                type(i) is int and 0 <= i < self.num_layers for i in self.dual_attention_layers):
-            raise ValueError("the transformer's config.json sets dual_attention_layers to "
-                             f"{self.dual_attention_layers!r}, not to numbers of its {self.num_layers} blocks")
-        object.__setattr__(self, "dual_attention_layers", tuple(self.dual_attention_layers))
+        super().__post_init__()
+        if any(block >= self.num_layers for block in self.dual_attention_layers):
+            raise self.refusal(f"sets dual_attention_layers to {shown(list(self.dual_attention_layers))}, not to numbers of "
+                               f"its {self.num_layers} blocks")
         if self.qk_norm not in (None, "rms_norm"):
-            raise ValueError(f"the transformer's config.json sets qk_norm to {self.qk_norm!r}; "
-                             "only None and 'rms_norm' are implemented")
+            raise self.refusal(f"sets qk_norm to {shown(self.qk_norm)}; only None and 'rms_norm' are implemented")
         if self.caption_projection_dim != self.width:
-            raise ValueError(f"the transformer's config.json sets caption_projection_dim to {self.caption_projection_dim}, "
-                             f"and {self.num_attention_heads} heads of {self.attention_head_dim} are {self.width}")
+            raise self.refusal(f"sets caption_projection_dim to {self.caption_projection_dim}, and "
+                               f"{self.num_attention_heads} heads of {self.attention_head_dim} are {self.width} channels")
 
     @property
     def width(self) -> int:
@@ -69,20 +68,10 @@ class MMDiTConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     @classmethod
-    def from_json(cls, text: str) -> "MMDiTConfig":
-        """The config in the text of a `config.json`; a key or value that this file does not implement is refused."""
-        try:
-            given = {key: value for key, value in json.loads(text).items() if not key.startswith("_")}
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"the transformer's config.json is not a JSON object ({error})") from None
-        given = {key: value for key, value in given.items() if key not in IGNORED}
-        if extra := sorted(given.keys() - {field.name for field in fields(cls)}):
-            raise ValueError(f"the transformer's config.json sets {', '.join(extra)}, which this one does not implement")
-        if absent := [field.name for field in fields(cls) if field.default is MISSING and field.name not in given]:
-            raise ValueError(f"the transformer's config.json does not set {', '.join(absent)}")
-        if given.get("out_channels", 0) is None:                            # as files write "the same number"
-            given["out_channels"] = given.get("in_channels", cls.in_channels)
-        return cls(**given)
+    def translated(cls, given):
+        """`out_channels` null is the number of input channels."""
+        same = {"out_channels": given.get("in_channels", cls.in_channels)}
+        return given | same if given.get("out_channels", 0) is None else given
 
 
 def tap_names(config: MMDiTConfig) -> tuple[str, ...]:

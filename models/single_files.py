@@ -2,11 +2,14 @@
 
 `sd3_medium.safetensors` holds the transformer and the VAE; `..._incl_clips` also the two CLIP text encoders, and
 `..._incl_clips_t5xxlfp16` or `..._t5xxlfp8` T5 as well. SD3.5's files use the same names. This file knows names and
-shapes only: `places` says where a tensor goes, and `config` what network the shapes describe, as its config.json would.
+shapes only: `places` says where a tensor goes, and `config` describes the network of these shapes, as a config.json would.
 The tables read: name in the file, without prefix: name in the diffusers layout.
+
+Files called fp8_scaled hold a weight as float8 beside one number, by which it is to be multiplied.
 """
 
 import math
+import re
 from typing import NamedTuple
 
 PREFIXES = {
@@ -19,8 +22,13 @@ PREFIXES = {
 STANDALONE = {                                      # the text encoders as files of their own, best first: no prefix
     "text_encoder": ("clip_l.safetensors",),
     "text_encoder_2": ("clip_g.safetensors",),
-    "text_encoder_3": ("t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"),
+    "text_encoder_3": ("t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors", "t5xxl_fp8_e4m3fn.safetensors"),
 }
+# Tensors outside all components that change nothing: CLIP's temperature in the comparison with pictures.
+HARMLESS = re.compile(r"text_encoders\.\w+\.logit_scale")
+SCALES = (".scale_weight", ".weight_scale")         # LAYER.<this>: the number by which LAYER.weight is multiplied
+UNUSED = (".scale_input", ".input_scale")           # of products computed in float8, which are not computed here
+MARK = "scaled_fp8"                                 # says that a file is of this kind
 
 # Each name stands for its .weight and its .bias. Three names: a third of the rows each.
 TRANSFORMER = {
@@ -84,6 +92,11 @@ class Place(NamedTuple):
     name: str                                       # in the diffusers layout
     third: int | None = None                        # 0, 1, 2: only this third of the rows
     swapped: bool = False                           # the second half of the rows first
+    scale: str | None = None                        # the tensor with the number by which this one is multiplied
+
+    def below(self, prefix):
+        """The same place for a file in which the scale has this prefix."""
+        return self._replace(scale=prefix + self.scale) if self.scale else self
 
     def shape(self, shape):
         """The shape of the part, or of the whole where it does not divide."""
@@ -102,7 +115,8 @@ def split(names):
     for name in names:
         component = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
         if component is None:
-            unknown.append(name)
+            if not HARMLESS.fullmatch(name):
+                unknown.append(name)
         else:
             parts.setdefault(component, {})[name.removeprefix(PREFIXES[component])] = name
     return parts, unknown
@@ -110,11 +124,19 @@ def split(names):
 
 def places(component, shapes):
     """{name: the places of its parts} of everything that the component can have; shapes: name -> shape, no prefixes."""
+    scales = {name: f"{name.removesuffix(end)}.weight" for name, shape in shapes.items() for end in SCALES
+              if name.endswith(end) and math.prod(shape) == 1}
     if component == "transformer":
-        return _transformer(_count(shapes, "joint_blocks.{}."))
-    if component == "vae":
-        return _vae(_count(shapes, "encoder.down.{}."), _count(shapes, "encoder.down.0.block.{}."))
-    return {name: (Place(name),) for name in shapes}            # the text encoders keep their names
+        table = _transformer(_count(shapes, "joint_blocks.{}."))
+    elif component == "vae":
+        table = _vae(_count(shapes, "encoder.down.{}."), _count(shapes, "encoder.down.0.block.{}."))
+    else:                                                       # the text encoders keep their names
+        table = {name: (Place(name),) for name in shapes if not name.endswith(SCALES)}
+    for scale, weight in scales.items():
+        if weight in table.keys() & shapes.keys():
+            table[weight] = tuple(place._replace(scale=scale) for place in table[weight])
+            table[scale] = ()
+    return table | {name: () for name in shapes if name == MARK or name.endswith(UNUSED)}
 
 
 def _transformer(layers):

@@ -1,68 +1,56 @@
-"""T5's encoder, version 1.1: token ids to the text context that SD3's transformer attends to beside CLIP's.
+"""T5's encoder, versions 1.0 and 1.1: token ids to the text context that SD3's transformer attends to beside CLIP's.
 
 Reads `text_encoder_3` of stabilityai/stable-diffusion-3-medium-diffusers (T5 v1.1 XXL, 4.8 billion parameters), the
-standalone t5xxl_*.safetensors, and what transformers writes for any T5EncoderModel with a gated GELU. Parameters carry
-the names of the published files, so loading is a plain match by name. Papers: Raffel et al. 2020, "Exploring the Limits
-of Transfer Learning", section 2.1; Shazeer 2020, "GLU Variants Improve Transformer", for the gate of version 1.1.
+standalone t5xxl_*.safetensors, and the files of any T5EncoderModel with a gated GELU (version 1.1) or a ReLU (1.0).
+Parameters carry the names of the published files, so loading is a plain match by name. Papers: Raffel et al. 2020, "Exploring
+the Limits of Transfer Learning", section 2.1; Shazeer 2020, "GLU Variants Improve Transformer", for the gate of version 1.1.
 
 bfloat16 is the dtype to run it in: it has float32's range, which T5 was trained in and needs. float16 has not, and is
 made safe by keeping in float32 what outgrows it: see `T5Encoder.forward` and `FeedForward`.
 """
 
-import json
 import math
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .config import LAYERS, TRANSFORMERS, Config, shown
 from .lean import Embedding
 
-# Keys of a published config.json that the numbers do not depend on, each with its reason,
-# or with the tuple of values under which that is true (any other value is refused).
-IGNORED = {
+# Keys of a published config.json that are not fields of `T5Config`: they change nothing at inference ...
+HARMLESS = TRANSFORMERS | dict.fromkeys((
+    "decoder_start_token_id", "num_decoder_layers", "scale_decoder_outputs", "tie_encoder_decoder", "tie_word_embeddings",
+), "of the decoder") | {
+    "is_encoder_decoder": "of the whole T5; the encoder is the same",
+    "eos_token_id": "of the tokenizer",
+    "n_positions": "the training length; positions are relative, so any length runs",
+}
+# ... or only these values are implemented.
+IMPLEMENTED = {
     "model_type": ("t5",),
     "architectures": (["T5EncoderModel"], None),
     "is_decoder": (False,),
     "add_cross_attention": (False,),
     "pruned_heads": ({},),
-    "feed_forward_proj": ("gated-gelu",),                      # must be set: T5 1.0, whose layers differ, is the default
-    "dense_act_fn": ("gelu_new",),                             # what gated-gelu means, spelled out: GELU by tanh
-    "is_gated_act": (True,),
-    "dropout_rate": "training only",
-    "classifier_dropout": "training only",
-    "gradient_checkpointing": "training only",
-    "initializer_factor": "training only",
-    "is_encoder_decoder": "of the whole T5; the encoder is the same",
-    "num_decoder_layers": "of the decoder",
-    "decoder_start_token_id": "of the decoder",
-    "scale_decoder_outputs": "of the decoder",
-    "tie_word_embeddings": "of the decoder's output",
-    "tie_encoder_decoder": "of the decoder",
-    "bos_token_id": "the tokenizer's business",
-    "eos_token_id": "the tokenizer's business",
-    "pad_token_id": "the tokenizer's business; padding is attended like any token",
-    "chunk_size_feed_forward": "memory only",
-    "use_cache": "memory only",
-    "output_past": "memory only",
-    "output_attentions": "what a call returns, in transformers",
-    "output_hidden_states": "what a call returns, in transformers",
-    "return_dict": "what a call returns, in transformers",
-    "n_positions": "the training length; positions are relative, so any length runs",
-    "task_specific_params": "prompts of T5 1.0's tasks",
-    "id2label": "of a classifier",
-    "label2id": "of a classifier",
-    "problem_type": "of a classifier",
-    "dtype": "storage; the caller chooses the dtype",
-    "torch_dtype": "storage; the caller chooses the dtype",
-    "transformers_version": "history",
+    "cross_attention_hidden_size": (None,),
 }
+# The feed-forward layers: version 1.1's with its gate, and version 1.0's. In transformers the second and third column follow
+# from the first; files spell them out.
+FEED_FORWARDS = {"gated-gelu": ("gelu_new", True), "relu": ("relu", False)}
 
 
-@dataclass(frozen=True)
-class T5Config:
-    """The numbers of one checkpoint. The attention is num_heads * d_kv wide, which need not be d_model."""
+@dataclass(frozen=True, kw_only=True)
+class T5Config(Config):
+    """`text_encoder_3/config.json`. The attention is num_heads * d_kv wide, which need not be d_model."""
+
+    FILE: ClassVar = "T5's config.json"
+    NETWORK: ClassVar = "T5's encoder"
+    HARMLESS: ClassVar = HARMLESS
+    IMPLEMENTED: ClassVar = IMPLEMENTED
+    RANGE: ClassVar = {"num_layers": LAYERS, "layer_norm_epsilon": (0, 1)}
 
     vocab_size: int
     d_model: int
@@ -73,39 +61,26 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128                 # tokens this far apart or farther share a bucket
     layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "relu"                            # as version 1.0, which leaves it out, has it
+    dense_act_fn: str | None = None                            # None: as feed_forward_proj implies
+    is_gated_act: bool | None = None
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"config.json gives {field.name} {value!r}, expected a whole number from 1")
-        if type(self.layer_norm_epsilon) not in (int, float) or not 0 <= self.layer_norm_epsilon < math.inf:
-            raise ValueError(f"config.json gives layer_norm_epsilon {self.layer_norm_epsilon!r}, expected a number from 0")
+        super().__post_init__()
+        if self.feed_forward_proj not in FEED_FORWARDS:
+            raise self.refusal(f"sets feed_forward_proj to {shown(self.feed_forward_proj)}; implemented are "
+                               f"{' and '.join(FEED_FORWARDS)}")
+        for key, implied in zip(("dense_act_fn", "is_gated_act"), FEED_FORWARDS[self.feed_forward_proj], strict=True):
+            if getattr(self, key) not in (None, implied):
+                raise self.refusal(f"sets {key} to {shown(getattr(self, key))}; with feed_forward_proj "
+                                   f"{self.feed_forward_proj!r} only {implied!r} is implemented")
+            object.__setattr__(self, key, implied)
         buckets, farthest = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if buckets < 4 or buckets % 2:
-            raise ValueError(f"config.json gives relative_attention_num_buckets {buckets}, expected an even number from 4")
+            raise self.refusal(f"sets relative_attention_num_buckets to {buckets}, not to an even number from 4")
         if farthest <= buckets // 4:
-            raise ValueError(f"config.json gives relative_attention_max_distance {farthest}, which must exceed the "
-                             f"{buckets // 4} distances that have buckets of their own")
-
-    @classmethod
-    def from_json(cls, text):
-        """Read the text of a `config.json`; whatever would change the numbers and is not implemented is refused."""
-        given = json.loads(text)
-        if not isinstance(given, dict):
-            raise ValueError("config.json holds no JSON object")
-        given = {key: value for key, value in given.items() if not key.startswith("_")}
-        given.setdefault("feed_forward_proj", "relu")          # as T5 1.0 leaves it out
-        for key in given.keys() & IGNORED.keys():
-            value, accepted = given.pop(key), IGNORED[key]
-            if isinstance(accepted, tuple) and value not in accepted:
-                raise ValueError(f"config.json sets {key} to {value!r}; only {accepted[0]!r} is implemented")
-        known = {field.name: field.default is MISSING for field in fields(cls)}
-        if extra := sorted(given.keys() - known):
-            raise ValueError(f"config.json sets {', '.join(extra)}, which this T5 does not implement")
-        if missing := sorted(name for name, needed in known.items() if needed and name not in given):
-            raise ValueError(f"config.json does not set {', '.join(missing)}, which a T5 encoder needs")
-        return cls(**given)
+            raise self.refusal(f"sets relative_attention_max_distance to {farthest}, which must exceed the {buckets // 4} "
+                               "distances that have buckets of their own")
 
 
 class RMSNorm(nn.Module):
@@ -146,19 +121,24 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Version 1.1: a GELU (by tanh) gates a second product. Version 1.0: a ReLU of one product."""
+
     def __init__(self, config):
         super().__init__()
-        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.is_gated = config.is_gated_act
+        for name in ("wi_0", "wi_1") if self.is_gated else ("wi",):
+            setattr(self, name, nn.Linear(config.d_model, config.d_ff, bias=False))
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x):
-        gate, value = F.gelu(self.wi_0(x), approximate="tanh"), self.wi_1(x)
-        if x.dtype == torch.float16:
-            # In the XXL encoder this product, summed over 10240 channels, passes 65504, where float16 ends. The copy of
-            # the weights in float32 is of one layer (160 MiB there) and gone with it.
-            return F.linear(gate.float() * value.float(), self.wo.weight.float())
-        return self.wo(gate * value)
+        # In the XXL encoder the products, summed over 10240 channels, exceed 65504, the largest float16: there they are
+        # float32. The copy of the weights in float32 is of one layer (160 MiB there) and freed with it.
+        wide = torch.float32 if x.dtype == torch.float16 else x.dtype
+        if self.is_gated:
+            y = F.gelu(self.wi_0(x), approximate="tanh").to(wide) * self.wi_1(x).to(wide)
+        else:
+            y = F.relu(self.wi(x)).to(wide)
+        return self.wo(y) if wide == x.dtype else F.linear(y, self.wo.weight.to(wide))
 
 
 class Block(nn.Module):

@@ -7,26 +7,27 @@ a plain match by name. Papers: Rombach et al. 2022, section 3.3; Brooks et al. 2
 `UNet.walk` is the whole forward pass, on one screen; the classes above it are its layers.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .config import EMA, LAYERS, Config, shown
 from .lean import Conv2d, GroupNorm, NormSiLU, Prepared, gated_gelu
 
-# Keys of the published config.json that are not fields below: they change nothing at inference ...
-IGNORED = {
+# Keys of the published config.json that are not fields of `UNetConfig`: they change nothing at inference ...
+HARMLESS = EMA | {
     "sample_size": "the training resolution; the network takes any",
     "dropout": "training only",
     "addition_embed_type_num_heads": "of an embedding that addition_embed_type would have to ask for",
 }
-# ... or have one meaning that this file implements, in the spellings that files use for it.
-ONLY = {
+# ... or only these values are implemented, in the spellings that files use.
+IMPLEMENTED = {
     "act_fn": ("silu", "swish"),
     "attention_type": ("default",),
     "conv_in_kernel": (3,),
@@ -55,11 +56,18 @@ TRANSFORMER_NORM_EPS = 1e-6                         # of the GroupNorm before a 
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig:
-    """`unet/config.json`. What is given per resolution is finest first, except `up_block_types`: in running order.
+class UNetConfig(Config):
+    """`unet/config.json`. Values per resolution are finest first, except `up_block_types`, which are in running order.
 
     Defaults are those of the published class, for files older than the option.
     """
+
+    FILE: ClassVar = "the U-Net's config.json"
+    NETWORK: ClassVar = "the U-Net"
+    HARMLESS: ClassVar = HARMLESS
+    IMPLEMENTED: ClassVar = IMPLEMENTED
+    RANGE: ClassVar = {"layers_per_block": LAYERS, "transformer_layers_per_block": LAYERS, "norm_eps": (0, 1)}
+    LEVELS: ClassVar = "block_out_channels"
 
     block_out_channels: tuple[int, ...]             # channels per resolution
     down_block_types: tuple[str, ...]
@@ -71,34 +79,27 @@ class UNetConfig:
     # The number of heads, not their width: a misnomer that every published file keeps.
     attention_head_dim: int | tuple[int, ...] = 8
     transformer_layers_per_block: int | tuple[int, ...] = 1
-    use_linear_projection: bool = False             # whether a transformer's proj_in and proj_out are stored as [C, C]
+    use_linear_projection: bool = False             # a transformer's proj_in and proj_out are stored as [C, C]
     norm_num_groups: int = 32
     norm_eps: float = 1e-5                          # of the residual blocks and of conv_norm_out
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
 
     def __post_init__(self):
+        super().__post_init__()
         for key in ("block_out_channels", "down_block_types", "up_block_types", *PER_BLOCK):
             value = getattr(self, key)
-            if key in PER_BLOCK and type(value) is int:
+            if type(value) is int:
                 value = (value,) * len(self.block_out_channels)
-            if not isinstance(value, (list, tuple)) or len(value) != len(self.block_out_channels):
-                raise ValueError(f"the U-Net's config.json sets {key} to {value!r}, not one for each resolution")
-            object.__setattr__(self, key, tuple(value))
+            if not value or len(value) != len(self.block_out_channels):
+                raise self.refusal(f"sets {key} to {shown(value)}, not to one value for each of the "
+                                   f"{len(self.block_out_channels)} block_out_channels")
+            object.__setattr__(self, key, value)
         for fault in self._faults():
-            raise ValueError(f"the U-Net's config.json {fault}")
+            raise self.refusal(fault)
 
     def _faults(self):
-        """What is wrong with the values, as ends of sentences."""
-        for key in ("block_out_channels", *PER_BLOCK, "cross_attention_dim", "in_channels", "out_channels",
-                    "layers_per_block", "norm_num_groups"):
-            value = getattr(self, key)
-            if value == () or not all(type(n) is int and n > 0 for n in (value if type(value) is tuple else (value,))):
-                yield f"sets {key} to {value!r}, not to positive integers"
-        for key, kinds in (("norm_eps", (int, float)), ("freq_shift", (int, float)), ("flip_sin_to_cos", (bool,)),
-                           ("use_linear_projection", (bool,))):
-            if type(getattr(self, key)) not in kinds:
-                yield f"sets {key} to {getattr(self, key)!r}, not to a {kinds[-1].__name__}"
+        """Contradictions between the values, as ends of sentences."""
         for key, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             for kind in getattr(self, key):
                 if kind not in tuple(known):
@@ -114,24 +115,6 @@ class UNetConfig:
         if widths[0] % 2 or self.freq_shift >= widths[0] // 2:
             yield (f"begins block_out_channels with {widths[0]}, which does not split into sines and cosines of a "
                    f"timestep with freq_shift {self.freq_shift}")
-
-    @classmethod
-    def from_json(cls, text: str) -> "UNetConfig":
-        """The config in the text of a `config.json`; a key or value that this file does not implement is refused."""
-        try:
-            given = {key: value for key, value in json.loads(text).items() if not key.startswith("_")}
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"the U-Net's config.json is not a JSON object ({error})") from None
-        for key, implemented in ONLY.items():
-            if (value := given.pop(key, implemented[0])) not in implemented:
-                raise ValueError(f"the U-Net's config.json sets {key} to {value!r}; "
-                                 f"only {implemented[0]!r} is implemented")
-        given = {key: value for key, value in given.items() if key not in IGNORED}
-        if extra := sorted(given.keys() - {field.name for field in fields(cls)}):
-            raise ValueError(f"the U-Net's config.json sets {', '.join(extra)}, which this U-Net does not implement")
-        if absent := [field.name for field in fields(cls) if field.default is MISSING and field.name not in given]:
-            raise ValueError(f"the U-Net's config.json does not set {', '.join(absent)}")
-        return cls(**given)
 
 
 def tap_names(config: UNetConfig) -> tuple[str, ...]:

@@ -8,29 +8,25 @@ of the published files. Paper: Rombach et al. 2022, section 3.1 and appendix G.
 diffusion model works on (latent - shift_factor) * scaling_factor; that conversion is the editor's.
 """
 
-import json
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .config import EMA, LAYERS, Config, shown
 from .lean import Conv2d, GroupNorm, NormSiLU
 
-# Keys of the published config.json that are not fields below: they change nothing at inference ...
-IGNORED = {
+# Keys of the published config.json that are not fields of `VAEConfig`: they change nothing at inference ...
+HARMLESS = EMA | {
     "sample_size": "the training resolution; the network is convolutional",
     "force_upcast": "which dtype to run in is the caller's decision",
 }
-# ... or have one value that this file implements.
-ONLY = {
-    "act_fn": "silu",
-    "latents_mean": None,
-    "latents_std": None,
-}
+# ... or only these values are implemented.
+IMPLEMENTED = {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,)}
 BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-COUNTS = ("layers_per_block", "latent_channels", "in_channels", "out_channels", "norm_num_groups")
 
 # Older files spell the attention's four layers differently (the fp32 file of SD 1.5, for one).
 LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -39,8 +35,14 @@ NORM_EPS = 1e-6                                     # of every GroupNorm; the U-
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAEConfig:
+class VAEConfig(Config):
     """`vae/config.json`. Defaults stand in for keys that files older than the option leave out."""
+
+    FILE: ClassVar = "the VAE's config.json"
+    NETWORK: ClassVar = "the VAE"
+    HARMLESS: ClassVar = HARMLESS
+    IMPLEMENTED: ClassVar = IMPLEMENTED
+    RANGE: ClassVar = {"layers_per_block": LAYERS}
 
     block_out_channels: tuple[int, ...]             # channels per resolution, finest first
     layers_per_block: int                           # residual blocks per resolution; the decoder has one more
@@ -55,39 +57,26 @@ class VAEConfig:
     mid_block_add_attention: bool = True
 
     def __post_init__(self):
-        widths = tuple(self.block_out_channels) if isinstance(self.block_out_channels, (list, tuple)) else ()
-        object.__setattr__(self, "block_out_channels", widths)
+        super().__post_init__()
+        widths = self.block_out_channels
         object.__setattr__(self, "shift_factor", 0.0 if self.shift_factor is None else self.shift_factor)
-        counts = {key: (getattr(self, key),) for key in COUNTS} | {"block_out_channels": widths}
-        for key, values in counts.items():
-            if not values or not all(isinstance(value, int) and value > 0 for value in values):
-                raise ValueError(f"the VAE's config.json sets {key} to {getattr(self, key)!r}, not positive integers")
-        if uneven := [c for c in widths if c % self.norm_num_groups]:
-            raise ValueError(f"the VAE's config.json has {uneven[0]} in block_out_channels, "
-                             f"which is not a multiple of norm_num_groups {self.norm_num_groups}")
+        if not widths:
+            raise self.refusal("sets block_out_channels to an empty list")
+        if self.scaling_factor <= 0:
+            raise self.refusal(f"sets scaling_factor to {self.scaling_factor}, not to a number above 0")
+        if uneven := [width for width in widths if width % self.norm_num_groups]:
+            raise self.refusal(f"has {uneven[0]} in block_out_channels, which is not a multiple of norm_num_groups "
+                               f"{self.norm_num_groups}")
 
     @classmethod
-    def from_json(cls, text: str) -> "VAEConfig":
-        """The config in the text of a `config.json`; a key or value that this file does not implement is refused."""
-        try:
-            given = {key: value for key, value in json.loads(text).items() if not key.startswith("_")}
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"the VAE's config.json is not a JSON object ({error})") from None
-        for key, implemented in ONLY.items():
-            if (value := given.pop(key, implemented)) != implemented:
-                raise ValueError(f"the VAE's config.json sets {key} to {value!r}; only {implemented!r} is implemented")
-        blocks = {key: given.pop(key) for key in BLOCK_TYPES if key in given}
-        given = {key: value for key, value in given.items() if key not in IGNORED}
-        if extra := sorted(given.keys() - {field.name for field in fields(cls)}):
-            raise ValueError(f"the VAE's config.json sets {', '.join(extra)}, which this VAE does not implement")
-        if absent := [field.name for field in fields(cls) if field.default is MISSING and field.name not in given]:
-            raise ValueError(f"the VAE's config.json does not set {', '.join(absent)}")
-        config = cls(**given)
-        for key, types in blocks.items():
-            if types != [BLOCK_TYPES[key]] * len(config.block_out_channels):
-                raise ValueError(f"the VAE's config.json sets {key} to {types!r}; implemented is {BLOCK_TYPES[key]} "
-                                 f"for each of its {len(config.block_out_channels)} block_out_channels")
-        return config
+    def translated(cls, given):
+        """Check the types of blocks: one of each is implemented, so they are no fields."""
+        widths = given.get("block_out_channels")
+        for key, kind in BLOCK_TYPES.items():
+            if key in given and isinstance(widths, list) and given[key] != [kind] * len(widths):
+                raise cls.refusal(f"sets {key} to {shown(given[key])}; implemented is {kind} for each of its {len(widths)} "
+                                  "block_out_channels")
+        return {key: value for key, value in given.items() if key not in BLOCK_TYPES}
 
 
 class ResidualBlock(nn.Module):

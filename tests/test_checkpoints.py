@@ -266,10 +266,25 @@ def test_the_half_precision_variant_is_preferred(folder):
     assert load(folder).to_q.weight.dtype == torch.float32
 
 
+def test_several_variants_without_a_plain_file_are_told(folder):
+    names = [f"diffusion_pytorch_model.{variant}.safetensors" for variant in ("bf16", "non_ema")]
+    (folder / "unet" / PLAIN).rename(folder / "unet" / names[0])
+    assert_same(load(folder).state_dict(), tensors())
+    save_file(tensors(seed=1), folder / "unet" / names[1])
+    with pytest.raises(Unfit) as caught:
+        load(folder)
+    assert all(word in says(caught) for word in [*names, str(folder), "moving the others out of unet/"])
+    (folder / "unet" / names[1]).rename(folder / "unet" / PLAIN)                # the plain one before an unknown variant
+    assert_same(load(folder).state_dict(), tensors(seed=1))
+
+
 @pytest.mark.parametrize("index, names", [
     ("diffusion_pytorch_model.safetensors.index.json", ["d-00001-of-00002.safetensors", "x.safetensors"]),
     ("diffusion_pytorch_model.safetensors.index.fp16.json", ["d.fp16-00001-of-00002.safetensors", "x.safetensors"]),
     ("model.safetensors.index.json", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
+    ("model.safetensors.index.bf16.json", ["model.bf16-00001-of-00002.safetensors", "model.bf16-00002-of-00002.safetensors"]),
+    ("diffusion_pytorch_model.bf16.safetensors.index.json",         # by hand; the shards as older diffusers names them
+     [f"diffusion_pytorch_model-0000{i}-of-00002.bf16.safetensors" for i in (1, 2)]),
     ("model.safetensors.index.fp16.json", ["m.fp16-00001-of-00002.safetensors", "m.fp16-00002-of-00002.safetensors"]),
 ])
 def test_shards_are_found_through_their_index_alone(folder, index, names):
@@ -420,6 +435,7 @@ def test_pickles_are_refused_with_the_command_that_converts_them(folder, name):
     ([], "unet", "no unet/config.json"),
     (["unet/config.json"], "unet", "no weights in unet/"),
     (["unet/config.json", "unet/other.safetensors"], "unet", "no weights in unet/"),
+    (["unet/config.json", "unet/other.safetensors"], "unet", "the files there are other.safetensors"),
     (["tokenizer/vocab.json"], "tokenizer", "vocab.json and merges.txt, or tokenizer.json"),
     (["tokenizer/merges.txt"], "tokenizer", "vocab.json and merges.txt, or tokenizer.json"),
     ([], "tokenizer", "vocab.json and merges.txt, or tokenizer.json"),
@@ -685,18 +701,18 @@ def text_encoder():
 
 
 @pytest.mark.parametrize("shards", [False, True], ids=["one-file", "shards"])
-@pytest.mark.parametrize("half", [False, True], ids=["plain", "fp16"])
+@pytest.mark.parametrize("variant", [None, "fp16", "bf16", "non_ema", "my.own-1"])
 @pytest.mark.parametrize("network", [unet, vae, text_encoder])
-def test_what_save_pretrained_writes_loads_bit_for_bit(network, half, shards, tmp_path):
+def test_what_save_pretrained_writes_loads_bit_for_bit(network, variant, shards, tmp_path):
     torch.manual_seed(0)
     ours, theirs = network()
     component = network.__name__
-    theirs = theirs.half() if half else theirs
+    theirs = theirs.to({"fp16": torch.float16, "bf16": torch.bfloat16}.get(variant))
     size = sum(tensor.numel() * tensor.element_size() for tensor in theirs.state_dict().values())
-    theirs.save_pretrained(tmp_path / component, variant="fp16" if half else None,
+    theirs.save_pretrained(tmp_path / component, variant=variant,
                            **{"max_shard_size": f"{size // 2048}KB"} if shards else {})
     files = {path.name for path in (tmp_path / component).iterdir()}
-    assert shards == (len(files) > 3) and half == any("fp16" in name for name in files), files
+    assert shards == (len(files) > 3) and (not variant or any(variant in name for name in files)), files
     checkpoint = open_checkpoint(tmp_path, [component])
     state = checkpoint.load(ours, component).state_dict()
     expected = theirs.state_dict()

@@ -38,7 +38,7 @@ FLAT = {
     "verdicts": "judging", "wire": "judging",
 }
 # Inside models/: loading stands on networks, which stand on layers; a network imports no other network.
-LOADING = {"models.checkpoints", "models.hub", "models.readahead", "models.single_files", "models.sources"}
+LOADING = {"models.checkpoints", "models.hub", "models.layout", "models.readahead", "models.single_files", "models.sources"}
 LAYERS = {"models.lean", "models.winograd", "models.config", "models.cpu"}
 
 # distribution -> what it is imported as; no others, ever

@@ -2,13 +2,14 @@
 
 import inspect
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sifm_min.models import mmdit
+from sifm_min.models.config import EMA
 from sifm_min.models.mmdit import MMDiT, MMDiTConfig, default_taps, tap_names
 
 diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")
@@ -546,53 +547,9 @@ def test_every_option_of_theirs_is_decided_on_and_its_default_accepted():
     options = inspect.signature(diffusers.SD3Transformer2DModel.__init__).parameters
     options = {name: option.default for name, option in options.items() if name != "self"}
     ours = {field.name for field in fields(MMDiTConfig)}
-    assert options.keys() == ours | mmdit.IGNORED.keys() and not ours & mmdit.IGNORED.keys()
-    config = MMDiTConfig.from_json(json.dumps(options))
-    assert asdict(config) == {key: options[key] for key in ours}
-    needed = {key: options[key] for key in BASE}
-    assert MMDiTConfig.from_json(json.dumps(needed)) == config              # our defaults are theirs
-
-
-BASE = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "joint_attention_dim": 8,
-        "caption_projection_dim": 16, "pooled_projection_dim": 8, "pos_embed_max_size": 4}
-
-
-@pytest.mark.parametrize("change", [
-    *({key: wrong} for key in mmdit.COUNTS for wrong in (0, "8")),
-    *({"num_layers": wrong} for wrong in (-1, 2.0, True, None, [2])),
-    *({"dual_attention_layers": wrong} for wrong in (1, None, "01", [2], [-1], [0.0], [True], ["0"], {"0": 1})),
-    *({"qk_norm": wrong} for wrong in ("layer_norm", "", False, ["rms_norm"])),
-    {"caption_projection_dim": 24}, {"num_attention_heads": 3},
-], ids=str)
-def test_a_config_of_another_architecture_is_refused(change):
-    MMDiTConfig.from_json(json.dumps(BASE))
-    named = "caption_projection_dim" if change == {"num_attention_heads": 3} else next(iter(change))
-    with pytest.raises(ValueError, match=f"^the transformer's config.json sets {named} to ") as caught:
-        MMDiTConfig.from_json(json.dumps(BASE | change))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("extra", ["cross_attention_dim", "guidance_embeds"])
-def test_a_key_that_is_not_implemented_is_refused(extra):
-    with pytest.raises(ValueError, match=f"sets {extra}, which this one does not implement$"):
-        MMDiTConfig.from_json(json.dumps(BASE | {extra: 8}))
-
-
-@pytest.mark.parametrize("missing", BASE)
-def test_a_config_without_a_needed_key_is_refused(missing):
-    with pytest.raises(ValueError, match=f"does not set {missing}$"):
-        MMDiTConfig.from_json(json.dumps({key: value for key, value in BASE.items() if key != missing}))
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", "3"])
-def test_a_config_that_is_no_json_object_is_refused(text):
-    with pytest.raises(ValueError, match="not a JSON object"):
-        MMDiTConfig.from_json(text)
-
-
-def test_keys_that_change_nothing_are_accepted():
-    plain = MMDiTConfig.from_json(json.dumps(BASE))
-    extra = {"sample_size": 128, "qk_norm": None, "dual_attention_layers": [], "_class_name": "any", "_manifest": {}}
-    assert MMDiTConfig.from_json(json.dumps(BASE | extra)) == plain
-    same = MMDiTConfig.from_json(json.dumps(BASE | {"in_channels": 32, "out_channels": None}))
-    assert (same.in_channels, same.out_channels) == (32, 32)                # as their class reads it
+    harmless = mmdit.HARMLESS.keys() - EMA.keys()
+    assert options.keys() == ours | harmless and not ours & harmless
+    made = MMDiTConfig.from_json(json.dumps(options))
+    assert asdict(made) == {key: options[key] for key in ours}
+    needed = {field.name: options[field.name] for field in fields(MMDiTConfig) if field.default is MISSING}
+    assert MMDiTConfig.from_json(json.dumps(needed)) == made                # our defaults are theirs

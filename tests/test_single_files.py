@@ -253,6 +253,64 @@ def test_t5_in_the_file_also_as_float8(published, tmp_path, stored, asked):
     assert not {"text_encoder_3", "tokenizer_3"} & set(declined.components) and declined.components[-1] == "scheduler"
 
 
+def scaled_fp8(tensors, ends, seed=6):
+    """(the tensors as a file called fp8_scaled has them, what they stand for in float32).
+
+    Written out here: each matrix as float8 of weight / scale, the scale beside it, and the number for products in float8.
+    """
+    made, expected = dict(tensors), {name: tensor.float() for name, tensor in tensors.items()}
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in tensors.items():
+        if name.endswith(".weight") and tensor.ndim == 2:
+            scale = torch.rand((), generator=generator) * 0.01 + 0.001
+            made[name] = (tensor.float() / scale).clamp(-400, 400).to(torch.float8_e4m3fn)
+            expected[name] = made[name].float() * scale
+            made[name.removesuffix("weight") + ends[0]] = scale
+            made[name.removesuffix("weight") + ends[1]] = torch.tensor(3.0)
+    return made, expected
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("ends", [("scale_weight", "scale_input"), ("weight_scale", "input_scale")], ids="/".join)
+def test_scaled_float8_is_multiplied_out(published, tmp_path, ends, lazily):
+    tensors, networks = contents(published, clips=True, t5=torch.float16)
+    tensors, expected = scaled_fp8(tensors, ends)
+    tensors |= {DIT + "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn),
+                "text_encoders.clip_l.logit_scale": torch.tensor(4.6)}
+    checkpoint = open_checkpoint(write(with_tokenizers(tmp_path), tensors))
+    state = checkpoint.load(MMDiT, "transformer", dtype=torch.float32, lazily=lazily)
+    if lazily:
+        state(torch.randn(1, 16, 8, 4), torch.tensor([500.0]), torch.randn(1, 5, 24), torch.randn(1, 20))
+    state = state.state_dict()
+    qkv = expected[DIT + "joint_blocks.0.x_block.attn.qkv.weight"]
+    for name, third in zip(("to_q", "to_k", "to_v"), qkv.chunk(3), strict=True):
+        assert torch.equal(state[f"transformer_blocks.0.attn.{name}.weight"], third), name
+    last = expected[DIT + "final_layer.adaLN_modulation.1.weight"]
+    assert torch.equal(state["norm_out.linear.weight"], torch.cat([last[128:], last[:128]]))
+    t5 = checkpoint.load(T5Encoder, "text_encoder_3", dtype=torch.float32).state_dict()
+    name = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    assert torch.equal(t5[name], expected[f"text_encoders.t5xxl.transformer.{name}"])
+    assert checkpoint.load(T5Encoder, "text_encoder_3").state_dict()[name].dtype == torch.bfloat16
+    assert checkpoint.load(CLIPText, "text_encoder").state_dict().keys() == networks["text_encoder"].state_dict().keys()
+
+
+def test_scaled_t5_beside_a_single_file_is_read(published, tmp_path):
+    file = write(with_tokenizers(tmp_path), contents(published, clips=True)[0])
+    tensors, expected = scaled_fp8(t5_tensors(), ("scale_weight", "scale_input"))
+    write(tmp_path, tensors | {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "t5xxl_fp8_e4m3fn_scaled.safetensors")
+    state = open_checkpoint(file).load(T5Encoder, "text_encoder_3", dtype=torch.float32).state_dict()
+    del expected["encoder.embed_tokens.weight"]
+    same(state, expected, torch.float32)
+
+
+def test_a_scale_that_is_no_number_or_has_no_weight_is_told(published, tmp_path):
+    name = DIT + "joint_blocks.0.x_block.attn.qkv.scale_weight"
+    for wrong in ({name: torch.ones(384)}, {DIT + "joint_blocks.0.gate.scale_weight": torch.tensor(1.0)}):
+        file = write(tmp_path, contents(published)[0] | wrong)
+        with pytest.raises(Unfit, match="tensors that Stable Diffusion 3 does not have.*scaled float8, such as sd3_medium"):
+            open_checkpoint(file)
+
+
 def save_component(folder, part, made):
     """A text encoder in the diffusers layout."""
     (folder / part).mkdir(parents=True, exist_ok=True)
