@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 
 from .. import PROGRAM
 from . import hub, layout, readahead, single_files
+from .config import shown
 from .hub import MAIN, Unavailable
 from .layout import Unfit, is_weights, needed, pipeline_components
 from .single_files import Place
-from .sources import EDITORS, STABLE_DIFFUSION_3, T5, Source
+from .sources import EDITORS, STABLE_DIFFUSION_3, T5, Source, by_hub_id, recognised
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./-]*")
@@ -46,8 +47,7 @@ def find(source):
     if HUB_ID.fullmatch(name) is None:
         raise ValueError(f"{name!r} is neither a known editor ({', '.join(EDITORS)}), nor a folder that exists, nor a "
                          "hub id (owner/name)")
-    known = next((editor for editor in EDITORS.values() if editor.hub_id == name), None)        # with its pin
-    return known or Source(name=name, licence="the one on its card", hub_id=name)
+    return by_hub_id(name) or Source(name=name, licence="the one on its card", hub_id=name)      # known ones with their pin
 
 
 def open_checkpoint(source, components=None, *, t5=True, revision=None, offline=None, rest=None):
@@ -72,7 +72,7 @@ def open_checkpoint(source, components=None, *, t5=True, revision=None, offline=
             raise Unavailable(f"the shipped editor {found.name} lacks its weights in {found.folder}; install sifm_min "
                               "again, or make them with tools/train_miniature.py")
         files = layout.in_folder(found.folder, components, found.folder, t5)
-        return Checkpoint(found.folder, str(found.folder), None, files)
+        return Checkpoint(found.folder, str(found.folder), None, files, known=recognised(found.folder))
     if revision is not None and REVISION.fullmatch(revision) is None:
         raise ValueError(f"revision {revision!r} is not a commit, tag or branch")
     command = f"download {found.name}{f' --revision {revision}' if revision else ''}{'' if t5 else ' --no-t5'}"
@@ -91,7 +91,8 @@ def open_checkpoint(source, components=None, *, t5=True, revision=None, offline=
             return [file for part in chosen for file in needed(names, part, lambda name: layout.read(get(name)), hub_id)]
 
         folder = hub.fetch(hub_id, revision, choose, last=is_weights)           # weights last: see `needed`
-    return Checkpoint(folder, hub_id, folder.name, layout.in_folder(folder, components, hub_id, t5))
+    files = layout.in_folder(folder, components, hub_id, t5)
+    return Checkpoint(folder, hub_id, folder.name, files, known=by_hub_id(hub_id))
 
 
 def cached(hub_id, revision, components=None, *, t5=True):
@@ -100,7 +101,7 @@ def cached(hub_id, revision, components=None, *, t5=True):
     try:
         folder = hub.snapshot(hub_id, revision or "main")
         if folder is None:
-            return None, Unavailable(f"{hub_id} is not in the cache {hub.cache()}")
+            return None, Unavailable(hub.absence(hub_id, revision or "main"))
         layout.in_folder(folder, components, hub_id, t5)
     except Unavailable as missing:
         if folder is None or isinstance(missing, Unfit):
@@ -166,11 +167,16 @@ RENEWAL = 16 << 20                                  # bytes to read before a fil
 
 
 class Checkpoint:
-    """An editor's files. `folder`: where they lie; `source`: hub id, or the folder; `revision`: commit, or None;
-    `files`: those that were asked for, as paths relative to the folder; `components`: the folders among them."""
+    """An editor's files.
 
-    def __init__(self, folder, source, revision, files):
+    `folder`: on this disk; `source`: hub id, or the folder; `revision`: commit, or None; `files`: those that were asked for,
+    as paths relative to the folder; `components`: the folders among them; `known`: the name of the published editor that this
+    is, or is a copy of, or None.
+    """
+
+    def __init__(self, folder, source, revision, files, known=None):
         self.folder, self.source, self.revision, self.files = folder, source, revision, tuple(files)
+        self.known = known and known.name
         self.components = tuple(dict.fromkeys(file.split("/")[0] for file in self.files))
         self._hashes = {}                           # weight file that was matched -> its SHA-256, once asked for
 
@@ -179,8 +185,23 @@ class Checkpoint:
         """The model_index.json as a dict, {} where there is none."""
         return layout.parse(self.text(MAIN), f"{self.source}/{MAIN}") if self.has(MAIN) else {}
 
+    @property
+    def settings(self):
+        """(defaults, notice) of the `_sifm_min` in model_index.json: an object of an edit's defaults, and a sentence."""
+        where, own = f"{self.source}/{MAIN}", self.index.get("_sifm_min", {})
+        if not isinstance(own, dict) or not isinstance(own.get("notice", ""), str):
+            raise Unfit(f"{where} sets _sifm_min to {shown(own)}, not to an object with defaults and a notice")
+        return own.get("defaults", {}), own.get("notice", "")
+
+    def parsed(self, relative, reader):
+        """reader(text) of a small file; its ValueError, which begins with the file's name, becomes an `Unfit` with the path."""
+        try:
+            return reader(self.text(relative))
+        except ValueError as error:
+            raise Unfit(f"{PurePosixPath(self.source, relative).parent}/{error}") from None
+
     def has(self, relative):
-        """Whether the checkpoint holds this file; a path such as "vae/config.json"."""
+        """True if the checkpoint holds this file; a path such as "vae/config.json"."""
         return self.path(relative).is_file()
 
     def text(self, relative):

@@ -106,14 +106,17 @@ def parsed(text: str, file: str) -> dict:
     return found
 
 
-def replaced(config, given, file: str):
-    """A copy of a dataclass with the values of a parsed JSON object; a ValueError names the file and the key."""
+def replaced(config, given, file: str, ranges: dict):
+    """A copy of a dataclass with the values of a parsed JSON object; a ValueError names the file and the key.
+
+    ranges: field -> (least, most), as `Config.RANGE`.
+    """
     if not isinstance(given, dict):
         raise ValueError(f"{file} is {shown(given)}, not an object of settings")
     known = {field.name: field for field in fields(config)}
     if extra := sorted(given.keys() - known):
         raise ValueError(f"{file} sets {shown_list(extra)}, which is none of {', '.join(known)}")
-    return replace(config, **{key: checked(known[key], value, file, {}) for key, value in given.items()})
+    return replace(config, **{key: checked(known[key], value, file, ranges) for key, value in given.items()})
 
 
 def checked(field, value, file: str, ranges: dict):

@@ -1,13 +1,14 @@
 """The hub: chosen files of a repository in the standard cache (`HF_HOME`), and each of its faults as one sentence.
 
-What is complete in the cache is used without a request. Nothing is known here of what the files mean.
+Files that are complete in the cache are used without a request. The meaning of the files is not known here.
 """
 
 import errno
+import re
 import shutil
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.utils import (
     EntryNotFoundError,
     GatedRepoError,
@@ -31,18 +32,48 @@ def cache():
 
 
 def is_offline():
-    """Whether `HF_HUB_OFFLINE` forbids requests."""
+    """True if `HF_HUB_OFFLINE` forbids requests."""
     return constants.HF_HUB_OFFLINE
 
 
 def snapshot(hub_id, revision):
-    """The folder in the cache that holds a repository at this revision, or None; no request is made."""
+    """The folder in the cache that holds a repository at this revision, or None; no request is made.
+
+    A cache that was filled by hand may have a newline after the commit in refs/main. Without refs nothing says which snapshot
+    is `main`: see `absence`.
+    """
+    place = _place(hub_id)
     try:
-        found = try_to_load_from_cache(hub_id, MAIN, revision=revision)
+        ref, commit = place / "refs" / revision, revision
+        if ref.is_file():
+            commit = ref.read_text(encoding="utf-8", errors="replace").strip()
+        folder = place / "snapshots" / commit
+        return folder if re.fullmatch(r"[\w.-]+", commit) and (folder / MAIN).is_file() else None
     except OSError as error:
         raise Unavailable(f"{hub_id} in the cache {cache()} cannot be read: {error.strerror}") from None
-    # None, or a mark that says that the repository has no such file, where it is not a path
-    return Path(found).parent if isinstance(found, str) else None
+
+
+def snapshots(hub_id):
+    """The revisions of a repository that the cache holds, as its folders are called."""
+    place = _place(hub_id) / "snapshots"
+    return sorted(folder.name for folder in place.iterdir() if folder.is_dir()) if place.is_dir() else []
+
+
+def absence(hub_id, revision):
+    """A sentence that says why `snapshot` found nothing, and what the cache holds instead."""
+    held, ref = snapshots(hub_id), _place(hub_id) / "refs" / revision
+    if not held:
+        return f"{hub_id} is not in the cache {cache()}"
+    commit = ref.read_text(encoding="utf-8", errors="replace").strip() if ref.is_file() else revision
+    if commit in held:
+        return f"{hub_id} is not complete in the cache {cache()} ({MAIN} is not in its snapshots/{commit})"
+    wanted = f"revision {revision}" + (f", which its refs/{revision} says is {commit[:40]!r}" if ref.is_file() else "")
+    return (f"{hub_id} is in the cache {cache()}, but not at {wanted}; its snapshots/ has {' and '.join(held[:3])}, which "
+            f"--revision {held[0]} would use")
+
+
+def _place(hub_id):
+    return Path(cache()) / f"models--{hub_id.replace('/', '--')}"
 
 
 def fetch(hub_id, revision, choose, last):

@@ -1,6 +1,9 @@
-"""The editors known by name: what they are made of, where they come from, and under which licence. Data only."""
+"""The editors known by name: their components, origin and licence; and how a copy of one is recognised."""
 
+import json
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,7 +11,7 @@ INSTRUCT_PIX2PIX = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 STABLE_DIFFUSION_3 = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3",
                       "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
 T5 = ("text_encoder_3", "tokenizer_3")                          # of these; a pipeline works without them
-PIPELINES = {                                                   # as model_index.json names them -> what they are made of
+PIPELINES = {                                                   # class in model_index.json -> its components
     "StableDiffusionInstructPix2PixPipeline": INSTRUCT_PIX2PIX,
     "StableDiffusion3Pipeline": STABLE_DIFFUSION_3,
     "StableDiffusion3Img2ImgPipeline": STABLE_DIFFUSION_3,
@@ -18,7 +21,7 @@ PIPELINES = {                                                   # as model_index
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where an editor comes from; one of `folder`, `file` and `hub_id` is set. Known by name: shipped, or of the hub."""
+    """The origin of an editor; one of `folder`, `file`, `hub_id` is set. Editors known by name are shipped or on the hub."""
 
     name: str
     licence: str
@@ -78,3 +81,49 @@ EDITORS: dict[str, Source] = {source.name: source for source in (
         size_without_t5=12_000_000_000,
     ),
 )}
+
+# The first repository that the example on a model card loads.
+EXAMPLE = re.compile(r"""(?:from_pretrained\(|\bmodel\w*\s*=)\s*["']([\w.-]+/[\w.-]+)["']""")
+REMOTE = re.compile(r"^\s*url\s*=\s*\S*?([\w.-]+/[\w.-]+?)(?:\.git)?/?\s*$", re.MULTILINE)
+CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+
+
+def by_hub_id(hub_id):
+    """The editor known by name that is this repository of the hub, or None; the hub does not distinguish capitals."""
+    return next((known for known in EDITORS.values() if known.hub_id and known.hub_id.casefold() == hub_id.casefold()), None)
+
+
+def recognised(folder):
+    """The editor known by name that a folder is a copy of, by the folder's own evidence, or None.
+
+    Strongest first: its path in a cache of the hub, the remote of a git clone, the commit that a download into the folder
+    recorded, the `_name_or_path` in model_index.json, the repository that the model card's example loads, its name.
+    """
+    ids = [f"{found[1]}/{found[2]}" for path in (folder.absolute(), folder.resolve()) for part in path.parts
+           if (found := CACHED.fullmatch(part))]
+    ids += REMOTE.findall(_text(folder / ".git" / "config"))[:1]
+    commit = _text(folder / ".cache" / "huggingface" / "download" / "model_index.json.metadata").split("\n")[0].strip()
+    ids += [known.hub_id for known in EDITORS.values() if commit and commit == known.revision]
+    index = None
+    with suppress(ValueError, RecursionError):
+        index = json.loads(_text(folder / "model_index.json"))
+    origin = index.get("_name_or_path") if isinstance(index, dict) else None
+    if isinstance(origin, str):                     # a repository, or a path: in a cache, or of a folder with its name
+        ids += [f"{found[1]}/{found[2]}" for found in CACHED.finditer(origin)] or [origin]
+        ids += [_of_name(re.split(r"[/\\]", origin.rstrip("/\\"))[-1])]
+    ids += EXAMPLE.findall(_text(folder / "README.md"))[:1]
+    ids += [_of_name(folder.resolve().name)]
+    return next((known for hub_id in ids if hub_id and (known := by_hub_id(hub_id))), None)
+
+
+def _of_name(name):
+    """The repository that is called so, without its owner, or whose editor is; None for another name."""
+    return next((known.hub_id for known in EDITORS.values() if known.hub_id
+                 and name.casefold() in (known.name, known.hub_id.split("/")[1].casefold())), None)
+
+
+def _text(path):
+    """The text of a small file, "" where it cannot be read."""
+    with suppress(OSError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8")
+    return ""

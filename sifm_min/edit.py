@@ -34,9 +34,12 @@ def _parser():
 
 def _body(args):
     from . import images
+    from .models.checkpoints import Unfit
 
     pictures, left_out = find(args.pictures, args.output, OUTPUTS)
     editor = load(args)
+    if fault := editor.plan(args.steps).fault:
+        raise Unfit(f"{args.editor}: {fault}")
     writing.make_folder(args.output)
     cli.say_editor(editor, quiet=args.quiet)
 

@@ -508,7 +508,8 @@ def test_known_names_sample_with_euler_ancestral_whatever_is_stored(name, folder
 
     def local(source, **options):
         asked.append((source, options))
-        return checkpoints.Checkpoint(stored.checkpoint.folder, "a/hub", "c0ffee", stored.checkpoint.files)
+        return checkpoints.Checkpoint(stored.checkpoint.folder, "a/hub", "c0ffee", stored.checkpoint.files,
+                                      known=checkpoints.EDITORS[name])
 
     monkeypatch.setattr(checkpoints, "open_checkpoint", local)
     editor = load_editor(name, device="cpu", revision="main", offline=True)

@@ -255,19 +255,32 @@ class Editor:
             edited = self.sample(pixels, [prompts[i] for i in members], negative_prompt=negative_prompt,
                                  seeds=[seed] * len(members), steps=steps, guidance=guidance, on_step=on_step, **options)
             if not edited.isfinite().all():                  # as 8 bits it would look like an edit that was defeated
-                raise ValueError("the edit is not a finite picture; a wider dtype, such as float32, or a smaller guidance "
-                                 "may help")
+                raise ValueError(f"the edit is not a finite picture: {self._likely_cause()}")
             for i, output in zip(members, edited.split(1), strict=True):
                 picture = images.to_image(output)
                 results[i] = picture if picture.size == pictures[i].size else picture.resize(pictures[i].size,
                                                                                              Image.Resampling.LANCZOS)
         return results[0] if isinstance(image, Image.Image) and isinstance(prompt, str) else results
 
+    def _likely_cause(self):
+        """The likely cause of an edit with infinite or undefined values, and the remedy."""
+        for network, dtype, option in ((self.denoiser, self.dtype, "--dtype"), (self.vae, self.vae_dtype, "--vae-dtype")):
+            for name, weight in network.named_parameters():
+                if not weight.is_meta and not weight.isfinite().all():
+                    return f"the weights hold such values, in {name} of the {type(network).__name__}; fetch them again"
+            if dtype == torch.float16:
+                return (f"float16 ends at 65504, and activations of the {type(network).__name__} may exceed it; "
+                        f"{option} bfloat16 or float32 has no such limit")
+        return ("the guidance, the number of steps or the scheduler's config may drive the latents beyond all bounds; the "
+                "editor's defaults are the place to start from")
+
     def sample(self, pixels, prompts, *, negative_prompt="", seeds, steps=None, guidance=None, image_guidance=None,
                strength=None, on_step=None):
         """Pixels (B,3,H,W) in [0,1] at a working size -> edited pixels, not clipped. Differentiable if the caller wants it."""
         guide = self.guide(guidance, image_guidance)
         plan = self.plan(steps) if strength is None else self.plan(steps, strength)
+        if plan.fault:
+            raise ValueError(plan.fault)
         if guide is UNGUIDED:
             context = empty = self.context(prompts)
         else:                                                # encoded at once: the text encoders are loaded once

@@ -3,6 +3,8 @@
 HQ-Edit is the same networks trained on other data.
 """
 
+from functools import partial
+
 import torch
 
 from ..models import schedulers, unet
@@ -41,7 +43,8 @@ class InstructPix2Pix(Editor):
     @classmethod
     def load(cls, checkpoint, *, name, device, dtype, vae_dtype, **more):
         # The published repositories' stored sampler is not the one that anybody, their authors included, edits with.
-        scheduler = schedulers.load(checkpoint.text("scheduler/scheduler_config.json"), ancestral=name in cls.KNOWN)
+        scheduler = checkpoint.parsed("scheduler/scheduler_config.json",
+                                      partial(schedulers.load, ancestral=checkpoint.known in cls.KNOWN))
         if not isinstance(scheduler, schedulers.Scheduler):
             raise ValueError(f"{name}: scheduler_config.json is of rectified flow, which an InstructPix2Pix does not sample by")
         return cls(unet=checkpoint.load(UNet, "unet", device=device, dtype=dtype, lazily=True),

@@ -3,18 +3,19 @@
 import importlib
 import inspect
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..models import checkpoints
+from ..models.config import replaced
 from ..models.mmdit import MMDiT
 from .base import check
 from .instruct_pix2pix import InstructPix2Pix
 from .sd3 import StableDiffusion3, UltraEdit
 
 EDITORS = (InstructPix2Pix, StableDiffusion3, UltraEdit)
+RANGES = {"text_length": (0, 4096), "size": (8, 8192), "strength": (0, 1)}      # of the defaults that a folder may state
 DEFAULTS = {name: defaults for editor_class in EDITORS for name, defaults in editor_class.KNOWN.items()}
 
 
@@ -45,10 +46,16 @@ def load_editor(source="miniature", *, device=None, dtype=None, vae_dtype=None, 
         config = checkpoint.check(MMDiT, "transformer")
         if config.in_channels > config.out_channels:         # saved by a pipeline of the plain class's name
             editor_class = UltraEdit
-    own = index.get("_sifm_min", {})
-    defaults = replace(DEFAULTS.get(name, editor_class.DEFAULTS), **own.get("defaults", {}))
-    return editor_class.load(checkpoint, name=name, device=device, dtype=dtype, vae_dtype=vae_dtype or torch.float32,
-                             defaults=defaults, notice=own.get("notice", ""))
+    own, notice = checkpoint.settings
+    try:
+        defaults = replaced(editor_class.KNOWN.get(checkpoint.known, editor_class.DEFAULTS), own,
+                            f"{checkpoint.source}/{checkpoints.MAIN}: its _sifm_min", RANGES)
+        return editor_class.load(checkpoint, name=name, device=device, dtype=dtype, vae_dtype=vae_dtype or torch.float32,
+                                 defaults=defaults, notice=notice)
+    except checkpoints.Unavailable:
+        raise
+    except ValueError as error:                              # of a tokenizer, say: the files are there and do not fit
+        raise checkpoints.Unfit(str(error)) from error
 
 
 def _outside(source, **given):

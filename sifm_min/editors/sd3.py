@@ -25,7 +25,7 @@ class StableDiffusion3(Editor):
 
     def __init__(self, *, checkpoint, name, device, dtype, vae_dtype=torch.float32, defaults=None, notice=""):
         super().__init__(name=name, vae=checkpoint.load(AutoencoderKL, "vae", device=device, dtype=vae_dtype, lazily=True),
-                         scheduler=schedulers.load(checkpoint.text("scheduler/scheduler_config.json")),
+                         scheduler=checkpoint.parsed("scheduler/scheduler_config.json", schedulers.load),
                          device=device, dtype=dtype, defaults=defaults or self.DEFAULTS, notice=notice, checkpoint=checkpoint)
         self.config = config = checkpoint.check(MMDiT, "transformer")
         self.text_encoders = TextEncoders(checkpoint, width=config.joint_attention_dim, length=self.defaults.text_length,
