@@ -6,13 +6,16 @@
     result = sifm_min.immunize(Image.open("photo.png"), editor, ["make the sky red"])
     result.image.save("photo_immunized.png")                    # result.report is the evidence
 
-Also here: `METHODS` (name -> objective), `metrics`, `miniature` (the procedural world and its judges) and `models` (the
-networks). Each is loaded when it is first used, so importing this package, or asking a command for --help, loads no torch.
+Also here: `METHODS` (name -> objective), `metrics`, `miniature` (the procedural world and its judges), `gemini` (the client
+of vision services, in judging/client.py) and `models` (the networks). Each is loaded when it is first used, so importing
+this package, or asking a command for --help, loads no torch.
 """
 
 from importlib import import_module as _import_module
 from importlib.machinery import PathFinder as _PathFinder
 from pathlib import Path as _Path
+from sys import modules as _modules
+from types import ModuleType as _ModuleType
 
 __version__ = "0.1.0"
 PROGRAM = f"python -m {__name__}"                            # commands as messages name them, also where we are vendored
@@ -36,6 +39,7 @@ _PUBLIC = {  # public name -> the file that holds it
     "load_editor": "editors",
     "metrics": "metrics",
     "miniature": "miniature",
+    "gemini": "judging.client",
 }
 
 
@@ -43,9 +47,23 @@ def __getattr__(name):
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = _import_module(f".{_PUBLIC[name]}", __name__)
+    if name == "gemini":                                     # a name of the whole file
+        return module
     # `immunize` is a file that `python -m` runs and a function that is called; Python binds an imported file to its
     # package, so the name must mean the module in either order of imports: that module is callable.
     return module if name == _PUBLIC[name] else getattr(module, name)
+
+
+class _Gemini(_ModuleType):
+    """The entry for `from sifm_min.gemini import Client`: names are looked up in the client's file at first use."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):                            # asked for by inspecting tools, which should load nothing
+            raise AttributeError(name)
+        return getattr(_import_module(".judging.client", __name__), name)
+
+
+_modules[f"{__name__}.gemini"] = _Gemini(f"{__name__}.gemini")
 
 
 def __dir__():

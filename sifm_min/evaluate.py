@@ -11,9 +11,10 @@ import sys
 from argparse import SUPPRESS
 from pathlib import Path
 
-from . import PROGRAM, cli, panels
+from . import PROGRAM, cli
 from .experiments import suites
 from .immunize import PRESETS
+from .judging import panels
 
 EXAMPLES = """examples:
   %(prog)s run white-box --images 20 -o runs
@@ -114,9 +115,9 @@ def _run(args):
     index, count = workers.share(args.shard, os.environ)
     panel = None
     if args.panel:                                           # a missing key is reported before hours of work
-        from . import judge
+        from .judging.run import judges
         panel = panels.Panel.load(args.panel)
-        judge.judges(panel)
+        judges(panel)
     editors, again = _editors(args)
     cases = _cases(args, editors, panel)
     lpips, about_lpips = _lpips(args, metrics)
@@ -269,13 +270,13 @@ def _cases(args, editors, panel):
 
 def _collected(args):
     """(groups, tables) of a folder. The number of missing edits goes to stderr."""
-    from . import verdicts
     from .experiments import results, tables
+    from .judging import summary
     groups = results.collect(args.folder)
     for group in groups:
         if group["missing"]:
             cli.say(f"{group['plan']['suite']}: {group['missing']} edits are still to be made", quiet=args.quiet)
-    people = [record for folder in args.people or () for record in verdicts.load_records(folder)[0]]
+    people = [record for folder in args.people or () for record in summary.load_records(folder)[0]]
     return groups, [table for group in groups for table in tables.tables(group, people)]
 
 

@@ -22,10 +22,12 @@ from fake_gemini import FakeGemini, serve_panel
 from PIL import Image
 
 import sifm_min
-from sifm_min import canaries as canary_file
-from sifm_min import cli, editors, evaluate, judge, miniature, panels
+from sifm_min import cli, editors, evaluate, judge, miniature
 from sifm_min.experiments import estimate, figures, manifest, plan, results, robustness, runner, store, suites, workers
-from sifm_min.ledger import Busy
+from sifm_min.files.digests import picture_sha256
+from sifm_min.files.ledger import Busy
+from sifm_min.judging import canaries as canary_file
+from sifm_min.judging.edits import read_edits
 from sifm_min.models.checkpoints import Unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,7 +121,7 @@ def test_every_step_is_done_once_and_a_second_run_does_nothing(run, calls, capsy
     assert len(set(names)) == len(names)
     for row in made["immunize"] + made["edit"]:
         image = Image.open(f"out/pictures/{row['sha256']}.png")
-        assert panels.picture_sha256(image) == row["sha256"]
+        assert picture_sha256(image) == row["sha256"]
     first = table(capsys)
     assert run("white-box") == cli.OK and calls == []
     assert table(capsys) == first and "PhotoGE, paper" in first
@@ -137,7 +139,7 @@ def test_results_are_what_the_library_says(run, loaded):
     prompts = [sample.prompt, *sample.unseen_prompts]
     edited, clean = (editor.edit([image] * 6, prompts, seed=3)[2] for image in (immunized, sample.image))
     assert cell["prompt"] == other.prompt and cell["image_id"] == "miniature-000"
-    assert cell["edited"] == panels.picture_sha256(edited) and cell["edited_original"] == panels.picture_sha256(clean)
+    assert cell["edited"] == picture_sha256(edited) and cell["edited_original"] == picture_sha256(clean)
     pixels = [images.to_pixels(image) for image in (edited, clean)]
     for name in ("psnr", "ssim", "vifp", "fsim"):
         assert cell["metrics"][name] == pytest.approx(getattr(metrics, name)(*pixels).item(), abs=1e-4)
@@ -518,7 +520,7 @@ def test_robustness_attacks_every_arm_and_leaves_out_what_does_not_apply(run, ca
 def test_consistency_shares_the_edits_and_lists_them_for_people(run, calls, capsys):
     run("white-box")
     assert run("consistency") == cli.OK and calls == []
-    listed = panels.read_manifest("out/edits.jsonl")
+    listed = read_edits("out/edits.jsonl")
     assert len(listed) == 36 and {sample.arm for sample in listed} == set(ARMS)
     assert "| Judge to judge |" in table(capsys)
 

@@ -11,8 +11,9 @@ import small_sd3
 from fake_gemini import FakeGemini, serve_panel, verdict
 
 import sifm_min
-from sifm_min import canaries, cli, editors, evaluate, miniature
+from sifm_min import cli, editors, evaluate, miniature
 from sifm_min.experiments import manifest, results, robustness
+from sifm_min.judging import canaries
 
 NAMES = ("instruct-pix2pix", "hq-edit", "sd3")
 TABLES = {"instruct-pix2pix": "Table III", "hq-edit": "Table IV", "sd3": "Table II"}

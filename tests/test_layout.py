@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 ROOMS = [                                                    # from the top; eight arrows, one between each two lines
-    "compare edit evaluate weights",                         # commands: nothing imports them
+    "compare edit evaluate judge weights",                   # commands: nothing imports them
     "experiments",                                           # the paper's tables
     "immunize methods",                                      # one picture; the registry of methods
     "judging",                                               # verdicts of models and people, and their statistics
@@ -30,13 +30,7 @@ ROOMS = [                                                    # from the top; eig
 ]
 LEVEL = {room: len(ROOMS) - i for i, rooms in enumerate(ROOMS) for room in rooms.split()}
 # Files that stand flat and belong to a room.
-FLAT = {
-    "judge": "judging",
-    "canaries": "judging", "gemini": "judging",
-    "isr": "judging", "ledger": "files", "panels": "judging",
-    "ratings": "judging",
-    "verdicts": "judging", "wire": "judging",
-}
+FLAT = {}
 # Inside models/: loading stands on networks, which stand on layers; a network imports no other network.
 LOADING = {"models.checkpoints", "models.hub", "models.layout", "models.readahead", "models.single_files", "models.sources"}
 LAYERS = {"models.lean", "models.winograd", "models.config", "models.cpu"}

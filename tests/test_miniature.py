@@ -12,8 +12,9 @@ import torch
 from PIL import Image, ImageFilter
 
 import sifm_min
-from sifm_min import isr, miniature
+from sifm_min import miniature
 from sifm_min.miniature import consensus, drawing, world
+from sifm_min.miniature.verdict import Verdict
 
 SAMPLES = 60
 
@@ -109,7 +110,7 @@ def test_the_judges_of_an_editor_are_those_of_its_kind(samples):
 
 
 def test_the_consensus_is_strict(samples, monkeypatch):
-    yes, no = isr.Verdict.of(True, False), isr.Verdict.of(False, False)
+    yes, no = Verdict.of(True, False), Verdict.of(False, False)
     for verdicts, success, obeyed in (((yes, yes), True, False), ((no, no), False, True), ((yes, no), False, False)):
         monkeypatch.setattr(consensus, "judges", {str(i): lambda s, e, v=v: v for i, v in enumerate(verdicts)})
         found = miniature.judge(samples[0], samples[0].image)

@@ -209,7 +209,8 @@ def files(folder, *patterns):
 def shipped(project):
     """What a package holds of the project, under its installed names: code, and the data that setup.cfg names."""
     networks = {f"models/{name}" for name in files(project / "models", "**/*.py", "miniature*/**/*", "lpips/*")}
-    return files(project / "sifm_min", "**/*.py", "**/pages/*.html", "panels/*.json", "**/paper/*.json", "prompts/*") | networks
+    data = ("README.md", "judging/README.md", "**/pages/*.html", "judging/panels/*.json", "**/paper/*.json", "judging/prompts/*")
+    return files(project / "sifm_min", "**/*.py", *data) | networks
 
 
 def test_the_wheel_holds_the_two_folders_and_nothing_else(target, project):

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from results_by_hand import JUDGES, cell, group
 
-from sifm_min import isr, panels
 from sifm_min.experiments import figures, formats, page, tables
+from sifm_min.files.digests import picture_sha256
+from sifm_min.judging.intervals import wilson
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_the_table_equals_a_computation_by_hand(small):
     main, behind, _ = tables.tables(small)
     assert [heading for _, heading in main.columns] == ["Method", "PSNR ↓", "SSIM ↓", "VIFp ↓", "FSIM ↓", "LPIPS ↑", "ISR ↑",
                                                       "p vs SIFM"]
-    low, high = (100 * bound for bound in isr.wilson(3, 4))
+    low, high = (100 * bound for bound in wilson(3, 4))
     assert rows(main)["SIFM"] == ["SIFM", "14.00", "0.5000", "0.2500", "0.7500", "-", f"75% [{low:.0f}, {high:.0f}]",
                                   "reference"]
     assert rows(main)["SIFM, paper"] == ["SIFM, paper", "14.94", "0.5330", "0.1584", "0.7253", "0.4497", "83%", "-"]
@@ -75,7 +76,7 @@ def test_the_worst_attack_decides_picture_by_picture():
     cells = [cell("sifm", "p0", True), cell("sifm, jpeg-50", "p0", True), cell("sifm", "p1", True),
              cell("sifm, jpeg-50", "p1", False), cell("sifm", "p2", False), cell("sifm, jpeg-50", "p2", True)]
     worst = figures.worst(cells)
-    assert (worst.value, worst.low, worst.high) == (1 / 3, *isr.wilson(1, 3))
+    assert (worst.value, worst.low, worst.high) == (1 / 3, *wilson(1, 3))
     assert figures.worst([cell("sifm", "p0", True, judges=None)]) is None
 
 
@@ -130,7 +131,7 @@ def written(small, tmp_path):
     places = {}
     for name, colour in (("a", "red"), ("b", "green"), ("c", "blue"), ("d", "white")):
         image = Image.new("RGB", (16, 16), colour)
-        places[name] = tmp_path / f"{panels.picture_sha256(image)}.png"
+        places[name] = tmp_path / f"{picture_sha256(image)}.png"
         image.save(places[name])
     for one in small["cells"]:
         one["prompt"] = "</script><b>go</b> @data@"

@@ -30,7 +30,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import bench_editors  # noqa: E402
 from bench_measuring import wait  # noqa: E402
 
-from sifm_min import images, judge, metrics, panels  # noqa: E402
+from sifm_min import images, metrics  # noqa: E402
+from sifm_min.judging.edits import read_edits  # noqa: E402
+from sifm_min.judging.panels import Panel  # noqa: E402
+from sifm_min.judging.run import run  # noqa: E402
 from sifm_min.metrics import backbones  # noqa: E402
 from sifm_min.models import mmdit  # noqa: E402
 from sifm_min.models.mmdit import MMDiT, MMDiTConfig  # noqa: E402
@@ -143,7 +146,7 @@ with FakeGemini() as server:
 
 def bench_judge(args):
     os.environ["JUDGE_KEY"] = "none"
-    tests = str(Path(__file__).resolve().parents[1] / "tests")
+    tests = str(Path(__file__).resolve().parents[1] / "tests" / "support")
     service = subprocess.Popen([sys.executable, "-c", SERVICE.format(tests=tests, latency=args.latency)], text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with tempfile.TemporaryDirectory() as folder:
@@ -160,10 +163,10 @@ def bench_judge(args):
         (folder / "edits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         spec = {"provider": "gemini", "model": "gemini-2.5-pro", "base_url": url, "key_env": "JUDGE_KEY"}
         (folder / "panel.json").write_text(json.dumps({"id": "bench", "date": "2026-11-21", "judges": [spec]}))
-        panel, samples = panels.Panel.load(folder / "panel.json"), panels.read_manifest(folder / "edits.jsonl")
+        panel, samples = Panel.load(folder / "panel.json"), read_edits(folder / "edits.jsonl")
         for name in ("asking", "again, all known"):
             started, cpu = time.perf_counter(), time.process_time()
-            found = judge.run(panel, samples, folder / "out", concurrency=args.concurrency, accept=True)
+            found = run(panel, samples, folder / "out", concurrency=args.concurrency, accept=True)
             seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
             if [record.sample_id for record in found.records] != [row["sample_id"] for row in rows]:
                 raise SystemExit("the records are not in the manifest's order")

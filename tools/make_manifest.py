@@ -510,7 +510,7 @@ SCHEMA["required"] = list(SCHEMA["properties"])
 
 def ask_for_unseen(items, args):
     """(items with five unseen prompts each from a model, the sentences of those that got none)."""
-    from sifm_min import ledger
+    from sifm_min.files.ledger import Ledger
     from sifm_min.gemini import Budget, Client, Request, Spec, ask_many
 
     spec = Spec.from_json(_json(Path(args.gemini)) if args.gemini.endswith(".json") else
@@ -530,7 +530,7 @@ def ask_for_unseen(items, args):
         return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
 
     failures, keys = [], {item.id: key(item) for item in items}
-    with ledger.Ledger(args.output / "unseen.jsonl") as kept:
+    with Ledger(args.output / "unseen.jsonl") as kept:
         known = {row["key"]: row for row in kept.rows if row.get("status") == "ok"}
         open_items = list({keys[item.id]: item for item in items if keys[item.id] not in known}.values())
         cli.say(f"asking {spec.model} for the unseen prompts of {len(open_items)} pictures"

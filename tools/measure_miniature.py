@@ -24,8 +24,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sifm_min  # noqa: E402
-from sifm_min import images, isr, miniature, pgd, sifm  # noqa: E402
+from sifm_min import images, miniature, pgd, sifm  # noqa: E402
+from sifm_min.judging.intervals import wilson  # noqa: E402
 from sifm_min.miniature import drawing, world  # noqa: E402
+from sifm_min.miniature.verdict import Verdict  # noqa: E402
 
 
 def edits(args):
@@ -68,7 +70,7 @@ def measure(editor, sample, args):
 
 def verdicts(sample, edited, editor):
     found = {name: judge(sample, edited) for name, judge in miniature.judges_of(editor).items()}
-    consensus = isr.Verdict.consensus(found.values())
+    consensus = Verdict.consensus(found.values())
     return {"obeyed": consensus.obeyed, "success": consensus.success,
             **{name: [v.semantic_mismatch, v.perceptual_degradation] for name, v in found.items()}}
 
@@ -98,7 +100,7 @@ def summarise(name, records):
 
 
 def share(count, total):
-    low, high = isr.wilson(count, total)
+    low, high = wilson(count, total)
     return f"{count}/{total} = {100 * count / max(1, total):.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 

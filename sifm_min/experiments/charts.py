@@ -3,7 +3,7 @@
 import html
 import math
 
-from .. import isr
+from ..judging.intervals import Estimate
 from .figures import PROMPTS, estimated, figures, judges_of, name_of, paper
 
 
@@ -24,7 +24,7 @@ def charts(groups):
                 rates = {arm.partition(" ")[2]: by_arm[arm, "original"].rate.isr for arm in arms if arm.startswith("lambda ")
                          and (arm, "original") in by_arm}
                 theirs = {f"{row['lam']:g}": row["original"]["isr"] for row in paper()["tables"]["VII"]["rows"]}
-                series = {"ours": rates, "the paper, sd3": {lam: isr.Estimate(theirs[lam], None, None, "") for lam in rates
+                series = {"ours": rates, "the paper, sd3": {lam: Estimate(theirs[lam], None, None, "") for lam in rates
                                                             if lam in theirs}}
                 yield chart(f"ISR against lambda: {where}", list(rates), series)
                 continue
@@ -54,7 +54,7 @@ WIDTH, HEIGHT, LEFT, TOP, FOOT = 660, 310, 66, 12, 80
 
 
 def chart(title, places, series):
-    """One chart: at each place along the axis a point with its interval for every series, name -> {place: isr.Estimate}."""
+    """One chart: at each place along the axis a point with its interval for every series, name -> {place: Estimate}."""
     step, rows = (WIDTH - LEFT - 10) / max(1, len(places)), max(1, math.ceil(len(series) / 4))
     total = HEIGHT + 18 * rows
 

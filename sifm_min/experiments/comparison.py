@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from .. import isr
+from ..judging.paired import compare, holm
 from .figures import PROMPTS, judged_by_arm
 
 FEWEST = 6                       # pictures. With 5, the smallest two-sided p of an exact test is 2 / 2**5 = 0.0625
@@ -24,7 +24,7 @@ NOTES = [
 class Paired:
     """The comparison of an arm with SIFM on one type of prompts.
 
-    images: the number of pictures with a pair. note: the reason if there is no p, else "". result: an isr.Comparison of the
+    images: the number of pictures with a pair. note: the reason if there is no p, else "". result: a Comparison of the
     arm (first) with SIFM (second). p_holm: corrected over the `comparisons` of the table.
     """
 
@@ -66,7 +66,7 @@ def against_sifm(cells, judges, names):
             if arm in judged:
                 paired[arm, prompts] = _paired(judged, arm, reference_of(arm, names))
     places = [place for place, pair in paired.items() if pair.result and not pair.note]
-    for place, p in zip(places, isr.holm([paired[place].result.p for place in places]), strict=True):
+    for place, p in zip(places, holm([paired[place].result.p for place in places]), strict=True):
         paired[place] = dataclasses.replace(paired[place], p_holm=p, comparisons=len(places))
     return paired
 
@@ -81,5 +81,5 @@ def _paired(judged, arm, reference):
     images = {place[0] for place, edit in own.items() if edit.complete and place in sifm and sifm[place].complete}
     if not images:
         return Paired(0, NO_PAIR)
-    (result,) = isr.compare(judged, [(arm, reference)])
+    (result,) = compare(judged, [(arm, reference)])
     return Paired(len(images), f"few ({len(images)})" if len(images) < FEWEST else "", result)

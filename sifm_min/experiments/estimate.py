@@ -4,8 +4,8 @@ import os
 import statistics
 import time
 
-from .. import isr
 from ..immunize import immunize
+from ..judging.records import Edit, ask
 from . import results
 from .plan import METRICS, edit_options, prompts_of, words
 from .runner import FAILURES, PIXELS, distances
@@ -107,7 +107,7 @@ def _distances(plan, editors, case, arm, *, step, lpips, **_):
 def _verdict(plan, editors, case, arm, *, judges, **_):
     chosen = judges(editors[arm["target"]])
     image, started = case.read(), time.perf_counter()
-    list(isr.ask(chosen, [isr.Edit("timed", "timed", "timed", arm["name"], case.samples["original"], image)]))
+    list(ask(chosen, [Edit("timed", "timed", "timed", arm["name"], case.samples["original"], image)]))
     return time.perf_counter() - started
 
 

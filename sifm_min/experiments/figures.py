@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from .. import isr
+from ..judging.intervals import Estimate, wilson
+from ..judging.rates import by_judge, controlled, success_rate
+from ..judging.records import Record, by_arm
+from ..miniature.verdict import Verdict, kleene_and
 
 DISTANCES = {"psnr": ("PSNR", "↓", 2), "ssim": ("SSIM", "↓", 4), "vifp": ("VIFp", "↓", 4), "fsim": ("FSIM", "↓", 4),
              "lpips": ("LPIPS", "↑", 4)}
@@ -36,7 +39,7 @@ class Figures:
     """The figures of one arm on one type of prompts.
 
     cells: the number of edits that were made or failed. means, left_out: distance -> mean of the finite values, and the
-    number of the others. rate, controlled: of isr.py, None if nothing is judged.
+    number of the others. rate, controlled: of judging/rates.py, None if nothing is judged.
     """
 
     cells: int
@@ -52,12 +55,12 @@ class Figures:
 
 
 def records(cells, judges):
-    """Yield the isr.Records of cells. A failed cell has records without findings: every planned answer counts."""
+    """Yield the Records of cells. A failed cell has records without findings: every planned answer counts."""
     for cell in cells:
         prompt = f"{cell['prompt_id']}, seed {cell['seed']}"
         for judge in judges:
             without = [None, None, "failed" if cell["failed"] else "not_judged"]
-            yield isr.Record(sample_of(cell), cell["image_id"], prompt, cell["arm"], judge,
+            yield Record(sample_of(cell), cell["image_id"], prompt, cell["arm"], judge,
                              *(cell["judges"] or {}).get(judge, without))
 
 
@@ -72,9 +75,9 @@ def judges_of(cells):
 
 
 def judged_by_arm(cells, judges, prompts):
-    """The judged edits of one prompt type, {arm: {(image, prompt): isr.Judged}}; {} if nobody judged."""
+    """The judged edits of one prompt type, {arm: {(image, prompt): Judged}}; {} if nobody judged."""
     of_type = [cell for cell in cells if cell["prompt_type"] == prompts]
-    return isr.by_arm(records(of_type, judges)) if judges and of_type else {}
+    return by_arm(records(of_type, judges)) if judges and of_type else {}
 
 
 def figures(cells, judges, arms):
@@ -96,7 +99,7 @@ def figures(cells, judges, arms):
                     left_out[distance] = len(values) - len(finite)
             rates = {}
             if judges:
-                rates = {"rate": isr.success_rate(judged, arm), "by_judge": isr.by_judge(judged, arm),
+                rates = {"rate": success_rate(judged, arm), "by_judge": by_judge(judged, arm),
                          "controlled": _controlled(judged, arm)}
             by_arm[arm, prompts] = Figures(len(own), sum(cell["failed"] is not None for cell in own), means, left_out, **rates)
     return by_arm
@@ -109,7 +112,7 @@ def _controlled(judged, arm):
     if arm == control or control not in judged:
         return None
     try:
-        return isr.controlled(judged, arm, control, noise=noise if noise in judged and arm != noise else None)
+        return controlled(judged, arm, control, noise=noise if noise in judged and arm != noise else None)
     except ValueError:                                       # no pair that every judge decided
         return None
 
@@ -118,13 +121,13 @@ def worst(cells):
     """The Estimate of the share of pictures whose edits are thwarted without an attack and after every attack."""
     images = {}
     for cell in cells:
-        verdicts = [isr.Verdict.of(*answer[:2]) for answer in (cell["judges"] or {}).values()]
-        images.setdefault(cell["image_id"], []).append(isr.Verdict.consensus(verdicts).success if verdicts else None)
-    decided = [isr.kleene_and(values) for values in images.values()]
+        verdicts = [Verdict.of(*answer[:2]) for answer in (cell["judges"] or {}).values()]
+        images.setdefault(cell["image_id"], []).append(Verdict.consensus(verdicts).success if verdicts else None)
+    decided = [kleene_and(values) for values in images.values()]
     decided = [value for value in decided if value is not None]
     if not decided:
         return None
-    return isr.Estimate(sum(decided) / len(decided), *isr.wilson(sum(decided), len(decided)), "Wilson")
+    return Estimate(sum(decided) / len(decided), *wilson(sum(decided), len(decided)), "Wilson")
 
 
 def cost(arm):
@@ -139,7 +142,7 @@ def cost(arm):
 
 
 def estimated(estimate):
-    """An isr.Estimate as text: 83% [74, 89]."""
+    """An Estimate as text: 83% [74, 89]."""
     if estimate is None or estimate.value is None:
         return "-"
     return f"{100 * estimate.value:.0f}%" + ("" if estimate.low is None

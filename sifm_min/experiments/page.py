@@ -11,7 +11,8 @@ import json
 import re
 from pathlib import Path
 
-from .. import images, isr
+from .. import images
+from ..miniature.verdict import Verdict
 from .charts import charts
 from .figures import name_of
 
@@ -109,10 +110,10 @@ def _chosen(group, count):
 
 def verdict_of(cell):
     """(the joint verdict in a word, the verdict of each judge in words) of a cell."""
-    verdicts = {judge: isr.Verdict.of(*answer[:2]) for judge, answer in (cell["judges"] or {}).items()}
+    verdicts = {judge: Verdict.of(*answer[:2]) for judge, answer in (cell["judges"] or {}).items()}
     if not verdicts:
         return "no verdict", ""
-    joint = isr.Verdict.consensus(verdicts.values())
+    joint = Verdict.consensus(verdicts.values())
     if joint.success is None or joint.obeyed is None:
         return "no verdict", ""
     reasons = {}

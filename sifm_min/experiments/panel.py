@@ -2,8 +2,9 @@
 
 import json
 
-from .. import cli, panels
+from .. import cli
 from ..files import writing
+from ..judging.edits import EditFile
 from . import results
 from .runner import answers_of
 from .store import keep_verdict
@@ -16,7 +17,7 @@ def judge_edits(folder, plan, panel, cases, share, *, max_cost=None, quiet=False
     share: (index, count) of this process. Each share of the pictures has its own folder of verdicts, and an equal part of
     max_cost.
     """
-    from .. import judge
+    from ..judging.run import UNAVAILABLE, identity, run
     samples, originals, (index, count) = [], {}, share
     for case in filter(lambda case: case.record["sha256"], cases):
         for cell in results.cells(folder, plan, case.record):
@@ -30,8 +31,8 @@ def judge_edits(folder, plan, panel, cases, share, *, max_cost=None, quiet=False
     if not samples:
         return cli.OK
     with cli.progress(total=len(samples) * len(panel.judges), what=panel.id, unit="verdict", quiet=quiet) as bar:
-        place = folder.path / "verdicts" / f"{panel.id}-{judge.identity(panel)[:8]}-{index}of{count}"
-        outcome = judge.run(panel, samples, place, max_cost=max_cost and max_cost / count,
+        place = folder.path / "verdicts" / f"{panel.id}-{identity(panel)[:8]}-{index}of{count}"
+        outcome = run(panel, samples, place, max_cost=max_cost and max_cost / count,
                             notify=lambda text: cli.say(text, quiet=quiet), on_verdict=bar.update)
     answers = {}
     for record in outcome.records:
@@ -43,7 +44,7 @@ def judge_edits(folder, plan, panel, cases, share, *, max_cost=None, quiet=False
     for _, sentence in outcome.failures:
         code = cli.fail(sentence)
     for text, reason in {text: reason for _, reason, text in outcome.stops}.items():
-        code = max(code, cli.fail(text, cli.UNAVAILABLE if reason in judge.UNAVAILABLE else cli.SOME_FAILED))
+        code = max(code, cli.fail(text, cli.UNAVAILABLE if reason in UNAVAILABLE else cli.SOME_FAILED))
     silent = sum(any(record.status != "ok" for record in records) for records in answers.values())
     if silent and code == cli.OK:
         code = cli.fail(f"{silent} of {len(samples)} edits have no verdict of every judge; the same command asks again where a "
@@ -55,7 +56,7 @@ def _sample(folder, cell):
     """An edit as the panel gets it."""
     prompt = f"{cell['prompt_id']}, seed {cell['seed']}, edited by {cell['target']}"
     arm = cell["arm"] if cell["source"] == cell["target"] else f"{cell['arm']}, made for {cell['source']}"
-    return panels.Sample(cell["verdict"], cell["image_id"], prompt, arm, cell["prompt"], folder.picture(cell["original"]),
+    return EditFile(cell["verdict"], cell["image_id"], prompt, arm, cell["prompt"], folder.picture(cell["original"]),
                          folder.picture(cell["edited"]), {"category": cell["category"], "editor": cell["target"],
                                                           "method": cell["arm"], "prompt_type": cell["prompt_type"]})
 

@@ -10,7 +10,8 @@ that was killed, extended or given another option computes only what is new, and
 import inspect
 from dataclasses import dataclass
 
-from .. import __version__, panels
+from .. import __version__
+from ..files.digests import digest
 from ..immunize import METHODS, PROTOCOL, options_of, settings
 
 STEPS = {"immunize": 2, "attack": 1, "edit": 1, "metrics": 1, "lpips": 1, "verdict": 1}   # raised when code changes results
@@ -38,7 +39,7 @@ class Case:
 def identity(editor):
     """Everything that decides an editor's edits, JSON-ready: equal for two editors whose edits are equal."""
     provenance = editor.provenance()
-    config = panels.digest([str(editor.scheduler.config), str(getattr(editor.vae, "config", None))])
+    config = digest([str(editor.scheduler.config), str(getattr(editor.vae, "config", None))])
     fields = {name: provenance[name] for name in ("weights", "scheduler", "defaults", "dtype", "device")} | {"config": config}
     if provenance["vae_dtype"] != "float32":                 # recorded only where it differs from the default
         fields["vae_dtype"] = provenance["vae_dtype"]
@@ -109,7 +110,7 @@ def group_key(plan):
     """The key of the table that a plan belongs to: all of the plan but its pictures, arms and seeds."""
     shared = ("suite", "version", "seed", "eps", "given", "preset", "edit", "prompts")
     editors = {name: about["identity"] for name, about in plan["editors"].items()}
-    return panels.digest([{name: plan[name] for name in shared}, editors, plan["judge"]])
+    return digest([{name: plan[name] for name in shared}, editors, plan["judge"]])
 
 
 def prompts_of(plan, case):
@@ -133,7 +134,7 @@ def edit_options(plan, editor):
 
 def step_key(step, **inputs):
     """The key of a step's result: the hash of all that decides it."""
-    return panels.digest({"step": step, "code": [__version__, STEPS[step]], **inputs})
+    return digest({"step": step, "code": [__version__, STEPS[step]], **inputs})
 
 
 def immunize_key(plan, case, arm):

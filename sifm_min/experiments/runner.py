@@ -6,9 +6,10 @@ A step that fails is written down with its reason and the next one goes on; the 
 import time
 from dataclasses import dataclass
 
-from .. import cli, isr, memory
+from .. import cli, memory
+from ..files.ledger import Busy
 from ..immunize import immunize
-from ..ledger import Busy
+from ..judging.records import Edit, ask
 from .plan import (
     METRICS,
     arm_label,
@@ -220,8 +221,8 @@ class Runner:
 
     def _verdict(self, journal, case, arm, judges, prompt, sha256, key):
         started = time.perf_counter()
-        edit = isr.Edit(sha256, case.record["id"], prompt["id"], arm["name"], case.samples[prompt["id"]], journal.image(sha256))
-        journal.add(key, "verdict", judges=answers_of(isr.ask(judges, [edit])), seconds=round(_since(started), 4))
+        edit = Edit(sha256, case.record["id"], prompt["id"], arm["name"], case.samples[prompt["id"]], journal.image(sha256))
+        journal.add(key, "verdict", judges=answers_of(ask(judges, [edit])), seconds=round(_since(started), 4))
 
 
 def reason_of(error, step):
@@ -247,7 +248,7 @@ def distances(dist, ref, names, device, lpips):
 
 
 def answers_of(records):
-    """{judge: [semantic mismatch, perceptual degradation, status]} of isr.Records on one edit."""
+    """{judge: [semantic mismatch, perceptual degradation, status]} of Records on one edit."""
     return {r.judge: [r.semantic_mismatch, r.perceptual_degradation, r.status] for r in records}
 
 

@@ -12,9 +12,10 @@ import os
 import time
 from pathlib import Path
 
-from .. import cli, ledger, panels
-from ..files import writing
-from ..ledger import Busy, Ledger
+from .. import cli
+from ..files import ledger, writing
+from ..files.digests import digest, picture_sha256
+from ..files.ledger import Busy, Ledger
 
 REMEMBERED = 24                                              # decoded pictures of a journal: the edits of two arms
 
@@ -32,17 +33,17 @@ class Folder:
             writing.make_folder(self.path / inner)
 
     def add_plan(self, plan):
-        path = self.path / "plans" / f"{plan['suite']}-{panels.digest(plan)[:16]}.json"
+        path = self.path / "plans" / f"{plan['suite']}-{digest(plan)[:16]}.json"
         if not path.exists():
             writing.write(path, cli.to_json(plan, indent=1) + "\n", overwrite=True)
 
     def plans(self):
         """The plans, oldest first. Raises ValueError if there are none."""
-        from .. import verdicts
+        from ..judging import summary
         paths = sorted((self.path / "plans").glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
         if not paths:
             raise ValueError(f"{self.path}: holds no results; `evaluate run SUITE -o {self.path}` makes them")
-        return [verdicts.load(path) for path in paths]
+        return [summary.load(path) for path in paths]
 
     def journal(self, sha256):
         """The path of a picture's journal."""
@@ -60,7 +61,7 @@ class Folder:
     def keep(self, image):
         """Write a picture and return the SHA-256 of its pixels."""
         from .. import images  # here, so that `evaluate table` does not load torch
-        sha256 = panels.picture_sha256(image)
+        sha256 = picture_sha256(image)
         if not self.picture(sha256).exists():
             images.write(self.picture(sha256), image, overwrite=True)
         return sha256

@@ -5,7 +5,7 @@ a change of the picture before the edit. Every suite has the clean picture and r
 methods.
 """
 
-from .. import panels
+from ..files.digests import picture_sha256
 from ..immunize import METHODS
 from .plan import NOISE, Case, controls, make_arm
 
@@ -76,8 +76,8 @@ def miniature_cases(count):
 def _world_case(case_id, sample):
     samples = {"original": sample} | {f"unseen-{i}": unseen for i, unseen in enumerate(sample.unseen, 1)}
     prompts = [{"id": name, "type": name.split("-")[0], "instruct": s.prompt, "img2img": s.target_caption,
-                "truth": panels.picture_sha256(s.target)} for name, s in samples.items()]
-    record = {"id": case_id, "category": sample.category, "prompts": prompts, "sha256": panels.picture_sha256(sample.image)}
+                "truth": picture_sha256(s.target)} for name, s in samples.items()]
+    record = {"id": case_id, "category": sample.category, "prompts": prompts, "sha256": picture_sha256(sample.image)}
     return Case(record, lambda: sample.image, samples)
 
 
@@ -102,8 +102,8 @@ def manifest_cases(path, kinds, *, oracles, count=None):
                 record["prompts"].append({
                     "id": name, "type": name.split("-")[0], "instruct": None, "img2img": None,
                     **dict(zip(by_kind, texts, strict=True)),
-                    "truth": panels.picture_sha256(samples[name].target) if oracles else None})
-            record["sha256"] = panels.picture_sha256(item.picture().image)
+                    "truth": picture_sha256(samples[name].target) if oracles else None})
+            record["sha256"] = picture_sha256(item.picture().image)
         except (ValueError, OSError) as error:
             record["reason"] = " ".join(str(error).split())
         cases.append(Case(record, lambda item=item: item.picture().image, samples))

@@ -8,7 +8,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from .. import isr
+from ..judging.agreement import consistency
 from . import comparison
 from .figures import DISTANCES, NAMES, PROMPTS, cost, estimated, figures, judges_of, name_of, paper, records, sample_of, worst
 
@@ -35,7 +35,7 @@ class Table:
 def tables(group, people=()):
     """The Tables of one group: for each editor (each direction of transfer) the paper's table and those behind it.
 
-    people: isr.Records of people who judged the same edits, for Table I.
+    people: Records of people who judged the same edits, for Table I.
     """
     made = []
     plan, suite = group["plan"], group["plan"]["suite"]
@@ -241,7 +241,7 @@ def _agreement(title, cells, judges, people, notes):
     known = {(cell["arm"], sample_of(cell)) for cell in cells}
     people = [record for record in people if (record.arm, record.sample_id) in known]     # not those of other edits
     raters = list(dict.fromkeys(record.judge for record in people))
-    agreement = isr.consistency([*own, *people], people=raters, models=judges) if len(judges) > 1 or raters else {}
+    agreement = consistency([*own, *people], people=raters, models=judges) if len(judges) > 1 or raters else {}
     theirs = {row["who"]: row for row in paper()["tables"]["I"]["rows"]}
     rows, data = [], []
     for who, label in GROUPS.items():

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from .. import cli
-from ..ledger import Busy
+from ..files.ledger import Busy
 
 PACKAGE = __package__.rpartition(".")[0]                     # sifm_min, or the name under which it was vendored
 

@@ -1,7 +1,7 @@
 """The miniature's two independent judges, and their strict consensus.
 
 `judge(sample, edited)` is the strict consensus of two judges. Each judge is an OR of two findings, as in the paper.
-`judges` holds both. They are callables like any other judges, so `isr.ask` makes records of their verdicts.
+`judges` holds both. They are callables like any other judges, so `judging.records.ask` makes records of their verdicts.
 
 pixel oracle: compares the edit O with the exact target T and the source S. Let M be the pixels that the instruction
   changes (by more than 0.06 of the range), p = <O-S, T-S>_M / |T-S|^2_M the progress and r = |O-T|_M / |T-S|_M the

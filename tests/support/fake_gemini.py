@@ -24,7 +24,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sifm_min import canaries
+from sifm_min.judging import canaries
 
 USAGE = {"promptTokenCount": 2710, "candidatesTokenCount": 96, "thoughtsTokenCount": 611, "totalTokenCount": 3417}
 CREDENTIALS = ("x-goog-api-key", "authorization", "cookie", "proxy-authorization", "x-api-key", "api-key")

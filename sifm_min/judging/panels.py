@@ -1,23 +1,22 @@
-"""What is judged, by whom and in which words, as files: manifests, panels, and versioned prompts.
+"""Panels of judges and their prompts, as files.
 
-  manifest  JSON lines, one edited picture each: sample_id, original, edited (files, relative to the manifest), prompt, arm;
-            image_id and prompt_id as in isr.py (default: the original's name and the prompt). More keys are kept as
-            `details`; category, editor, method and prompt_type are used to draw a study from all kinds
-  panel     a JSON file: {"id", "date", "judges": [...]}; panels/ has named ones. It is data with a date because models
-            are replaced under it; rates of different panels are not comparable
-  prompt    what every judge is told, prompts/*.txt with its schema; the text of an id never changes, a new text is a
-            new id. People are told the same rules
+  panel     a JSON file: {"id", "date", "judges": [...]}; panels/ has named ones. It has a date because services replace
+            models. Rates of different panels are not comparable
+  prompt    the instructions of every judge: prompts/*.txt with its schema. The text of an id never changes; a new text
+            gets a new id. People read the same rules
 
 Errors are ValueErrors of one sentence that names the file.
 """
 
-import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from .wire import Request, Spec, loads
+from ..files.digests import digest
+from ..files.json_text import read_object, read_text
+from .question import Request
+from .spec import Spec
 
 HERE = Path(__file__).parent
 SEED = 20250601                                              # sent where a model takes one: best effort
@@ -28,7 +27,7 @@ FINDINGS = ("semantic_mismatch", "perceptual_degradation")
 
 @dataclass(frozen=True)
 class Prompt:
-    """The words of a judge. rules: what people read too; answer: what only a model is told; parts: lines of the question."""
+    """The instructions of a judge. rules: for people and models; answer: for models alone; parts: lines of the question."""
 
     id: str
     rules: str
@@ -42,7 +41,7 @@ class Prompt:
         """The shipped prompt of an id, such as isr-judge/1, or that of a .txt file, relative to the folder `beside`."""
         own = name.endswith(".txt")
         path = Path(beside or ".", name) if own else HERE / "prompts" / f"{_file(name)}.txt"
-        text = _text(path, f"prompt {name!r}: there is none of this id; there are {', '.join(_ids('prompts', '.txt'))}")
+        text = read_text(path, f"prompt {name!r}: there is none of this id; there are {', '.join(_ids('prompts', '.txt'))}")
         head, *sections = re.split(r"^\[(\w+)\]\n", text, flags=re.M)
         about = dict(re.findall(r"^(\w+): (.+)$", head, re.M))
         sections = dict(zip(sections[::2], sections[1::2], strict=True))
@@ -54,7 +53,7 @@ class Prompt:
             raise ValueError(f"{path}: [user] has the lines <original> and <edited>, and <instruction>, once each")
         schema_path = Path(path.parent, about["schema"]) if about["schema"].endswith(".json") else \
             HERE / "prompts" / f"{_file(about['schema'])}.json"
-        schema = _json(schema_path)
+        schema = read_object(schema_path)
         kinds = {key: value.get("type") for key, value in schema.get("schema", {}).get("properties", {}).items()}
         if not isinstance(schema.get("id"), str) or any(kinds.get(name) != "boolean" for name in FINDINGS):
             raise ValueError(f"{schema_path}: a schema has an id, and the boolean properties {' and '.join(FINDINGS)}")
@@ -74,7 +73,7 @@ class Prompt:
         return digest(self.schema)
 
     def request(self, original, edited, instruction, seed=None):
-        """The Request on two PIL pictures; the instruction travels as a JSON string, so that it cannot pose as a rule."""
+        """The Request on two PIL pictures. The instruction is sent as a JSON string, so it cannot be taken for a rule."""
         instruction = json.dumps(instruction, ensure_ascii=False)
         parts, text = [], []
         for line in (*self.parts, None):
@@ -88,7 +87,7 @@ class Prompt:
 
 
 def findings(data):
-    """(mismatch, degradation, evidence) of an answer's object; evidence is cut, for it is written down a thousand times."""
+    """(mismatch, degradation, evidence) of an answer's object. Evidence is cut at 500 characters: it is kept in the journal."""
     evidence = {name: value[:500] for name, value in data.items() if isinstance(value, str)}
     return *(data[name] for name in FINDINGS), evidence
 
@@ -118,7 +117,7 @@ class Panel:
         name = str(name)
         own = name.endswith(".json")
         path = Path(name) if own else HERE / "panels" / (f"{name}.json" if name in names() else "-")
-        given = _json(path, f"panel {name!r}: there is none of this name; there are {', '.join(names())}, "
+        given = read_object(path, f"panel {name!r}: there is none of this name; there are {', '.join(names())}, "
                             "or give a .json file")
         if extra := sorted(given.keys() - {"id", "date", "about", "prompt", "votes", "seed", "judges"}):
             raise ValueError(f"{path}: a panel has no {extra[0]}; it has id, date, judges, and about, prompt, votes, seed")
@@ -147,7 +146,7 @@ class Panel:
         return cls(given["id"], given["date"], judges, prompt, str(given.get("about", "")), votes, seed)
 
     def record(self):
-        """JSON-ready: what stands beside every rate that this panel gave."""
+        """The panel as a JSON-ready dict, to be printed beside every rate that it gave."""
         return {"id": self.id, "date": self.date, "about": self.about, "votes": self.votes, "seed": self.seed,
                 "prompt": self.prompt.id, "prompt_sha256": self.prompt.sha256, "schema": self.prompt.schema_id,
                 "schema_sha256": self.prompt.schema_sha256,
@@ -155,103 +154,11 @@ class Panel:
 
 
 def names():
-    """The named panels, those that need no service first."""
+    """The names of the shipped panels: local ones first."""
     return sorted((path.stem for path in (HERE / "panels").glob("*.json")), key=lambda n: (not n.startswith("local"), n))
 
 
-# ----------------------------------------------------------------------------------------------------------- manifests
-
-@dataclass(frozen=True)
-class Sample:
-    """One edited picture of a manifest; `original` and `edited` are files, `place` says where the manifest has it."""
-
-    sample_id: str
-    image_id: str
-    prompt_id: str
-    arm: str
-    prompt: str
-    original: Path
-    edited: Path
-    details: dict = field(default_factory=dict)
-    place: str = ""
-
-    def record(self):
-        own = ("sample_id", "image_id", "prompt_id", "arm", "prompt")
-        return {**{name: getattr(self, name) for name in own}, "original": str(self.original), "edited": str(self.edited),
-                **self.details}
-
-
-def read_manifest(path):
-    """[Sample] of a manifest, in its order. Whatever is wrong with it is told before anything is bought."""
-    path = Path(path)
-    samples, seen = [], {}
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            row = loads(line)
-            line.encode()
-            json.dumps(row, ensure_ascii=False).encode()     # an escaped half of a character could not be written down
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: is no JSON object ({error}); a manifest has one on each line") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: is no JSON object; a manifest has one on each line")
-        row = {"image_id": row.get("original"), "prompt_id": row.get("prompt"), **row}
-        for name in ("sample_id", "original", "edited", "prompt", "arm", "image_id", "prompt_id"):
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise ValueError(f"{place}: {name} is missing, or no text")
-        files = [path.parent / row.pop(name) for name in ("original", "edited")]
-        own = [row.pop(name) for name in ("sample_id", "image_id", "prompt_id", "arm", "prompt")]
-        sample = Sample(*own, *files, row, place)
-        for file in files:
-            if not file.is_file():
-                raise ValueError(f"{place}: {file}: no such file")
-        for kind, key in (("sample_id", sample.sample_id), ("image and prompt", (sample.image_id, sample.prompt_id))):
-            other = seen.setdefault((kind, sample.arm, key), place)
-            if other != place:
-                raise ValueError(f"{place}: the arm {sample.arm!r} has the same {kind} in line {other.rpartition(' ')[2]}; "
-                                 f"{'number the samples' if kind == 'sample_id' else 'name what else varies as prompt_id'}")
-        samples.append(sample)
-    if not samples:
-        raise ValueError(f"{path}: has no samples; each line is a JSON object with sample_id, original, edited, prompt, arm")
-    return samples
-
-
 # ------------------------------------------------------------------------------------------------------- small helpers
-
-def digest(value):
-    """SHA-256 of a JSON-ready value in one canonical form."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def picture_sha256(image):
-    """Of an RGB picture's size and pixels: the same picture in another file is the same picture."""
-    return digest([*image.size, hashlib.sha256(image.tobytes()).hexdigest()])
-
-
-def _text(path, absent=None):
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(absent or f"{path}: no such file") from None
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: is not UTF-8 text") from None
-
-
-def _json(path, absent=None):
-    text = _text(path, absent)
-    try:
-        value = loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is no JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: is no JSON object")
-    return value
-
 
 def _file(name):
     """isr-judge/1 -> isr-judge-1; nothing that leads out of the folder."""

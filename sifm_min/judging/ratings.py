@@ -1,16 +1,16 @@
-"""People as judges: a blind rating sheet to hand out, and the ratings that come back as isr.Records.
+"""People as judges: a blind rating sheet to hand out, and the ratings that come back as records.
 
     export(samples, "study", ["ann", "ben", "cai"], prompt)      # study/sheet is handed out, study/keep is not
-    found = load("study/keep", ["ann.csv", "ben.csv"])           # found.records go into isr.by_arm and isr.consistency
+    rated = load("study/keep", ["ann.csv", "ben.csv"])           # rated.records go into by_arm and consistency
 
-sheet/ has a page and a table per rater (either may be filled in) and pictures/ under random names. No arm, method or
-original name is in it, each rater has an order of their own, and everything drawn comes from a seed in keep/. The page
-works from the folder, without a network. Raters read the rules that models read, and rate what models rate; beside it
-they are asked whether the edit failed all in all, because the paper does not say which of the two its study counted.
+sheet/ has a page and a table per rater (either may be filled in) and pictures/ under random names. It has no arm, method
+or original name. Each rater has an order of their own, and everything random comes from a seed in keep/. The page works
+from the folder, without a network. Raters read the same rules as models and rate the same two findings. They also answer
+if the edit failed as a whole, because the paper does not say which of the two its study counted.
 
-keep/study_items.csv says what each item is, with the weight (samples of its kind per item drawn) by which rates of the
-study can be brought back to the manifest's proportions. Attention items are originals shown as their own edits: the
-change is missing, and nothing is damaged.
+keep/study_items.csv names each item, with its weight: the samples of its kind per item drawn. Rates of the study can be
+weighted by it to the proportions of the list. Attention items are originals shown as their own edits: the change is
+missing, and nothing is damaged.
 """
 
 import csv
@@ -24,9 +24,11 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from . import isr, panels
-from .files import writing
-from .panels import FINDINGS, Sample
+from ..files import writing
+from ..files.digests import picture_sha256
+from .edits import EditFile
+from .panels import FINDINGS, HERE
+from .records import Record
 
 RATINGS = ("item_id", "rater_id", "semantic_mismatch", "perceptual_degradation", "immunization_success", "seconds",
            "rated_at_utc", "instructions_version", "comment")
@@ -34,14 +36,14 @@ SHOWN = ("edit_prompt", "original_file", "edited_file")      # in a rater's tabl
 ITEMS = ("item_id", "arm", "method", "editor", "prompt_type", "category", "sample_id", "image_id", "prompt_id", "edit_prompt",
          "original_file", "edited_file", "original_sha256", "edited_sha256", "stratum", "weight", "is_attention")
 KINDS = ("arm", "method", "editor", "prompt_type", "category")
-ATTENTION = (True, False)                                    # what is found in an original that poses as its edit
+ATTENTION = (True, False)                                    # the right answer to an attention item
 
 
 # -------------------------------------------------------------------------------------------------------------- export
 
 def export(samples, folder, raters, prompt, *, items=150, attention=10, seed=None, overwrite=False):
-    """Draw a study from a manifest's Samples and write it. Returns keep/study.json as a dict; raises ValueError, OSError."""
-    from . import images
+    """Draw a study from a list of EditFiles and write it. Returns keep/study.json as a dict; raises ValueError, OSError."""
+    from .. import images
     if wrong := [name for name in raters if not re.fullmatch(r"[\w-][\w.-]{0,39}", name)]:
         raise ValueError(f"rater {wrong[0]!r}: a pseudonym has letters, digits, - and _, at most 40")
     if len({name.casefold() for name in raters}) < len(raters):
@@ -59,9 +61,9 @@ def export(samples, folder, raters, prompt, *, items=150, attention=10, seed=Non
     study = {"study": f"{rng.getrandbits(64):016x}", "date": datetime.now(timezone.utc).date().isoformat(), "seed": seed,
              "raters": list(raters), "prompt": prompt.id, "prompt_sha256": prompt.sha256}
     drawn = [(sample, sample.edited, stratum, weight, False) for sample, stratum, weight in draw(samples, items, rng)]
-    posing = rng.sample(samples, min(attention, len(samples)))
-    drawn += [(sample, sample.original, "attention", 1.0, True) for sample in posing]
-    rng.shuffle(drawn)                                       # the order in which files are made tells nothing either
+    unchanged = rng.sample(samples, min(attention, len(samples)))
+    drawn += [(sample, sample.original, "attention", 1.0, True) for sample in unchanged]
+    rng.shuffle(drawn)                                       # so that the order of the files gives nothing away
     rows = []
     for part in ("sheet/pictures", "keep"):
         writing.make_folder(folder / part)
@@ -73,10 +75,10 @@ def export(samples, folder, raters, prompt, *, items=150, attention=10, seed=Non
             row |= {"arm": "attention", "method": ""}
         for which, path in (("original", sample.original), ("edited", edited)):
             image = images.read(path).image
-            row |= {f"{which}_file": f"pictures/{new_name()}.png", f"{which}_sha256": panels.picture_sha256(image)}
+            row |= {f"{which}_file": f"pictures/{new_name()}.png", f"{which}_sha256": picture_sha256(image)}
             images.write(folder / "sheet" / row[f"{which}_file"], image, overwrite=overwrite)
         rows.append(row)
-    template = (panels.HERE / "pages" / "rating.html").read_text(encoding="utf-8")
+    template = (HERE / "pages" / "rating.html").read_text(encoding="utf-8")
     for rater in raters:
         order = rng.sample(rows, len(rows))
         blank = [{**row, "rater_id": rater, "instructions_version": prompt.id} for row in order]
@@ -86,16 +88,16 @@ def export(samples, folder, raters, prompt, *, items=150, attention=10, seed=Non
         table = _table((*RATINGS[:2], *SHOWN, *RATINGS[2:]), blank)
         writing.write(folder / "sheet" / f"{rater}.html", page, overwrite=overwrite)
         writing.write(folder / "sheet" / f"{rater}.csv", table, overwrite=overwrite)
-    study |= {"items": len(rows) - len(posing), "attention": len(posing), "samples": len(samples)}
+    study |= {"items": len(rows) - len(unchanged), "attention": len(unchanged), "samples": len(samples)}
     writing.write(folder / "keep" / "study_items.csv", _table(ITEMS, rows), overwrite=overwrite)
     writing.write(folder / "keep" / "study.json", json.dumps(study, indent=1), overwrite=overwrite)
     return study
 
 
 def draw(samples, items, rng):
-    """[(sample, stratum, weight)]: `items` samples, of each kind (KINDS) at least one, else in proportion.
+    """Draw `items` samples, at least one of each kind (KINDS), else in proportion: [(sample, stratum, weight)].
 
-    What is left after one of each goes by largest remainder; within a kind everyone has the same chance.
+    The rest after one of each goes by largest remainder. Within a kind each sample has the same chance.
     """
     kinds = {}
     for sample in samples:
@@ -123,7 +125,7 @@ def draw(samples, items, rng):
 
 @dataclass(frozen=True)
 class Ratings:
-    """A study's ratings. raters: rater -> counts of what was rated; csv: all rows in one table, in the study's order."""
+    """The ratings of a study. raters: rater -> counts; csv: all rows in one table, in the order of the study."""
 
     records: list
     samples: list
@@ -133,7 +135,7 @@ class Ratings:
 
 
 def load(keep, files):
-    """The Ratings of a study from what its raters sent back; raises ValueError."""
+    """The Ratings of a study from its raters' files; raises ValueError."""
     keep = Path(keep)
     try:
         study = json.loads((keep / "study.json").read_text(encoding="utf-8"))
@@ -164,7 +166,7 @@ def load(keep, files):
     if not found:
         raise ValueError("no row was rated")
     items = [row for row in known.values() if row["is_attention"] == "0"]
-    samples = [Sample(row["sample_id"], row["image_id"], row["prompt_id"], row["arm"], row["edit_prompt"],
+    samples = [EditFile(row["sample_id"], row["image_id"], row["prompt_id"], row["arm"], row["edit_prompt"],
                       Path(row["original_file"]), Path(row["edited_file"]),
                       {name: row[name] for name in KINDS[1:] if row[name]}) for row in items]
     records, raters, nothing = [], {}, dict.fromkeys(RATINGS)
@@ -172,7 +174,7 @@ def load(keep, files):
         for row in items:
             findings = [found.get((rater, row["item_id"]), nothing)[name] for name in FINDINGS]
             names = [row[name] for name in ("sample_id", "image_id", "prompt_id", "arm")]
-            records.append(isr.Record(*names, rater, *findings, "not_rated" if findings == [None, None] else "ok"))
+            records.append(Record(*names, rater, *findings, "not_rated" if findings == [None, None] else "ok"))
         raters[rater] = _counts(rater, known, found)
     rows = [{**found[rater, item], **{name: _mark(found[rater, item][name]) for name in RATINGS[2:5]}}
             for rater in raters for item in known if (rater, item) in found]

@@ -1,31 +1,32 @@
-"""What a folder of verdicts says: its records, and the rates that follow from them, as data and as text.
+"""The summary of a folder of verdicts: its records, and the rates that follow from them, as data and as text.
 
-`judge run` and `judge import-ratings` write such folders: records.jsonl, an isr.Record per line, and run.json, which says
-who judged, by which words, and with which rates.
+`judge run` and `judge import-ratings` write such folders: records.jsonl has a Record per line, and run.json has the judges,
+their prompt and the rates.
 """
 
 import dataclasses
 import json
 from pathlib import Path
 
-from . import isr
+from .rates import by_judge, controlled, success_rate
+from .records import Record, by_arm
 
 
 def load(path):
     """The JSON object in a file of a run, None where there is no such file; raises ValueError."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
+        about = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(about, dict):
             raise ValueError
     except FileNotFoundError:
         return None
     except ValueError:
         raise ValueError(f"{path}: is not a file of a run") from None
-    return found
+    return about
 
 
 def load_records(folder):
-    """([isr.Record], run.json) of a folder that `run` or `import-ratings` wrote; raises ValueError."""
+    """([Record], run.json) of a folder that `run` or `import-ratings` wrote; raises ValueError."""
     folder = Path(folder)
     about = load(folder / "run.json")
     if about is None:
@@ -34,26 +35,26 @@ def load_records(folder):
         raise ValueError(f"{folder}: its run has not ended; run the same command again, it goes on from there")
     try:
         lines = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
-        return [isr.Record(**json.loads(line)) for line in lines], about
+        return [Record(**json.loads(line)) for line in lines], about
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / 'records.jsonl'}: is not a file of a run ({error})") from None
 
 
 def summarize(records, samples):
-    """The rates of a run, JSON-ready, and coverage. Own and unseen prompts apart, where the samples have a prompt_type."""
+    """The rates and the coverage of a run, JSON-ready. Own and unseen prompts are apart if samples have a prompt_type."""
     kinds = {(sample.arm, sample.sample_id): sample.details.get("prompt_type") or "all prompts" for sample in samples}
     grouped = {}
     for record in records:
         grouped.setdefault(kinds[record.arm, record.sample_id], []).append(record)
     tables, decided = {}, 0
     for kind, group in grouped.items():
-        arms, tables[kind] = isr.by_arm(group), {}
+        arms, tables[kind] = by_arm(group), {}
         for arm in arms:
-            rate = isr.success_rate(arms, arm)
+            rate = success_rate(arms, arm)
             decided += rate.complete
             tables[kind][arm] = {
                 "rate": dataclasses.asdict(rate), "controlled": _controlled(arms, arm),
-                "judges": {name: dataclasses.asdict(counts) for name, counts in isr.by_judge(arms, arm).items()}}
+                "judges": {name: dataclasses.asdict(counts) for name, counts in by_judge(arms, arm).items()}}
     return {"coverage": decided / len(samples), "tables": tables}
 
 
@@ -61,13 +62,13 @@ def _controlled(arms, arm):
     if "control" not in arms or arm == "control":
         return None
     try:
-        return dataclasses.asdict(isr.controlled(arms, arm, noise="noise" if "noise" in arms and arm != "noise" else None))
+        return dataclasses.asdict(controlled(arms, arm, noise="noise" if "noise" in arms and arm != "noise" else None))
     except ValueError as error:                              # no pair that every judge decided
         return {"note": str(error)}
 
 
 def describe(about):
-    """run.json as lines of text."""
+    """Yield run.json as lines of text."""
     panel, results = about["panel"], about["results"]
     people = about["kind"] == "people"
     yield (f"{'people' if people else 'panel ' + panel['id']} ({panel['date']}), prompt {panel['prompt']}: "
@@ -83,40 +84,43 @@ def describe(about):
         for name, share in about["self_flips"].items():
             yield f"{name} contradicts itself in {percent(share)} of pairs of votes"
     for kind, arms in results["tables"].items():
-        for arm, found in arms.items():
-            rate = found["rate"]
+        for arm, results_of_arm in arms.items():
+            rate = results_of_arm["rate"]
             yield (f"{arm}, {kind}: ISR {estimated(rate['isr'])} ({rate['successes']} of {rate['complete']}; over all "
                    f"{rate['samples']}: {percent(rate['lowest'])} to {percent(rate['highest'])})")
-            for name, counts in found["judges"].items():
+            for name, counts in results_of_arm["judges"].items():
                 others = ", ".join(f"{status} {n}" for status, n in sorted(counts["statuses"].items()) if status != "ok")
                 yield (f"  {name}: {percent(counts['successes'] / counts['judged'] if counts['judged'] else None)} of "
                        f"{counts['judged']} (mismatch only {counts['mismatch_only']}, degradation only "
                        f"{counts['degradation_only']}, both {counts['both']}){'; ' + others if others else ''}")
-            if (beside := found["controlled"]) and "isr" in beside:
+            if (beside := results_of_arm["controlled"]) and "isr" in beside:
                 ok = beside["ok"]
                 yield (f"  beside the clean edits ({beside['pairs']} pairs): control {estimated(beside['control'])}, added "
                        f"{estimated(beside['added'])}, of edits that work {estimated(ok['isr'])} (n = {ok['complete']}), "
                        f"attributable {estimated(beside['attributable'])}")
                 if beside["beyond_noise"]:
                     yield f"  beyond random noise of the same budget: {estimated(beside['beyond_noise'])}"
-        refused = {arm: _refusals(found["judges"]) for arm, found in arms.items()}
+        refused = {arm: _refusals(results_of_arm["judges"]) for arm, results_of_arm in arms.items()}
         if refused and max(refused.values()) - min(refused.values()) >= 0.02:
             shares = ", ".join(f"{arm} {percent(share)}" for arm, share in refused.items())
             yield f"MARKED: judges refuse more often in some arms ({shares}); compare the bounds, not the rates"
 
 
 def _refusals(counts):
-    total = [sum(one["statuses"].values()) for one in counts.values()]
-    refused = [sum(n for status, n in one["statuses"].items() if status.startswith(("blocked", "refused")))
-               for one in counts.values()]
+    """The share of refusals among all answers of an arm's judges."""
+    total = [sum(judge["statuses"].values()) for judge in counts.values()]
+    refused = [sum(n for status, n in judge["statuses"].items() if status.startswith(("blocked", "refused")))
+               for judge in counts.values()]
     return sum(refused) / sum(total)
 
 
 def percent(share):
+    """A share as a percentage, "-" for None."""
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def estimated(estimate):
+    """An Estimate as text in percent, from its dict."""
     if estimate["value"] is None:
         return f"- ({estimate['note']})"
     interval = "no interval" if estimate["low"] is None else f"{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}"
@@ -124,4 +128,5 @@ def estimated(estimate):
 
 
 def whose(about):
+    """The judges of a run.json, in words."""
     return "people" if about.get("kind") == "people" else f"panel {about.get('panel', {}).get('id')}"

@@ -36,8 +36,10 @@ from fake_gemini import (
 )
 from PIL import Image
 
-from sifm_min import gemini, wire
-from sifm_min.gemini import REASONS, STATUSES, Budget, Client, Key, Request, Spec, Stop, ask_many
+from sifm_min.gemini import REASONS, STATUSES, Answer, Budget, Client, Key, Request, Spec, Stop, ask_many
+from sifm_min.judging import client as client_file
+from sifm_min.judging import outcomes, payload, transport
+from sifm_min.judging.outcomes import requested_wait
 
 SENTINEL = "AQ.sentinel~Key+/0123456789"
 FINDINGS = ("semantic_mismatch", "perceptual_degradation")
@@ -104,7 +106,7 @@ def texts(said):
     """All that can be got out of what a client hands out."""
     for thing in said:
         yield from (repr(thing), str(thing))
-        if isinstance(thing, gemini.Answer):
+        if isinstance(thing, Answer):
             record = json.dumps(thing.record(), ensure_ascii=False)
             record.encode("utf-8")
             yield record
@@ -125,7 +127,7 @@ def bench(capfd, caplog):
     told += [call.path + call.raw.decode("utf-8", "replace") for call in server.calls]
     for text in told:
         assert SENTINEL not in text and "sentinel" not in text
-    for answer in [thing for thing in bench.said if isinstance(thing, gemini.Answer)]:
+    for answer in [thing for thing in bench.said if isinstance(thing, Answer)]:
         assert answer.status in STATUSES
         assert answer.ok or (answer.message and answer.data is None)
     for call in server.calls:
@@ -351,8 +353,8 @@ def test_14_sane_waits_are_honoured(bench, step, waited):
 
 def test_14_a_date_is_read_against_the_clock_of_the_server():
     now, later = (email.utils.formatdate(1_800_000_000 + seconds, usegmt=True) for seconds in (0, 20))
-    assert wire._asked({"Retry-After": later, "Date": now}, []) == 20
-    assert wire._asked({"Retry-After": now, "Date": later}, []) == wire._asked({"Retry-After": later}, []) == 0
+    assert requested_wait({"Retry-After": later, "Date": now}, []) == 20
+    assert requested_wait({"Retry-After": now, "Date": later}, []) == requested_wait({"Retry-After": later}, []) == 0
 
 
 @pytest.mark.parametrize("step, reason, words, calls", [
@@ -418,7 +420,7 @@ def test_16_the_jitter_is_drawn_and_the_wait_is_bounded(bench):
     drawn, client = [], bench.client()
     client._jitter = lambda low, high: drawn.append((low, high)) or 0.0
     for failures in (1, 2, 3, 7, 50):
-        client._back_off(wire.Outcome("again"), failures)
+        client._back_off(outcomes.Outcome("again"), failures)
     assert drawn == [(0, 1), (0, 2), (0, 4), (0, 60), (0, 60)] and bench.time.slept == [0] * 5
 
 
@@ -514,8 +516,8 @@ def test_19_a_model_with_image_in_its_name_is_unknown(bench):
 
 
 def test_19_what_is_refused_before_it_is_sent(bench, monkeypatch):
-    assert wire.INLINE_CAP == 18 * 2**20
-    monkeypatch.setattr(wire, "INLINE_CAP", 2**20)
+    assert client_file.INLINE_CAP == 18 * 2**20
+    monkeypatch.setattr(client_file, "INLINE_CAP", 2**20)
     noise = Image.frombytes("RGB", (700, 700), os.urandom(700 * 700 * 3))
     answer, calls = bench.ask([verdict(True, True)], request=ask(noise))
     assert (answer.status, calls) == ("bad_input", 0) and "2 MiB, more than the 1 that" in answer.message
@@ -600,7 +602,7 @@ def test_23_redirects_are_not_followed(bench, provider, code):
 
 
 def test_24_bodies_without_measure(bench):
-    steps = endless, announced, bomb(100), sends(" " * (gemini.BODY_CAP + 1))
+    steps = endless, announced, bomb(100), sends(" " * (transport.BODY_CAP + 1))
     tracemalloc.start()
     try:
         for step in steps:
@@ -609,7 +611,7 @@ def test_24_bodies_without_measure(bench):
         assert tracemalloc.get_traced_memory()[1] < 30 * 2**20, "what the server holds is in it, too"
     finally:
         tracemalloc.stop()
-    assert bench.server.poured < 4 * gemini.BODY_CAP
+    assert bench.server.poured < 4 * transport.BODY_CAP
     answer, calls = bench.ask([sends("[" * 200_000)])
     assert (answer.status, calls) == ("too_large", 1)
 
@@ -961,20 +963,20 @@ def test_a_request_without_a_schema_is_answered_by_its_text(bench):
 
 def test_a_picture_is_encoded_once_however_many_ask_and_never_mistaken(monkeypatch):
     encoded, frombytes = [], Image.frombytes
-    monkeypatch.setattr(gemini.Image, "frombytes", lambda *given: (encoded.append(given[1]), time.sleep(0.05),
+    monkeypatch.setattr(payload.Image, "frombytes", lambda *given: (encoded.append(given[1]), time.sleep(0.05),
                                                                    frombytes(*given))[2])
-    gemini._png.cache_clear()
+    payload._png.cache_clear()
     wide, high = Image.new("RGB", (64, 32)), Image.new("RGB", (32, 64))      # of the same bytes
-    threads = [threading.Thread(target=gemini._encoded, args=(["?", wide.copy()],)) for _ in range(8)]
+    threads = [threading.Thread(target=payload.encoded, args=(["?", wide.copy()],)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert encoded == [(64, 32)]
-    (_, first), (_, second) = gemini._encoded([wide, high])
+    (_, first), (_, second) = payload.encoded([wide, high])
     assert encoded == [(64, 32), (32, 64)] and first != second
     wide.putpixel((0, 0), (255, 0, 0))                       # the same object, another picture
-    assert gemini._encoded([wide])[0][1] not in (first, second)
+    assert payload.encoded([wide])[0][1] not in (first, second)
     for i in range(100):
-        gemini._encoded([Image.new("RGB", (2, 2), (i, 0, 0))])
-    assert gemini._png.cache_info().currsize <= 16
+        payload.encoded([Image.new("RGB", (2, 2), (i, 0, 0))])
+    assert payload._png.cache_info().currsize <= 16

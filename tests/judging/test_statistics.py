@@ -15,8 +15,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sifm_min import isr, miniature
-from sifm_min.isr import Estimate, NoVerdict, Record, Verdict, wilson
+from sifm_min import miniature
+from sifm_min.judging.agreement import (
+    _multirater,
+    cohen_kappa,
+    consistency,
+    fleiss_kappa,
+    gwet_ac1,
+    percent_agreement,
+    prediction,
+)
+from sifm_min.judging.intervals import Estimate, bootstrap, share, wilson
+from sifm_min.judging.paired import compare, holm, mcnemar, swap_test
+from sifm_min.judging.rates import JudgeCounts, by_judge, controlled, success_rate
+from sifm_min.judging.records import Edit, Record, ask, by_arm
+from sifm_min.miniature.verdict import NoVerdict, Verdict, kleene_and, kleene_not, kleene_or
 
 FINDINGS = list(itertools.product((False, True), repeat=2))
 
@@ -79,12 +92,12 @@ OR = {(T, T): T, (T, F): T, (T, U): T, (F, T): T, (F, F): F, (F, U): U, (U, T): 
 
 
 def test_kleenes_tables():
-    assert [isr.kleene_not(v) for v in (T, F, U)] == [F, T, U]
+    assert [kleene_not(v) for v in (T, F, U)] == [F, T, U]
     for pair in itertools.product((T, F, U), repeat=2):
-        assert isr.kleene_and(pair) is AND[pair] and isr.kleene_or(pair) is OR[pair]
+        assert kleene_and(pair) is AND[pair] and kleene_or(pair) is OR[pair]
     for triple in itertools.product((T, F, U), repeat=3):
-        assert isr.kleene_and(iter(triple)) is AND[AND[triple[:2]], triple[2]]
-        assert isr.kleene_or(iter(triple)) is OR[OR[triple[:2]], triple[2]]
+        assert kleene_and(iter(triple)) is AND[AND[triple[:2]], triple[2]]
+        assert kleene_or(iter(triple)) is OR[OR[triple[:2]], triple[2]]
 
 
 @pytest.mark.parametrize("judges", [1, 2])
@@ -174,10 +187,10 @@ def drawn(seed, arms=("control", "noise", "sifm", "mist"), images=12, prompts=3,
 
 def everything(records, draws=300):
     """All results on records of arms control, noise, sifm, mist by judges a and b."""
-    arms = isr.by_arm(records)
-    return (isr.success_rate(arms, "sifm", draws=draws), isr.controlled(arms, "sifm", noise="noise", draws=draws),
-            isr.compare(arms, [("sifm", "mist"), ("sifm", "noise")], draws=draws),
-            isr.consistency(records, ["a"], ["b"], draws=draws))
+    arms = by_arm(records)
+    return (success_rate(arms, "sifm", draws=draws), controlled(arms, "sifm", noise="noise", draws=draws),
+            compare(arms, [("sifm", "mist"), ("sifm", "noise")], draws=draws),
+            consistency(records, ["a"], ["b"], draws=draws))
 
 
 def test_neither_order_nor_names_of_pictures_decide():
@@ -195,8 +208,8 @@ def test_judges_may_change_their_names():
     records, other = drawn(1), {"a": "b", "b": "a"}
     swapped = [dataclasses.replace(r, judge=other[r.judge]) for r in records]
     assert everything(swapped)[:3] == everything(records)[:3]
-    for label, rows in isr.consistency(records, ["a"], ["b"], draws=200).items():
-        mirrored = isr.consistency(swapped, ["a"], ["b"], draws=200)[label]["people to models"]
+    for label, rows in consistency(records, ["a"], ["b"], draws=200).items():
+        mirrored = consistency(swapped, ["a"], ["b"], draws=200)[label]["people to models"]
         (a, b, n11, n10, n01, n00), = rows["people to models"].tables
         assert mirrored.tables == [(a, b, n11, n01, n10, n00)]
         assert mirrored.cohen.value == rows["people to models"].cohen.value
@@ -211,33 +224,33 @@ def test_results_are_json():
 
 def test_an_unanswered_sample_is_counted_and_a_judge_without_record_is_missing():
     records = rated([True, True]) + [record(2, judge="a")] + [record(3, judge="b", findings=(None, None), status="timeout")]
-    rate = isr.success_rate(isr.by_arm(records), "sifm")
+    rate = success_rate(by_arm(records), "sifm")
     assert (rate.samples, rate.complete, rate.successes, rate.coverage) == (4, 2, 2, 0.5)
     assert (rate.lowest, rate.highest) == (0.5, 1)
-    counts = isr.by_judge(isr.by_arm(records), "sifm")
+    counts = by_judge(by_arm(records), "sifm")
     assert counts["b"].statuses == {"ok": 2, "no record": 1, "timeout": 1}
-    assert isr.success_rate(isr.by_arm(records, ["a"]), "sifm").complete == 3
+    assert success_rate(by_arm(records, ["a"]), "sifm").complete == 3
 
 
 def test_the_panel_can_be_any_of_the_judges():
     records = rated(["split"] * 3 + [True])
-    assert isr.success_rate(isr.by_arm(records, ["a"]), "sifm").isr.value == 1
-    assert isr.success_rate(isr.by_arm(records, ["b"]), "sifm").isr.value == 0.25
+    assert success_rate(by_arm(records, ["a"]), "sifm").isr.value == 1
+    assert success_rate(by_arm(records, ["b"]), "sifm").isr.value == 0.25
 
 
 WRONG = {
-    "nothing": (lambda: isr.by_arm([]), "nothing was judged"),
-    "no rater": (lambda: isr.by_arm(rated([True]), []), "the panel is empty"),
-    "stranger": (lambda: isr.by_arm(rated([True]), ["a", "c"]), "judge 'c' has no record"),
-    "twice": (lambda: isr.by_arm(rated([True]) * 2), "two records of sample '0/own'"),
-    "two places": (lambda: isr.by_arm([record(1), dataclasses.replace(record(2), sample_id="1/own")]), "two images or prompts"),
-    "one place": (lambda: isr.by_arm([record(1), dataclasses.replace(record(1), sample_id="x", judge="b")]), "same image and"),
-    "no arm": (lambda: isr.success_rate(isr.by_arm(rated([True])), "mist"), "arm 'mist' has no sample; there are sifm"),
-    "no control": (lambda: isr.controlled(isr.by_arm(rated([True])), "sifm"), "arm 'control' has no sample"),
-    "no pair": (lambda: isr.compare(isr.by_arm(rated([True]) + rated([None], "mist")), [("sifm", "mist")]), "no image and"),
-    "no family": (lambda: isr.compare(isr.by_arm(rated([True])), []), "nothing to compare"),
-    "alone": (lambda: isr.consistency(rated([True]), ["a"]), "at least two raters"),
-    "both": (lambda: isr.consistency(rated([True]), ["a"], ["a"]), "among the people and among the models"),
+    "nothing": (lambda: by_arm([]), "nothing was judged"),
+    "no rater": (lambda: by_arm(rated([True]), []), "the panel is empty"),
+    "stranger": (lambda: by_arm(rated([True]), ["a", "c"]), "judge 'c' has no record"),
+    "twice": (lambda: by_arm(rated([True]) * 2), "two records of sample '0/own'"),
+    "two places": (lambda: by_arm([record(1), dataclasses.replace(record(2), sample_id="1/own")]), "two images or prompts"),
+    "one place": (lambda: by_arm([record(1), dataclasses.replace(record(1), sample_id="x", judge="b")]), "same image and"),
+    "no arm": (lambda: success_rate(by_arm(rated([True])), "mist"), "arm 'mist' has no sample; there are sifm"),
+    "no control": (lambda: controlled(by_arm(rated([True])), "sifm"), "arm 'control' has no sample"),
+    "no pair": (lambda: compare(by_arm(rated([True]) + rated([None], "mist")), [("sifm", "mist")]), "no image and"),
+    "no family": (lambda: compare(by_arm(rated([True])), []), "nothing to compare"),
+    "alone": (lambda: consistency(rated([True]), ["a"]), "at least two raters"),
+    "both": (lambda: consistency(rated([True]), ["a"], ["a"]), "among the people and among the models"),
     "a number": (lambda: record(1, findings=(1, False)), "true, false or missing, got 1 and False"),
     "a word": (lambda: record(1, findings=(True, "true")), "true, false or missing"),
     "numpy": (lambda: record(1, findings=(np.True_, None)), "true, false or missing"),
@@ -245,8 +258,8 @@ WRONG = {
     "number name": (lambda: Record("s", 1, "p", "arm", "a", True, True), "are texts"),
     "empty name": (lambda: Record("s", "i", "", "arm", "a", True, True), "none empty"),
     "fine": (lambda: NoVerdict("ok"), "why there is no verdict"),
-    "no p": (lambda: isr.holm([0.1, 1.2]), "not all probabilities"),
-    "no count": (lambda: isr.mcnemar(-1, 2), "no counts"),
+    "no p": (lambda: holm([0.1, 1.2]), "not all probabilities"),
+    "no count": (lambda: mcnemar(-1, 2), "no counts"),
 }
 
 
@@ -258,8 +271,8 @@ def test_what_cannot_be_counted_is_said_in_a_sentence(call, sentence):
 
 
 def test_importing_the_file_loads_no_numpy():
-    code = "import sys, sifm_min.isr; sys.exit('numpy' in sys.modules)"
-    assert not subprocess.run([sys.executable, "-c", code], cwd=Path(isr.__file__).parents[1]).returncode
+    code = "import sys, sifm_min.judge; sys.exit('numpy' in sys.modules)"
+    assert not subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode
 
 
 # -- one interface -------------------------------------------------------------------------------------------------------
@@ -272,58 +285,58 @@ def test_oracles_models_and_people_are_judges_alike():
             raise NoVerdict("blocked_prompt")
         return Verdict.of(asked.prompt == "", False)
 
-    edits = [isr.Edit(name, "0", "own", name, sample, picture)
+    edits = [Edit(name, "0", "own", name, sample, picture)
              for name, picture in (("control", sample.target), ("identity", sample.image))]
-    records = list(isr.ask({**miniature.judges, "model": model}, edits))
+    records = list(ask({**miniature.judges, "model": model}, edits))
     records += [Record("control", "0", "own", "control", "person 1", False, None)]
     assert [r.judge for r in records[:3]] == [*miniature.judges, "model"]
     assert records[5] == Record("identity", "0", "own", "identity", "model", None, None, "blocked_prompt")
-    arms = isr.by_arm(records, miniature.judges)
+    arms = by_arm(records, miniature.judges)
     for edit in edits:
         assert arms[edit.arm]["0", "own"].verdict == miniature.judge(sample, edit.edited)
-    assert isr.by_arm(records)["control"]["0", "own"].verdict.success is False
-    assert isr.success_rate(arms, "control").obeyed == 1
+    assert by_arm(records)["control"]["0", "own"].verdict.success is False
+    assert success_rate(arms, "control").obeyed == 1
 
 
 # -- the rate ------------------------------------------------------------------------------------------------------------
 
 def test_the_headline_takes_complete_cases_and_the_bounds_take_all():
     """What one judge refused enters the decided samples only as a failure; a headline over these would be too low."""
-    rate = isr.success_rate(isr.by_arm(rated([True] * 6 + [False] * 1 + ["split"] * 1 + [None] * 1 + ["failed"] * 1)), "sifm")
+    rate = success_rate(by_arm(rated([True] * 6 + [False] * 1 + ["split"] * 1 + [None] * 1 + ["failed"] * 1)), "sifm")
     assert (rate.samples, rate.complete, rate.successes, rate.obeyed, rate.splits) == (10, 8, 6, 1, 1)
     assert rate.isr == Estimate(6 / 8, *wilson(6, 8), "Wilson")
     assert (rate.lowest, rate.highest) == (0.6, 0.7)
 
 
 def test_a_rate_of_no_complete_sample_is_undefined():
-    rate = isr.success_rate(isr.by_arm(rated([None, None, "failed"])), "sifm")
+    rate = success_rate(by_arm(rated([None, None, "failed"])), "sifm")
     assert (rate.isr.value, rate.isr.low, rate.isr.note) == (None, None, "undefined: no sample")
     assert (rate.lowest, rate.highest) == (0, pytest.approx(2 / 3))
 
 
 def test_the_bounds_are_reached_by_the_worst_and_best_answers():
     records = drawn(6, arms=("sifm",), missing=0.3)
-    rate = isr.success_rate(isr.by_arm(records), "sifm", draws=50)
+    rate = success_rate(by_arm(records), "sifm", draws=50)
     ends = []
     for answer in (False, True):
         full = [dataclasses.replace(r, semantic_mismatch=answer, perceptual_degradation=answer, status="ok")
                 if r.semantic_mismatch is None else r for r in records]
-        ends.append(isr.success_rate(isr.by_arm(full), "sifm", draws=50).isr.value)
+        ends.append(success_rate(by_arm(full), "sifm", draws=50).isr.value)
     assert (rate.lowest, rate.highest) == pytest.approx(ends) and ends[0] < ends[1]
 
 
 def test_a_panel_of_two_is_below_its_judges_by_half_their_disagreement():
     records = drawn(7, arms=("sifm",), images=60, missing=0)
-    arms = isr.by_arm(records)
-    single = [counts.successes / counts.judged for counts in isr.by_judge(arms, "sifm").values()]
-    apart = 1 - isr.consistency(records, ["a"], ["b"], draws=10)["success"]["people to models"].observed.value
-    assert isr.success_rate(arms, "sifm", draws=10).isr.value == pytest.approx(sum(single) / 2 - apart / 2)
+    arms = by_arm(records)
+    single = [counts.successes / counts.judged for counts in by_judge(arms, "sifm").values()]
+    apart = 1 - consistency(records, ["a"], ["b"], draws=10)["success"]["people to models"].observed.value
+    assert success_rate(arms, "sifm", draws=10).isr.value == pytest.approx(sum(single) / 2 - apart / 2)
 
 
 def test_a_judges_reasons_are_counted():
     cases = [(True, False)] * 4 + [(False, True)] * 3 + [(True, True)] * 2 + [(False, False), (True, None), (False, None)]
-    counts = isr.by_judge(isr.by_arm([record(i, findings=case) for i, case in enumerate(cases)]), "sifm")["a"]
-    assert counts == isr.JudgeCounts(11, 10, 4, 3, 2, {"ok": 11, "undecided": 1})
+    counts = by_judge(by_arm([record(i, findings=case) for i, case in enumerate(cases)]), "sifm")["a"]
+    assert counts == JudgeCounts(11, 10, 4, 3, 2, {"ok": 11, "undecided": 1})
 
 
 # -- whole images --------------------------------------------------------------------------------------------------------
@@ -332,15 +345,15 @@ def test_the_bootstrap_is_the_exact_distribution_of_resamples():
     """Six images with unlike numbers of prompts: all 6^6 resamples, against ten thousand drawn ones."""
     images = [(1, 1), (5, 5), (0, 5), (3, 5), (2, 4), (5, 7)]
     rows = [(str(i), (k < hits, 1)) for i, (hits, of) in enumerate(images) for k in range(of)]
-    found = isr.bootstrap(rows, {"share": lambda v: v[..., 0] / v[..., 1]})["share"]
+    found = bootstrap(rows, {"share": lambda v: v[..., 0] / v[..., 1]})["share"]
     shares = [sum(h for h, _ in pick) / sum(n for _, n in pick) for pick in itertools.product(images, repeat=6)]
     assert found.value == 16 / 27 and found.note == "bootstrap over 6 images"
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(shares, (0.025, 0.975))), abs=0.012)
 
 
 def test_the_same_seed_gives_the_same_interval():
-    arms = isr.by_arm(drawn(8))
-    first, again, other = (isr.success_rate(arms, "sifm", draws=1500, seed=seed).isr for seed in (0, 0, 1))
+    arms = by_arm(drawn(8))
+    first, again, other = (success_rate(arms, "sifm", draws=1500, seed=seed).isr for seed in (0, 0, 1))
     assert first == again != other
     assert (other.low, other.high) == pytest.approx((first.low, first.high), abs=0.04)
 
@@ -352,7 +365,7 @@ def test_intervals_cover_where_prompts_of_an_image_go_together():
         p = rng.random(60)
         hits = rng.binomial(5, p)
         rows = [(str(i), k < n) for i, n in enumerate(hits) for k in range(5)]
-        found = isr._share(rows, 600, 0)
+        found = share(rows, 600, 0)
         covered += found.low <= 0.5 <= found.high
         low, high = wilson(int(hits.sum()), 300)
         naive += low <= 0.5 <= high
@@ -362,15 +375,15 @@ def test_intervals_cover_where_prompts_of_an_image_go_together():
 
 def test_one_sample_per_image_takes_wilson_and_more_take_images():
     own, unseen = rated([True, False] * 10), rated([True, False, False] * 10, prompts="xyz")
-    assert isr.success_rate(isr.by_arm(own), "sifm").isr.note == "Wilson"
-    assert isr.success_rate(isr.by_arm(unseen[:-6] + unseen[-2:]), "sifm").isr.note == "bootstrap over 10 images"
+    assert success_rate(by_arm(own), "sifm").isr.note == "Wilson"
+    assert success_rate(by_arm(unseen[:-6] + unseen[-2:]), "sifm").isr.note == "bootstrap over 10 images"
 
 
 def test_what_no_resample_changes_gets_no_false_certainty():
-    alike = isr.success_rate(isr.by_arm(rated([True] * 100, prompts="vwxyz")), "sifm").isr
+    alike = success_rate(by_arm(rated([True] * 100, prompts="vwxyz")), "sifm").isr
     assert alike == Estimate(1.0, *wilson(20, 20), "Wilson over 20 images, all alike")
     assert alike.low < wilson(100, 100)[0]
-    even = isr.success_rate(isr.by_arm(rated([True, False] * 9, prompts="xy")), "sifm").isr
+    even = success_rate(by_arm(rated([True, False] * 9, prompts="xy")), "sifm").isr
     assert (even.value, even.low, even.high) == (0.5, None, None) and "all resamples say the same" in even.note
 
 
@@ -383,7 +396,7 @@ def example():
 
 
 def test_the_controlled_rate_of_an_example():
-    found = isr.controlled(isr.by_arm(example()), "sifm")
+    found = controlled(by_arm(example()), "sifm")
     assert (found.pairs, found.left_out) == (100, 0)
     assert found.table == {"both": 10, "arm only": 69, "control only": 2, "neither": 19}
     assert found.isr == Estimate(0.79, *wilson(79, 100), "Wilson")
@@ -398,8 +411,8 @@ def test_the_controlled_rate_of_an_example():
 
 def test_the_noise_arm_stands_beside_it():
     noise = rated([False] * 80 + ["split"] * 2 + [True] * 18, "noise")
-    found = isr.controlled(isr.by_arm(example() + noise), "sifm", noise="noise")
-    assert found.noise == isr.controlled(isr.by_arm(example() + noise), "noise")
+    found = controlled(by_arm(example() + noise), "sifm", noise="noise")
+    assert found.noise == controlled(by_arm(example() + noise), "noise")
     assert found.noise.ok.samples == 82 and found.noise.ok.isr.value == 0
     assert found.beyond_noise.value == pytest.approx(0.79 - 0.18)
     assert found.beyond_noise.low < 0.61 < found.beyond_noise.high
@@ -407,7 +420,7 @@ def test_the_noise_arm_stands_beside_it():
 
 def test_missing_control_verdicts_leave_pairs_out_and_missing_verdicts_widen_the_bounds():
     treated, clean = [True, True, False, None, True], [False, None, False, False, True]
-    found = isr.controlled(isr.by_arm(rated(treated) + rated(clean, "control")), "sifm")
+    found = controlled(by_arm(rated(treated) + rated(clean, "control")), "sifm")
     assert (found.pairs, found.left_out) == (3, 2)
     assert (found.isr.value, found.control.value, found.added.value) == pytest.approx((2 / 3, 1 / 3, 1 / 3))
     assert (found.ok.samples, found.ok.complete, found.ok.successes) == (3, 2, 1)
@@ -415,7 +428,7 @@ def test_missing_control_verdicts_leave_pairs_out_and_missing_verdicts_widen_the
 
 
 def test_where_every_clean_edit_fails_nothing_is_attributable():
-    found = isr.controlled(isr.by_arm(rated([True, False, True]) + rated([True] * 3, "control")), "sifm")
+    found = controlled(by_arm(rated([True, False, True]) + rated([True] * 3, "control")), "sifm")
     assert found.attributable == Estimate(None, None, None, "undefined on these samples")
     assert found.added.value == pytest.approx(-1 / 3)
     assert (found.ok.samples, found.ok.isr.value, found.ok.lowest) == (0, None, None)
@@ -423,17 +436,17 @@ def test_where_every_clean_edit_fails_nothing_is_attributable():
 
 def test_an_arm_against_itself_adds_nothing():
     records = rated([True, False, "split", True])
-    found = isr.controlled(isr.by_arm(records + [dataclasses.replace(r, arm="control") for r in records]), "sifm")
+    found = controlled(by_arm(records + [dataclasses.replace(r, arm="control") for r in records]), "sifm")
     assert found.added.value == found.attributable.value == 0 and found.table["arm only"] == found.table["control only"] == 0
 
 
 # -- method against method -----------------------------------------------------------------------------------------------
 
 def test_mcnemar_of_examples():
-    assert isr.mcnemar(15, 6) == pytest.approx(0.0784, abs=5e-5)
-    assert isr.mcnemar(12, 3) == pytest.approx(0.0352, abs=5e-5)
-    assert isr.mcnemar(0, 0) == isr.mcnemar(4, 4) == 1
-    assert isr.mcnemar(3000, 2000) < 1e-40                   # no overflow on the way
+    assert mcnemar(15, 6) == pytest.approx(0.0784, abs=5e-5)
+    assert mcnemar(12, 3) == pytest.approx(0.0352, abs=5e-5)
+    assert mcnemar(0, 0) == mcnemar(4, 4) == 1
+    assert mcnemar(3000, 2000) < 1e-40                   # no overflow on the way
 
 
 def test_mcnemar_is_the_share_of_coin_tosses_at_least_as_far_from_even():
@@ -441,8 +454,8 @@ def test_mcnemar_is_the_share_of_coin_tosses_at_least_as_far_from_even():
         heads = [sum(toss) for toss in itertools.product((0, 1), repeat=n)]
         for b in range(n + 1):
             further = sum(abs(2 * h - n) >= abs(2 * b - n) for h in heads) / 2 ** n
-            assert isr.mcnemar(b, n - b) == pytest.approx(further) == pytest.approx(isr.mcnemar(n - b, b))
-            assert isr.swap_test([1] * b + [-1] * (n - b) + [0] * 3) == pytest.approx(further)
+            assert mcnemar(b, n - b) == pytest.approx(further) == pytest.approx(mcnemar(n - b, b))
+            assert swap_test([1] * b + [-1] * (n - b) + [0] * 3) == pytest.approx(further)
 
 
 def test_the_swap_test_is_the_share_of_all_swaps():
@@ -450,7 +463,7 @@ def test_the_swap_test_is_the_share_of_all_swaps():
     for _ in range(30):
         steps = [rng.randint(-5, 5) for _ in range(rng.randint(1, 8))]
         sums = [sum(swapped) for swapped in itertools.product(*((d, -d) for d in steps))]
-        assert isr.swap_test(steps) == pytest.approx(sum(abs(s) >= abs(sum(steps)) for s in sums) / len(sums))
+        assert swap_test(steps) == pytest.approx(sum(abs(s) >= abs(sum(steps)) for s in sums) / len(sums))
 
 
 def test_holm_is_the_closure_of_bonferroni():
@@ -460,15 +473,15 @@ def test_holm_is_the_closure_of_bonferroni():
         ps = [rng.choice((rng.random() ** 3, 0.01, 0.02)) for _ in range(rng.randint(1, 6))]
         closed = [max(min(1, size * min(ps[j] for j in held)) for size in range(1, len(ps) + 1)
                       for held in itertools.combinations(range(len(ps)), size) if i in held) for i in range(len(ps))]
-        assert isr.holm(ps) == pytest.approx(closed)
-    assert isr.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert isr.holm([]) == []
+        assert holm(ps) == pytest.approx(closed)
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
 
 
 def test_methods_are_compared_on_the_same_samples():
     first, second = [True] * 15 + [False] * 6 + [True] * 5 + [False] * 4, [False] * 15 + [True] * 6 + [True] * 5 + ["split"] * 4
     records = rated([*first, None, True]) + rated([*second, True, "failed"], "mist") + rated([*first, True, True], "ace")
-    found = isr.compare(isr.by_arm(records), [("sifm", "mist"), ("sifm", "ace"), ("mist", "sifm")])
+    found = compare(by_arm(records), [("sifm", "mist"), ("sifm", "ace"), ("mist", "sifm")])
     one, same, mirrored = found
     assert (one.pairs, one.left_out, one.only_first, one.only_second, one.test) == (30, 2, 15, 6, "exact McNemar")
     assert one.p == pytest.approx(0.0784, abs=5e-5) and one.p_holm == pytest.approx(3 * one.p) and one.comparisons == 3
@@ -480,10 +493,10 @@ def test_methods_are_compared_on_the_same_samples():
 
 def test_several_prompts_of_an_image_are_swapped_together():
     """Ten images, on each of which one method wins all five prompts: fifty wins say no more than ten."""
-    found, = isr.compare(isr.by_arm(rated([True] * 50, prompts="vwxyz") + rated([False] * 50, "mist", prompts="vwxyz")),
+    found, = compare(by_arm(rated([True] * 50, prompts="vwxyz") + rated([False] * 50, "mist", prompts="vwxyz")),
                          [("sifm", "mist")])
     assert found.test == "exact swap of whole images" and found.only_first == 50
-    assert found.p == pytest.approx(2 / 2 ** 10) and found.p > 1e6 * isr.mcnemar(50, 0)
+    assert found.p == pytest.approx(2 / 2 ** 10) and found.p > 1e6 * mcnemar(50, 0)
 
 
 # -- agreement -----------------------------------------------------------------------------------------------------------
@@ -497,20 +510,20 @@ KAPPA = {(45, 15, 25, 15): (0.60, 0.1304), (40, 9, 6, 45): (0.85, 0.70), (80, 10
 @pytest.mark.parametrize("table", KAPPA)
 def test_cohens_kappa_equals_published_values(table):
     digits = 5e-5 if table in ((45, 15, 25, 15), (118, 5, 2, 0)) else 5e-3
-    assert (isr.percent_agreement(*table), isr.cohen_kappa(*table)) == pytest.approx(KAPPA[table], abs=digits)
+    assert (percent_agreement(*table), cohen_kappa(*table)) == pytest.approx(KAPPA[table], abs=digits)
 
 
 def test_ac1_equals_published_values():
-    assert isr.gwet_ac1([0, 7, 118]) == pytest.approx(0.9408, abs=5e-5)
-    assert isr.gwet_ac1([1, 9, 140]) == pytest.approx(0.935, abs=5e-4)
+    assert gwet_ac1([0, 7, 118]) == pytest.approx(0.9408, abs=5e-5)
+    assert gwet_ac1([1, 9, 140]) == pytest.approx(0.935, abs=5e-4)
 
 
 def test_fleiss_kappa_of_an_example():
     yes = (3, 3, 3, 2, 2, 1, 0, 0, 3, 1)
     histogram = [yes.count(k) for k in range(4)]
-    agree, share = isr._multirater(histogram)
+    agree, share = _multirater(histogram)
     assert (agree, share ** 2 + (1 - share) ** 2) == pytest.approx((0.7333, 0.52), abs=5e-5)
-    assert isr.fleiss_kappa(histogram) == pytest.approx(0.4444, abs=5e-5)
+    assert fleiss_kappa(histogram) == pytest.approx(0.4444, abs=5e-5)
 
 
 def test_several_raters_are_the_average_over_their_pairs():
@@ -523,18 +536,18 @@ def test_several_raters_are_the_average_over_their_pairs():
         flat = [vote for r in ratings for vote in r]
         agree = sum(pairs) / len(pairs)
         chance = sum(a == b for a in flat for b in flat) / len(flat) ** 2
-        assert isr.fleiss_kappa(histogram) == pytest.approx((agree - chance) / (1 - chance))
-        assert isr.gwet_ac1(histogram) == pytest.approx((agree - (1 - chance)) / chance)     # 2p(1-p) is the rest
+        assert fleiss_kappa(histogram) == pytest.approx((agree - chance) / (1 - chance))
+        assert gwet_ac1(histogram) == pytest.approx((agree - (1 - chance)) / chance)     # 2p(1-p) is the rest
 
 
 def test_raters_who_always_say_the_same():
     for table, histogram in (((9, 0, 0, 0), [0, 0, 9]), ((0, 0, 0, 9), [9, 0, 0])):
-        assert math.isnan(isr.cohen_kappa(*table)) and math.isnan(isr.fleiss_kappa(histogram))
-        assert isr.percent_agreement(*table) == isr.gwet_ac1(histogram) == 1
-    assert isr.cohen_kappa(5, 0, 0, 4) == isr.fleiss_kappa([4, 0, 5]) == 1
-    assert isr.cohen_kappa(0, 5, 5, 0) == pytest.approx(-1)
-    assert all(math.isnan(f(*x)) for f, x in ((isr.cohen_kappa, (0, 0, 0, 0)), (isr.gwet_ac1, ([0, 0, 0],))))
-    found = isr.consistency([record(i, judge=j) for i in range(9) for j in "abc"], models="abc")["success"]["models"]
+        assert math.isnan(cohen_kappa(*table)) and math.isnan(fleiss_kappa(histogram))
+        assert percent_agreement(*table) == gwet_ac1(histogram) == 1
+    assert cohen_kappa(5, 0, 0, 4) == fleiss_kappa([4, 0, 5]) == 1
+    assert cohen_kappa(0, 5, 5, 0) == pytest.approx(-1)
+    assert all(math.isnan(f(*x)) for f, x in ((cohen_kappa, (0, 0, 0, 0)), (gwet_ac1, ([0, 0, 0],))))
+    found = consistency([record(i, judge=j) for i in range(9) for j in "abc"], models="abc")["success"]["models"]
     assert found.cohen == found.fleiss == Estimate(None, None, None, "undefined on these samples")
     assert found.ac1.value == found.observed.value == 1 and "all resamples say the same" in found.ac1.note
 
@@ -551,7 +564,7 @@ def panel_study():
 
 
 def test_table_one():
-    table = isr.consistency(panel_study(), people="pqr", models="xy", draws=500)
+    table = consistency(panel_study(), people="pqr", models="xy", draws=500)
     assert list(table) == ["semantic_mismatch", "perceptual_degradation", "success"]
     rows = table["success"]
     assert list(rows) == ["people", "models", "people to models", "majority to consensus"]
@@ -566,15 +579,15 @@ def test_table_one():
     consensus = rows["majority to consensus"]
     (first, second, n11, n10, n01, n00), = consensus.tables
     assert (first, second, n11, n10, n01, n00) == ("majority", "consensus", 5, 2, 0, 5)
-    assert isr.prediction(n11, n10, n01, n00) == pytest.approx({"precision": 1, "recall": 5 / 7, "bias": -2 / 12})
-    assert isr.prediction(0, 0, 0, 3) == {"precision": None, "recall": None, "bias": 0}
+    assert prediction(n11, n10, n01, n00) == pytest.approx({"precision": 1, "recall": 5 / 7, "bias": -2 / 12})
+    assert prediction(0, 0, 0, 3) == {"precision": None, "recall": None, "bias": 0}
     assert table["semantic_mismatch"] == rows and table["perceptual_degradation"]["people"].cohen.value is None
 
 
 def test_every_pair_counts_on_what_both_rated():
     records = panel_study()
     records[0] = dataclasses.replace(records[0], semantic_mismatch=None, perceptual_degradation=None, status="skipped")
-    rows = isr.consistency([r for r in records if (r.judge, r.image_id) != ("x", "5")], "pqr", "xy", draws=100)["success"]
+    rows = consistency([r for r in records if (r.judge, r.image_id) != ("x", "5")], "pqr", "xy", draws=100)["success"]
     assert (rows["people"].items, rows["people"].left_out) == (11, 1)
     assert [sum(t[2:]) for t in rows["people"].tables] == [11, 11, 12]
     assert [sum(t[2:]) for t in rows["people to models"].tables] == [10, 11, 11, 12, 11, 12]
@@ -589,14 +602,14 @@ def test_every_pair_counts_on_what_both_rated():
 
 def test_the_study_is_what_people_rated():
     more = [record(i, judge=judge) for i in range(100, 160) for judge in "xy"]
-    assert isr.consistency(panel_study() + more, "pqr", "xy", draws=50) == isr.consistency(panel_study(), "pqr", "xy", draws=50)
-    assert isr.consistency(panel_study() + more, models="xy", draws=50)["success"]["models"].items == 72
+    assert consistency(panel_study() + more, "pqr", "xy", draws=50) == consistency(panel_study(), "pqr", "xy", draws=50)
+    assert consistency(panel_study() + more, models="xy", draws=50)["success"]["models"].items == 72
 
 
 def test_an_even_number_of_people_can_be_tied():
     tied = [record(0, judge=j, findings=(v, False)) for j, v in zip("pqx", (True, False, True), strict=True)]
     rest = [record(i, judge=j) for i in (1, 2) for j in "pqx"]
-    assert isr.consistency(tied + rest, "pq", "x", draws=10)["success"]["majority to consensus"].items == 2
+    assert consistency(tied + rest, "pq", "x", draws=10)["success"]["majority to consensus"].items == 2
 
 
 def test_agreement_is_resampled_by_image():
@@ -608,6 +621,6 @@ def test_agreement_is_resampled_by_image():
     for group in (1, 5):
         records = [record(i // group, i % group, judge=j, findings=(v, False)) for i, votes in enumerate(said)
                    for j, v in zip("ab", votes, strict=True)]
-        found = isr.consistency(records, models="ab", draws=2000)["success"]["models"]
+        found = consistency(records, models="ab", draws=2000)["success"]["models"]
         widths.append(found.ac1.high - found.ac1.low)
     assert widths[1] > 1.6 * widths[0]

@@ -15,8 +15,13 @@ import browser
 import pytest
 from PIL import Image
 
-from sifm_min import isr, judge, ratings
-from sifm_min.panels import Prompt, Sample, picture_sha256, read_manifest
+from sifm_min import judge
+from sifm_min.files.digests import picture_sha256
+from sifm_min.judging import ratings
+from sifm_min.judging.agreement import consistency
+from sifm_min.judging.edits import EditFile, read_edits
+from sifm_min.judging.panels import Prompt
+from sifm_min.judging.records import Record
 
 ARMS = ("control", "noise", "sifm", "photoguard-encoder")
 PROMPT = Prompt.load("isr-judge/1")
@@ -40,7 +45,7 @@ def make_manifest(folder, count=6, arms=ARMS):
 @pytest.fixture
 def study(tmp_path):
     """A study of 24 items and 3 attention items for two raters, with seed 5."""
-    samples = read_manifest(make_manifest(tmp_path))
+    samples = read_edits(make_manifest(tmp_path))
     ratings.export(samples, tmp_path / "study", ["ann", "ben"], PROMPT, items=24, attention=3, seed=5)
     return tmp_path / "study"
 
@@ -113,7 +118,7 @@ def test_every_rater_has_all_items_in_an_order_of_their_own(study):
 
 
 def test_the_key_says_what_every_item_is(study, tmp_path):
-    samples = {(s.arm, s.sample_id): s for s in read_manifest(tmp_path / "edits.jsonl")}
+    samples = {(s.arm, s.sample_id): s for s in read_edits(tmp_path / "edits.jsonl")}
     known = items(study)
     assert len(known) == 27 and tuple(next(iter(known.values()))) == ratings.ITEMS
     for row in known.values():
@@ -130,7 +135,7 @@ def test_the_key_says_what_every_item_is(study, tmp_path):
 
 
 def test_a_seed_makes_the_same_study_and_without_one_it_is_drawn_and_kept(tmp_path):
-    samples = read_manifest(make_manifest(tmp_path, 4, ARMS[:2]))
+    samples = read_edits(make_manifest(tmp_path, 4, ARMS[:2]))
 
     def keep(name, seed):
         made = ratings.export(samples, tmp_path / name, ["ann"], PROMPT, items=8, attention=1, seed=seed)
@@ -145,7 +150,7 @@ def test_a_draw_has_every_kind_and_keeps_the_proportions():
     rng = random.Random(3)
     for _ in range(200):
         sizes = {f"arm{i}": rng.randint(1, 40) for i in range(rng.randint(1, 12))}
-        samples = [Sample(f"{arm}-{i}", f"i{i}", "p", arm, "p", Path("x"), Path("y"), {"category": "c"})
+        samples = [EditFile(f"{arm}-{i}", f"i{i}", "p", arm, "p", Path("x"), Path("y"), {"category": "c"})
                    for arm, size in sizes.items() for i in range(size)]
         wanted = rng.randint(len(sizes), len(samples) + 5)
         drawn = ratings.draw(samples, wanted, rng)
@@ -157,7 +162,7 @@ def test_a_draw_has_every_kind_and_keeps_the_proportions():
             assert all(abs(counts[arm] - exact[arm]) < 1 for arm in sizes)
         assert sum(weight for _, _, weight in drawn) == pytest.approx(len(samples))
     with pytest.raises(ValueError, match="3 items are fewer than the 4 kinds"):
-        ratings.draw([Sample("a", "i", "p", arm, "p", Path(), Path()) for arm in ARMS], 3, rng)
+        ratings.draw([EditFile("a", "i", "p", arm, "p", Path(), Path()) for arm in ARMS], 3, rng)
 
 
 def test_a_study_is_not_replaced_by_chance(study, tmp_path, capsys):
@@ -188,7 +193,7 @@ def test_a_sheet_goes_out_and_comes_back(study, tmp_path):
     for record in found.records:
         assert (record.semantic_mismatch, record.perceptual_degradation) == truth({"is_attention": "0", "arm": record.arm})
         assert record.status == "ok"
-    named = {(s.arm, s.sample_id, s.image_id, s.prompt_id) for s in read_manifest(tmp_path / "edits.jsonl")}
+    named = {(s.arm, s.sample_id, s.image_id, s.prompt_id) for s in read_edits(tmp_path / "edits.jsonl")}
     assert {(r.arm, r.sample_id, r.image_id, r.prompt_id) for r in found.records} == named       # pairs with models' records
     merged = study.parent / "merged.csv"
     merged.write_text(found.csv, encoding="utf-8", newline="")
@@ -256,7 +261,7 @@ def test_other_files_are_refused_too(study, tmp_path):
 
 
 def test_table_one_of_people_and_models(study, tmp_path, capsys):
-    """import-ratings and a folder of model verdicts, through `consistency`, give what isr.consistency gives."""
+    """import-ratings and a folder of model verdicts, through `consistency`, give what consistency gives."""
     def ben(row, item):
         if item["sample_id"] == "s0" and item["is_attention"] == "0":
             row["perceptual_degradation"] = 1
@@ -267,14 +272,14 @@ def test_table_one_of_people_and_models(study, tmp_path, capsys):
     assert "ben: 24 of 24 items rated, 3 of 3 attention items right; 2 overall answers differ" in told.err
     assert "sifm, own: ISR 100.0 %" in told.out and "beside the clean edits (3 pairs)" in told.out
     models.mkdir()
-    said = [isr.Record(s.sample_id, s.image_id, s.prompt_id, s.arm, model, s.arm == "sifm", False)
-            for s in read_manifest(tmp_path / "edits.jsonl") for model in ("one", "two")]
+    said = [Record(s.sample_id, s.image_id, s.prompt_id, s.arm, model, s.arm == "sifm", False)
+            for s in read_edits(tmp_path / "edits.jsonl") for model in ("one", "two")]
     (models / "records.jsonl").write_text("".join(json.dumps(vars(record)) + "\n" for record in said))
     (models / "run.json").write_text(json.dumps({"kind": "models", "state": "ended"}))
     assert judge.main(["consistency", str(people), str(models), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     rated = ratings.load(study / "keep", files).records
-    expected = isr.consistency([*rated, *said], people=["ann", "ben"], models=["one", "two"])
+    expected = consistency([*rated, *said], people=["ann", "ben"], models=["one", "two"])
     assert found["success"].keys() == expected["success"].keys() == {
         "people", "models", "people to models", "majority to consensus"}
     assert found["success"]["people"]["observed"]["value"] == expected["success"]["people"].observed.value < 1
@@ -301,7 +306,7 @@ def test_the_page_loads_nothing_and_its_script_parses(study, tmp_path):
 def test_a_sheet_rated_by_keys_in_a_browser(tmp_path):
     if not browser.find():
         pytest.skip("no Chromium here (on the PATH, or named by CHROMIUM)")
-    samples = read_manifest(make_manifest(tmp_path, 2, ("control", "sifm")))
+    samples = read_edits(make_manifest(tmp_path, 2, ("control", "sifm")))
     study, downloads = tmp_path / "study", tmp_path / "downloads"
     ratings.export(samples, study, ["ann"], PROMPT, items=4, attention=1, seed=1)
     known = items(study)

@@ -1,7 +1,7 @@
-"""Ten edits whose verdict is known, drawn here: who misjudges them should judge nothing else.
+"""Canaries: ten edits with a known verdict, drawn here. A judge that misjudges two of them is not used.
 
-They find a model that was exchanged behind its name, one that cannot see or compare two pictures, a context that is cut,
-and an answer format that broke, for a few cents and before the samples are paid for.
+For a few cents, and before the samples are paid for, they detect a model that was replaced under its name, one that cannot
+see or compare two pictures, a context that is cut, and a broken answer format.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ SIZE = 384                                                   # no service scales
 
 @dataclass(frozen=True)
 class Canary:
-    """A pair of PIL pictures, the instruction, and what a judge has to find."""
+    """A pair of PIL pictures, the instruction, and the right findings."""
 
     name: str
     original: object
@@ -23,7 +23,7 @@ class Canary:
 
 
 def canaries():
-    """[Canary], the same ten each time."""
+    """The ten canaries, the same each time."""
     from PIL import Image
     ground, red, blue, green, black = (214, 208, 196), (200, 40, 40), (40, 70, 200), (40, 150, 60), (16, 16, 16)
     disc = _scene(ground, red)
