@@ -13,6 +13,8 @@ from results_by_hand import JUDGES, cell, group
 from sifm_min.experiments import figures, formats, page, tables
 from sifm_min.files.digests import picture_sha256
 from sifm_min.judging.intervals import wilson
+from sifm_min.judging.rates import success_rate
+from sifm_min.judging.records import by_arm
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_the_table_equals_a_computation_by_hand(small):
 def test_unseen_prompts_are_clustered_by_picture():
     cells = [cell("sifm", f"p{i}", i < 2, f"unseen-{k}") for i in range(4) for k in range(5)]
     main, _ = tables.tables(group(cells))
-    expected = isr.success_rate(isr.by_arm(figures.records(cells, JUDGES)), "sifm").isr
+    expected = success_rate(by_arm(figures.records(cells, JUDGES)), "sifm").isr
     assert "bootstrap over 4 images" in expected.note
     assert rows(main)["SIFM"][-2] == f"50% [{100 * expected.low:.0f}, {100 * expected.high:.0f}]" != "50% [30, 70]"
 
