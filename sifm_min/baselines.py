@@ -1,16 +1,17 @@
-"""What SIFM is compared with: the seven methods of the paper's tables, and the control that every figure needs beside it.
+"""The methods that SIFM is compared with: the seven of the paper's tables, and the noise control.
 
-Each is an objective on the loop of `pgd.py`, called like `sifm.sifm`, and written from its formula: no code and no asset of
-the originals is here. By default all run under the paper's protocol: the same budget, 100 iterations of 1/255, the same
-random start. How each original was run is its preset "native" (`NATIVE`, at the end); a preset never changes the budget,
-which is a promise to whoever looks at the picture.
+Each is an objective for the loop of `pgd.py`, called like `sifm.sifm`, and written from its formula, without code or assets
+of the originals. By default all run under the paper's protocol: the same budget, 100 iterations of 1/255, the same random
+start. The preset "native" (`NATIVE`, at the end) runs a method with its original's settings. No preset changes the budget,
+because it limits how visible the perturbation is.
 
-    E(x)  the VAE encoder's posterior mean, unscaled (on InstructPix2Pix the image condition);  z(x)  the same in the
-    denoiser's scale;  z_t = noise_latent(z, eta, t);  eps_t(x, c)  the noise that the denoiser takes to be in z_t(x)
-    x     the picture as it is;   x'  the immunized one;   every loss is minimised
+    E(x)   the mean of the VAE's posterior, unscaled: the image latent
+    z(x)   the same in the denoiser's scale;   z_t = noise_latent(E, eta, t), the noisy latent
+    eps_t(x, c)   the noise that the denoiser predicts in z_t(x) for the context c
+    x      the original;   x'  the immunized picture;   every loss is minimised
 
-Originals that sample the posterior take its mean here, so that one seed gives one result. Costs are passes of one picture
-in each step, forward and backward (1F 1B); what a run took in all is in its report.
+Where an original samples the posterior, this file takes the mean, so that one seed gives one result. "Cost" counts passes of
+one picture per step, forward and backward (1F 1B); a report has the sums of its run.
 """
 
 import math
@@ -31,9 +32,9 @@ NOT_IN_THE_PAPER = ("the paper leaves this method out on Stable Diffusion 3, as 
 
 
 def noise(editor, x_orig, contexts, *, generator):
-    """Uniform random noise at the same budget: no objective, so the loop returns its random start as it is.
+    """Uniform random noise at the same budget: without an objective, the loop returns its random start.
 
-    Whatever this control achieves is no merit of a method. Cost: nothing.
+    It is the control: what it achieves is no merit of a method. Cost: nothing.
     """
     return None
 
@@ -41,17 +42,17 @@ def noise(editor, x_orig, contexts, *, generator):
 # ----------------------------------------------------------------------------------------------------- the encoder alone
 
 def photoguard_encoder(editor, x_orig, contexts, *, generator, variant="zero"):
-    """PhotoGE, the encoder attack of PhotoGuard: the picture is to look to the encoder like nothing at all.
+    """PhotoGE, PhotoGuard's attack on the encoder: make the latent that of an empty picture.
 
         L = || z(x') - z_target ||_2
 
-    Salman et al. 2023 (arXiv 2302.06588), and the notebooks of MadryLab/photoguard. variant: "zero", the zero
-    latent of the image-to-image notebook; or "grey", the latent of a mid-grey picture, for the grey card of the inpainting
-    demo. It targets the encoder and knows no prompt. On InstructPix2Pix zero is what the editor is shown where there is
-    no picture, so the edit becomes text-to-image; on SD3 it is the zero of the denoiser's scale. Cost: encoder 1F 1B.
-    native: 1000 iterations from 0.010 linearly down to a hundredth of it.
+    Salman et al. 2023 (arXiv 2302.06588), and the notebooks of MadryLab/photoguard. Targets the encoder; uses no prompt.
+    variant: "zero", the zero latent of the image-to-image notebook, or "grey", the latent of a mid-grey picture, as in the
+      inpainting demo. On InstructPix2Pix zero is also the image latent of guidance without a picture, so the edit becomes
+      text-to-image. On SD3 it is zero in the denoiser's scale.
+    Cost: encoder 1F 1B. native: 1000 iterations from 0.010 linearly down to a hundredth of it.
     """
-    _one_of(variant, ("zero", "grey"))
+    _check_variant(variant, ("zero", "grey"))
     target = _latent(editor, torch.full_like(editor.resize(x_orig), 0.5)) if variant == "grey" else 0
 
     def objective(x_imu, step):
@@ -62,45 +63,45 @@ def photoguard_encoder(editor, x_orig, contexts, *, generator, variant="zero"):
 
 
 def editshield(editor, x_orig, contexts, *, generator, variant="eot"):
-    """ED, EditShield: the latent is to move as far as it can, wherever that is, also after the picture was transformed.
+    """ED, EditShield: move the latent as far as possible in any direction, also after the picture was transformed.
 
         eot       L = - MSE( E(tau(x')), E(tau(x)) )          tau drawn at every step
         plain     L = - MSE( E(x'), E(x) )
         released  L = - MSE( [z_t(x'); E(x')], [z_s(x); E(x)] ) + 0.1 MSE(x', x)
 
-    Chen et al. 2024 (ECCV), and Allen-piexl/Editshield. It targets the encoder and knows no prompt. tau is the picture as it
-    is, a crop (80 to 100 % of each side), a Gaussian blur (sigma 0.5 to 1.5 pixels) or a rotation (up to 5 degrees), each
-    as likely: the paper names the kinds, the strengths are ours. The released code takes one fixed transformation for an
-    expectation, and in one script compares a rotated picture with one that is not; here both are transformed alike.
-    "released" is the loss that its scripts run, a penalty in place of a bound, where t, s and both noises are drawn
-    independently of one another, s and its noise once: mostly noise, but what moves it off delta = 0, where the other two
-    have no gradient. Of its faults three are not kept: no projection, pixels in [0,1] for a VAE trained on [-1,1], and
-    8-bit wraparound.
-    Cost: encoder 2F 1B (eot), 1F 1B (the others). native: released, 30 iterations of 0.001 from zero; Adam at that rate
-    there, steps by the sign here.
-    On SD3, whose denoiser sees no condition beside the latent, "released" is refused.
+    Chen et al. 2024 (ECCV), and Allen-piexl/Editshield. Targets the encoder; uses no prompt.
+    tau: the picture unchanged, a crop (80 to 100 % of each side), a Gaussian blur (sigma 0.5 to 1.5 pixels) or a rotation
+      (up to 5 degrees), with equal probability. The paper names the kinds; the strengths are ours. The released code has
+      one fixed transformation in place of an expectation, and one of its scripts compares a rotated picture with an
+      unrotated one; here both are transformed alike.
+    "released" is the loss of its scripts, with a penalty in place of a bound. t, s and both noises are drawn independently,
+      s and its noise once. The loss is therefore mostly noise, but unlike the other two it has a gradient at delta = 0.
+      Three of the code's faults are not reproduced: no projection, pixels in [0,1] for a VAE trained on [-1,1], and 8-bit
+      wraparound. It is refused on SD3, whose denoiser sees no image latent beside the noisy one.
+    Cost: encoder 2F 1B (eot), 1F 1B (the others). native: released, 30 iterations of 0.001 from zero; the original uses
+      Adam at that rate, this loop the gradient's sign.
     """
-    _one_of(variant, ("eot", "plain", "released"))
+    _check_variant(variant, ("eot", "plain", "released"))
     if variant == "released" and editor.kind != "instruct":
-        raise ValueError("editshield's released loss compares what an instruction editor's denoiser takes, latent and picture; "
-                         "this editor's takes the latent alone: choose eot or plain")
+        raise ValueError("editshield's released loss compares the inputs of an instruction editor's denoiser, noisy latent and "
+                         "image latent; this editor's denoiser has the noisy latent alone: choose eot or plain")
     with torch.no_grad():
         resized = editor.resize(x_orig)
         E_orig = editor.encode(resized)
 
-    def seen(E):
+    def denoiser_input(E):
         t, eta = _draw(editor, E, generator)
         return torch.cat([editor.noise_latent(E, eta, t), E], 1)
 
-    F_orig = seen(E_orig) if variant == "released" else None
+    F_orig = denoiser_input(E_orig) if variant == "released" else None
 
     def objective(x_imu, step):
         pixels = editor.resize(x_imu)
         if variant == "plain":
             return -F.mse_loss(editor.encode(pixels), E_orig)
         if variant == "released":
-            shift, penalty = F.mse_loss(seen(editor.encode(pixels)), F_orig), F.mse_loss(x_imu, x_orig)
-            return 0.1 * penalty - shift, {"shift": shift, "penalty": penalty}
+            distance, penalty = F.mse_loss(denoiser_input(editor.encode(pixels)), F_orig), F.mse_loss(x_imu, x_orig)
+            return 0.1 * penalty - distance, {"shift": distance, "penalty": penalty}
         tau = transformation(pixels, generator)
         with torch.no_grad():
             aim = editor.encode(tau(resized))
@@ -125,7 +126,7 @@ def transformation(pixels, generator):
             pixels = F.conv2d(F.pad(pixels, (4, 4, 0, 0), mode="replicate"), weights, groups=3)
             return F.conv2d(F.pad(pixels, (0, 0, 4, 4), mode="replicate"), weights.transpose(2, 3), groups=3)
         return blur
-    if kind == "crop":                                       # this share of each side, wherever it fits
+    if kind == "crop":                                       # this share of each side, at a random place
         share = 0.8 + 0.2 * a
         rows = [[share, 0, (1 - share) * (2 * b - 1)], [0, share, (1 - share) * (2 * c - 1)]]
     else:
@@ -142,16 +143,17 @@ def transformation(pixels, generator):
 def sds(editor, x_orig, contexts, *, generator, variant="minus"):
     """SDS, of Diff-Protect: score distillation, which leaves out the denoiser's Jacobian.
 
-        g = (dz/dx')^T r,   r = eps_t(x', c) - eta, as if r did not depend on x';   t uniform over training, eta fresh
+        g = (dz/dx')^T r,   r = eps_t(x', c) - eta, held constant;   t uniform over training, eta fresh
 
-    Xue et al. 2024 (arXiv 2311.12832), and xavihart/Diff-Protect, with w(t) = 1. variant: "minus" descends along
-    g, SDS(-), the paper's proposal; "plus" ascends, SDS(+). There is no loss whose gradient g is: what is reported is the
-    mean square of r, the denoiser's training loss, negative for "plus". It targets the encoder through the denoiser's
-    score at the prompt. Cost: encoder 1F 1B, denoiser 1F 0B.
-    native: a zero start, and the caption "a photo" in place of the edit's prompt, which is the caller's to give.
-    On SD3 (ours): its released code expects a U-Net that predicts noise; r = (1 - sigma)(v - (eta - z)) is the same residual.
+    Xue et al. 2024 (arXiv 2311.12832), and xavihart/Diff-Protect, with w(t) = 1. Targets the encoder, by the denoiser's score
+    for the prompt.
+    variant: "minus" descends along g, SDS(-), the paper's proposal; "plus" ascends, SDS(+). No loss has the gradient g; the
+      value returned is the mean square of r, the denoiser's training loss, negated for "plus".
+    Cost: encoder 1F 1B, denoiser 1F 0B. native: a zero start. (The original uses the caption "a photo" in place of the
+      edit's prompt; pass it as the prompt.)
+    On SD3 (ours): the released code needs a U-Net that predicts noise; r = (1 - sigma)(v - (eta - z)) is the same residual.
     """
-    _one_of(variant, ("minus", "plus"))
+    _check_variant(variant, ("minus", "plus"))
     sign = 1 if variant == "minus" else -1
 
     def objective(x_imu, step):
@@ -167,21 +169,22 @@ def sds(editor, x_orig, contexts, *, generator, variant="minus"):
 
 
 def mist(editor, x_orig, contexts, *, generator, variant="fused"):
-    """MIST: the latent is drawn to that of a high-contrast pattern, and the denoiser is made to err.
+    """MIST: move the latent to that of a high-contrast pattern, and increase the denoiser's error.
 
         textural  L = MSE( z(x'), z(Y) )
         semantic  L = - MSE( eps_t(x', c), eta )               t uniform over training, eta fresh
         fused     L = textural + w semantic,  w = 10000 / 16384
 
-    Liang and Wu 2023 (arXiv 2305.12683), and psyker-team/mist, whose sum in one term and mean in the other are both means
-    here: at 512 pixels on SD 1.x, where a latent has 16384 elements, this is the released loss divided by that, and at
-    other sizes the two terms keep that balance. Y is a tiled word, drawn here (`pattern`); the original's picture is under
-    the GPL. The paper does not say which variant it ran; fused is the original's default. It targets the encoder and, at
-    the prompt, the denoiser. Cost: encoder 1F 1B, denoiser 1F 1B (textural: none).
-    native: the protocol's loop as it is; the caption "a photo" or "a painting" is the caller's to give.
-    On SD3 (ours): the released code expects a U-Net that predicts noise; eps_t is then what the velocity says of it.
+    Liang and Wu 2023 (arXiv 2305.12683), and psyker-team/mist. Targets the encoder and, with the prompt, the denoiser.
+    The original sums in one term and averages in the other; here both are means. At 512 pixels on SD 1.x, where a latent
+      has 16384 elements, this is the released loss divided by 16384; at other sizes the two terms keep that balance.
+    Y: a tiled word, drawn by `pattern`, because the original's picture is under the GPL.
+    variant: the paper does not say which one it ran; fused is the original's default.
+    Cost: encoder 1F 1B, denoiser 1F 1B (textural: none). native: the protocol's loop. (Its captions, "a photo" or "a
+      painting", can be passed as the prompt.)
+    On SD3 (ours): the released code needs a U-Net that predicts noise; eps_t is computed from the velocity.
     """
-    _one_of(variant, ("fused", "textural", "semantic"))
+    _check_variant(variant, ("fused", "textural", "semantic"))
     target = _latent(editor, pattern(editor.resize(x_orig))) if variant != "semantic" else None
     weight = {"fused": 10_000 / 16_384, "textural": 0, "semantic": 1}[variant]
 
@@ -205,19 +208,20 @@ def mist(editor, x_orig, contexts, *, generator, variant="fused"):
 
 
 def ace(editor, x_orig, contexts, *, generator, variant="ace+"):
-    """ACE: the denoiser's error is to be the same whatever the timestep, because it always predicts one target.
+    """ACE: make the denoiser predict one fixed target at every timestep, so that its error is always the same.
 
         ace   L = MSE( eps_t(x', c), z(Y) )                    t uniform over the noisier 40 % of training, eta fresh
         ace+  L = ace + 100 MSE( z(x'), z(Y) )
 
-    Zheng et al. 2025 (ICLR; arXiv 2310.04687), and caradryanl/ACE, whose mode "fused" is ace+. Y is the pattern that MIST has
-    here. The original takes turns between such steps and training a LoRA on the result; under the paper's protocol the
-    editor stays as it is. It targets the denoiser's prediction at the prompt and, in ace+, the encoder. It was made against
-    fine-tuning: an instruction editor starts from pure noise, so what it does to z_t has no part in an edit.
+    Zheng et al. 2025 (ICLR; arXiv 2310.04687), and caradryanl/ACE, whose mode "fused" is ace+. Targets the denoiser's
+    prediction for the prompt and, in ace+, the encoder. Y is MIST's pattern.
+    The original alternates these steps with training a LoRA on the result; under the paper's protocol the editor stays
+      fixed. It was made against fine-tuning: an instruction editor starts from pure noise, so changes of z_t do not reach
+      its edits.
     Cost: encoder 1F 1B, denoiser 1F 1B. native: 250 iterations (5 rounds of 50) of 0.0025 from zero.
-    On SD3 (ours): the released code expects a U-Net that predicts noise and a LoRA on it; eps_t is what the velocity says.
+    On SD3 (ours): the released code needs a U-Net that predicts noise, and a LoRA on it; eps_t is computed from the velocity.
     """
-    _one_of(variant, ("ace+", "ace"))
+    _check_variant(variant, ("ace+", "ace"))
     target = _latent(editor, pattern(editor.resize(x_orig)))
     trained = editor.scheduler.config.num_train_timesteps
 
@@ -234,7 +238,7 @@ def ace(editor, x_orig, contexts, *, generator, variant="ace+"):
     return _noted(objective, editor, NOT_IN_THE_PAPER)
 
 
-WORD = (".###.#.####.#...#",                                 # what the pattern says, five dots high
+WORD = (".###.#.####.#...#",                                 # the pattern's word, five dots high
         "#....#.#....##.##",
         ".##..#.###..#.#.#",
         "...#.#.#....#...#",
@@ -257,24 +261,25 @@ def pattern(pixels):
 # --------------------------------------------------------------------------------------------------------- the whole edit
 
 def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repeats=1, resample=True):
-    """PhotoGD, the diffusion attack of PhotoGuard: the edit itself is to come out as a grey picture.
+    """PhotoGD, PhotoGuard's attack on the diffusion: make the edit itself a grey picture.
 
         L = mean over `repeats` draws of eta of || 2 edit_K(x', c; eta) - 1 ||_2     (a grey picture is zero on [-1,1])
 
-    Salman et al. 2023 (arXiv 2302.06588), and the notebooks of MadryLab/photoguard, whose target picture is multiplied by
-    zero. edit_K: K = `unroll` denoising steps of the editor, with its guidance, without noise in between (an ancestral
-    sampler steps as plain Euler), and the decoder. On InstructPix2Pix they start from the noise eta and x' enters as
-    the image condition; on SD3 from the latent of x' noised with eta as far as the editor's strength says, and go down over
-    K of the noise levels of an edit, evenly chosen. resample: eta is
-    drawn anew at every step, as in the original; otherwise it is one bank of `repeats` draws. It targets the whole edit
-    at the prompt. Every denoising step is checkpointed (except on a miniature, whose activations are small), so that memory
-    holds the activations of one, whatever K and `repeats`. Cost, for each of `repeats`: decoder 1F 1B, and K guided steps
-    (3 evaluations in a batch, on SD3 2) of the denoiser, each evaluation 2F 1B (checkpointing runs it again; 1F 1B on a
-    miniature); and once for all: encoder 1F 1B.
-    native: the L-infinity call of its notebook: 200 iterations of 0.003 from zero, the mean of 5 draws. The notebook
-    executes another, in the L2 norm with 10, and with an empty prompt.
+    Salman et al. 2023 (arXiv 2302.06588), and the notebooks of MadryLab/photoguard, which multiply the target picture by
+    zero. Targets the whole edit with the prompt.
+    edit_K: K = `unroll` denoising steps of the editor with its guidance, without noise in between (an ancestral sampler
+      steps as plain Euler), and the decoder. On InstructPix2Pix they start from the noise eta, and x' enters as the image
+      latent. On SD3 they start from the latent of x', noised with eta as far as the editor's strength says, and visit K of
+      an edit's noise levels, evenly chosen.
+    resample: draw eta anew at every step, as the original does; otherwise use one bank of `repeats` draws.
+    Every denoising step is checkpointed (except on small editors), so that memory holds the activations of one step for any
+      K and `repeats`.
+    Cost: once, encoder 1F 1B; for each of `repeats`, decoder 1F 1B and K guided steps of the denoiser, each of 3
+      evaluations in one batch (2 on SD3), each evaluation 2F 1B because of checkpointing (1F 1B on small editors).
+    native: the L-infinity call of its notebook: 200 iterations of 0.003 from zero, the mean of 5 draws. The notebook also
+      runs another one, in the L2 norm with 10 draws and an empty prompt.
     """
-    if unroll < 2 or repeats < 1:                            # a published sampler's only step would start at the clean end
+    if unroll < 2 or repeats < 1:                            # with one step a sampler would start at the clean end
         raise ValueError(f"unroll {unroll}, repeats {repeats}: at least two denoising steps and one draw are needed")
     if editor.kind != "instruct" and unroll > (most := len(editor.plan().timesteps)):
         raise ValueError(f"unroll {unroll}: an edit by this editor has {most} denoising steps")
@@ -292,7 +297,7 @@ def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repea
         if resample and step > 0:
             bank = draw()
         E = editor.encode(editor.resize(x_imu))
-        E_imu = E.detach().requires_grad_(True)              # the draws' gradients meet here: their graphs do not add up
+        E_imu = E.detach().requires_grad_(True)              # the draws' gradients are summed: one graph at a time
         value, g = 0.0, torch.zeros_like(E_imu)
         for eta in sent(bank, E.device, E.dtype).split(1):
             edited = short_edit(editor, E_imu, eta, contexts[step % len(contexts)], nothing, unroll)
@@ -311,10 +316,11 @@ def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repea
 
 
 def short_edit(editor, E, eta, context, nothing, steps):
-    """What the editor makes of a picture given by its E (1,C,h,w), in a few deterministic steps: pixels, not clipped.
+    """The edit of a picture given by its E (1,C,h,w), in a few deterministic steps: pixels, not clipped.
 
-    eta: the noise it starts with, like E. context, nothing: of the prompt and of the empty one. Differentiable, and all
-    that is kept for the way back are the arguments of each step's denoising, which is then run again; a miniature keeps all.
+    eta: the noise to start with, shaped like E. context, nothing: of the prompt and of the empty one. Differentiable. The
+    graph keeps the arguments of each denoising step alone and runs the step again in the backward pass, except on small
+    editors.
     """
     scheduler = editor.scheduler
     if scheduler.draws_noise:
@@ -335,19 +341,21 @@ def short_edit(editor, E, eta, context, nothing, steps):
 # ------------------------------------------------------------------------------------------------------ attention to words
 
 def semantic_attack(editor, x_orig, contexts, *, generator, prompts, content=None, timesteps=10, batch=None):
-    """SA, the Semantic Attack: where the words are found in the picture, they are to be found no more.
+    """SA, the Semantic Attack: remove the attention to the words from where it is in the original.
 
         Att_t(x) = sum over layers of upsampled(mean over heads, sum over the words' tokens of softmax(Q K^T / sqrt(d)))
         M        = 1 where the mean over T of Att_t(x) exceeds its mean over the picture
         L        = mean over t in T of || M Att_t(x') ||_1 / || M ||_1
 
-    Lo et al. 2024 (CVPR); no code was released, and of step, threshold, layers, T and noise nothing is given: these are
-    ours, so call its results those of an attack like SA. content: the text of what is to be protected, such as "man"
-    (the original's way); otherwise each prompt in turn. The softmax runs over all tokens, and the columns of the text's own
-    are summed: neither start, end nor padding. All layers that attend to text, bicubically upsampled to the latent's size;
-    heads averaged. T: a count spread over what the editor visits, or the timesteps; one noise for each, drawn once; batch:
-    how many at once. On SD3, which has no cross-attention, its joint attention's image queries and text keys, with all
-    keys in the softmax: the paper reports SA there and does not say how. It targets the denoiser's attention at the words.
+    Lo et al. 2024 (CVPR). Targets the denoiser's attention to the words. No code was released, and the paper gives neither
+    step, threshold, layers, T nor noise: these are ours, so report its results as those of an attack like SA.
+    content: the text of what is to be protected, such as "man" (the original's way); otherwise each prompt in turn.
+    The softmax runs over all tokens; the columns of the text's own tokens are summed, without start, end and padding. All
+      layers that attend to text are used, bicubically upsampled to the latent's size, with their heads averaged.
+    timesteps: T, a count spread over what the editor visits, or the timesteps themselves; one noise for each, drawn once.
+      batch: how many run at once.
+    On SD3, which has no cross-attention, the maps are its joint attention's, of image queries and text keys, with all keys
+      in the softmax. The paper reports SA there and does not say how.
     Cost: encoder 1F 1B, denoiser |T|F |T|B. native: a zero start.
     """
     if content is not None:
@@ -361,20 +369,20 @@ def semantic_attack(editor, x_orig, contexts, *, generator, prompts, content=Non
         raise ValueError(f"semantic-attack needs the denoiser's attention maps, and {editor.name} returns none")
     columns = [editor.word_positions(prompt) for prompt in prompts]
     if not all(columns):
-        raise ValueError("semantic-attack looks for the words of the prompt in the picture, and this prompt has none")
+        raise ValueError("semantic-attack attends to the words of the prompt, and this prompt has none")
     columns = [torch.tensor(positions, device=editor.device) for positions in columns]
     batches = T.split(batch or len(T))
     with torch.no_grad():
         E_orig = editor.encode(editor.resize(x_orig))
     bank = torch.randn((len(T), *E_orig.shape[1:]), generator=generator).to(E_orig).split(batch or len(T))
-    masks = {}                                               # of each prompt, from the picture as it is: made once
+    masks = {}                                               # prompt -> mask, made once from the original
 
     def attention(E, t, eta, n):
         """Att_t, (t,h,w)."""
         size = E.shape[-2:]
         E = E.expand(len(t), -1, -1, -1)
-        found = editor.features(E, editor.noise_latent(E, eta, t), t, contexts[n], taps=editor.probs_names)
-        layers = [probs.to(E).mean(1)[..., columns[n]].sum(-1) for probs in found.values()]      # (t, tokens) each
+        maps = editor.features(E, editor.noise_latent(E, eta, t), t, contexts[n], taps=editor.probs_names)
+        layers = [probs.to(E).mean(1)[..., columns[n]].sum(-1) for probs in maps.values()]      # (t, tokens) each
         layers = [layer.unflatten(1, (1, *_grid(layer.shape[1], *size))) for layer in layers]
         return sum(F.interpolate(layer, size=size, mode="bicubic", align_corners=False) for layer in layers)[:, 0]
 
@@ -385,7 +393,7 @@ def semantic_attack(editor, x_orig, contexts, *, generator, prompts, content=Non
                 clean = torch.cat([attention(E_orig, t, eta, n) for t, eta in zip(batches, bank, strict=True)]).mean(0)
             masks[n] = (clean > clean.mean()).to(clean)
         E = editor.encode(editor.resize(x_imu))
-        E_imu = E.detach().requires_grad_(True)              # gradients of all of T meet here, as in sifm.py
+        E_imu = E.detach().requires_grad_(True)              # gradients of all of T are summed here, as in sifm.py
         value, g = 0.0, torch.zeros_like(E_imu)
         for t, eta in zip(batches, bank, strict=True):
             loss = (masks[n] * attention(E_imu, t, eta, n)).abs().sum() / masks[n].sum() / len(T)
@@ -399,7 +407,7 @@ def semantic_attack(editor, x_orig, contexts, *, generator, prompts, content=Non
 
 
 def _grid(tokens, height, width):
-    """(rows, columns) of the level of a network, halved with rounding up as often as it takes, that has so many tokens."""
+    """(rows, columns) of the network's level with this many tokens: the latent's size halved, rounding up, until it fits."""
     while height * width > tokens:
         height, width = -(-height // 2), -(-width // 2)
     return height, width
@@ -414,7 +422,7 @@ def passes(*, encoder=(0, 0), denoiser=(0, 0), **others):
             for way, count in zip(("forward", "backward"), pair, strict=True)}
 
 
-def _one_of(variant, known):
+def _check_variant(variant, known):
     if variant not in known:
         raise ValueError(f"variant {variant!r}: choose one of {', '.join(known)}")
 
@@ -425,19 +433,19 @@ def _latent(editor, pixels):
 
 
 def _draw(editor, E, generator, lowest=0):
-    """A timestep of training, (1,), no cleaner than `lowest`, and the noise to go with it, like E."""
+    """A timestep of training, (1,), at or above `lowest`, and noise shaped like E."""
     t = torch.randint(lowest, editor.scheduler.config.num_train_timesteps, (1,), generator=generator)
     return t, sent(torch.randn(E.shape, generator=generator), E.device, E.dtype)
 
 
 def _noise_prediction(editor, E, eta, t, context):
-    """eps_t: the noise that the denoiser takes to be in the latent noised with eta."""
+    """eps_t: the noise that the denoiser predicts in the latent noised with eta."""
     z_t = editor.noise_latent(E, eta, t)
     return editor.noise_prediction(editor.predict(E, z_t, t, context).to(E), z_t, t)
 
 
 def _noted(objective, editor, note):
-    """Where the editor is of rectified flow, Stable Diffusion 3 or what was made of it, the report carries the note."""
+    """The objective, with the note for the report if the editor is of rectified flow (Stable Diffusion 3)."""
     if isinstance(editor.scheduler, schedulers.FlowScheduler):
         objective.note = note
     return objective
@@ -447,7 +455,7 @@ def _noted(objective, editor, note):
 
 @dataclass(frozen=True)
 class Native:
-    """How an original was run. budget: its own, in words; settings: of the loop and the objective, as `immunize` takes them."""
+    """The settings of an original. budget: its own, in words; settings: of loop and method, as `immunize` takes them."""
 
     source: str
     budget: str

@@ -56,7 +56,7 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
     from .editors import check
     from .pgd import pgd
 
-    name, function = methods.find(method)
+    name, function = methods.find_method(method)
     loop, options = settings(function, preset, steps=steps, step_size=step_size, schedule=schedule, init=init, **options)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
@@ -89,7 +89,7 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
         generator = torch.Generator().manual_seed(seed)
         batch = {"batch": plan.batch} if timesteps else {}
         objective = function(editor, original, contexts, generator=generator, **texts, **options | batch)
-        loss = methods.checked(objective, name)
+        loss = methods.checked_loss(objective, name)
 
         def in_colour(x, step):                              # a grey picture is perturbed as one channel, and stays grey
             return loss(x.expand(-1, 3, -1, -1), step)
@@ -111,7 +111,7 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
         "options": {"eps": eps, **loop, "seed": seed, "mask": str(mask) if mask is not None else None,
                     **_spelled_out(name, function, editor, options)},
         **_measured(picture, immunized, eps),
-        "loss": curve, "passes": methods.passes(objective, len(curve)), **seconds,
+        "loss": curve, "passes": methods.counted_passes(objective, len(curve)), **seconds,
         "memory": {"asked": memory, **plan._asdict()}, "peak_memory_bytes": _peak(editor.device),
         "versions": {"sifm_min": import_module(__package__).__version__, "torch": torch.__version__,
                      "python": platform.python_version()},

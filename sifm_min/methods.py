@@ -1,8 +1,8 @@
 """Methods: the registry of objectives, their options, and the settings of a run.
 
 A method is a function (editor, x_orig, contexts, *, generator, **options) that returns the objective, a function
-(x_imu, step) -> loss or (loss, {name: number}) to minimise. One from outside the package is given as the function itself or
-as "module:name". An objective that has `passes(steps)` counts its forward and backward passes for the report.
+(x_imu, step) -> loss or (loss, {name: number}) to minimise. A method from outside the package is the function itself or
+"module:name". An objective that has `passes(steps)` counts its forward and backward passes for the report.
 """
 
 import inspect
@@ -40,7 +40,7 @@ PROTOCOL = {"steps": 100, "step_size": 1 / 255, "schedule": "constant", "init": 
 PRESETS = ("protocol", "native")
 GIVEN = ("generator", "prompts")                             # keywords that are passed to a method, and no options of it
 TAKEN = (*PROTOCOL, "method", "eps", "seed", "preset", "mask", "memory", "on_step")      # arguments of `immunize`
-KINDS = {"int": int, "float": float, "bool": bool, "str": str}
+OPTION_TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 WORDS = {"true": True, "yes": True, "false": False, "no": False}
 # Options that need an image latent beside the noisy latent: (method, option, value) -> the reason.
 INSTRUCT_ONLY = {
@@ -50,7 +50,7 @@ INSTRUCT_ONLY = {
 }
 
 
-def find(method):
+def find_method(method):
     """(name, function) of a method: a name in METHODS, "module:name", or the function itself. ValueError for any other."""
     if callable(method) and not isinstance(method, ModuleType):
         name, function = _name(method), method
@@ -91,19 +91,19 @@ def takes_any(method):
     return any(p.kind is p.VAR_KEYWORD for p in parameters_of(method).values())
 
 
-def settings(method, preset="protocol", **given):
+def settings(method, preset="protocol", **arguments):
     """The settings of a run as two dicts: the loop's (the keys of PROTOCOL) and the method's.
 
     Arguments win over the preset; None counts as not given. Raises ValueError for an unknown method, preset or option.
     """
-    name, function = find(method)
+    name, function = find_method(method)
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    given = {key: value for key, value in given.items() if value is not None}
-    for key in given:
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    for key in arguments:
         if key not in PROTOCOL:
             _known(name, function, key)
-    chosen = PROTOCOL | (native(name).settings if preset == "native" else {}) | given
+    chosen = PROTOCOL | (native(name).settings if preset == "native" else {}) | arguments
     loop, options = {key: chosen.pop(key) for key in PROTOCOL}, chosen
     parameters = parameters_of(function)
     if lacking := [key for key in options_of(function) if parameters[key].default is inspect.Parameter.empty
@@ -119,7 +119,7 @@ def parse(method, texts):
     A parameter's annotation, else its default, says which of these a value is; without either the text itself decides.
     Raises ValueError for a name that the method does not have and for a value that does not fit.
     """
-    name, function = find(method)
+    name, function = find_method(method)
     parameters, options = parameters_of(function), {}
     for text in texts:
         key, equals, value = (part.strip() for part in text.partition("="))
@@ -141,7 +141,7 @@ def _known(name, function, key):
 
 def _value(key, text, parameter):
     annotation, default = (parameter.annotation, parameter.default) if parameter else (None, None)
-    kind = KINDS.get(getattr(annotation, "__name__", annotation)) or KINDS.get(type(default).__name__)
+    kind = OPTION_TYPES.get(getattr(annotation, "__name__", annotation)) or OPTION_TYPES.get(type(default).__name__)
     if kind is bool or kind is None and text.lower() in WORDS:
         if text.lower() not in WORDS:
             raise ValueError(f"--option {key}={text}: give true or false")
@@ -172,11 +172,11 @@ def native(name):
     return NATIVE[name]
 
 
-def checked(objective, name):
+def checked_loss(objective, name):
     """The objective with its results checked: a loss with a gradient, and terms that are numbers."""
     import torch
 
-    def checked_objective(x_imu, step):
+    def objective_checked(x_imu, step):
         result = objective(x_imu, step)
         loss, terms = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
         if not (isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.requires_grad):
@@ -184,11 +184,11 @@ def checked(objective, name):
                              "(loss, terms)")
         return loss.reshape(()), terms
 
-    return checked_objective
+    return objective_checked
 
 
-def passes(objective, steps):
-    """Forward and backward passes of encoder and denoiser as a report states them; "unknown" if nobody counts them."""
+def counted_passes(objective, steps):
+    """Forward and backward passes of encoder and denoiser for the report; "unknown" if the objective does not count."""
     if hasattr(objective, "passes"):
         return objective.passes(steps)
     if objective:
@@ -197,7 +197,7 @@ def passes(objective, steps):
 
 
 def own_sources(*things):
-    """The source files of those of these functions and objects that are not this package's: they decide results too."""
+    """The source files of those functions and objects that come from outside the package: a change of them changes results."""
     files = set()
     for thing in things:
         function = getattr(thing, "func", thing)

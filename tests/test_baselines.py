@@ -250,7 +250,7 @@ def test_loss_and_gradient_are_the_formulas(form, pair, contexts, x_orig):
     assert gradient.abs().min() < gradient.abs().max()
 
 
-def test_sds_reports_the_residuals_mean_square_and_keeps_the_denoiser_out_of_the_gradient(pair, contexts, x_orig):
+def test_sds_reports_the_residual_and_skips_the_jacobian(pair, contexts, x_orig):
     pipeline, editor = pair
     x = moved(x_orig).requires_grad_(True)
     up, down = (made("sds", editor, x_orig, contexts[:1], variant=variant)(x, 0) for variant in ("plus", "minus"))
@@ -288,7 +288,7 @@ def drawn(objective, x, steps):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_one_seed_gives_one_run_and_the_global_stream_is_left_alone(form, editor, contexts, x_orig):
+def test_one_seed_gives_one_run_without_the_global_stream(form, editor, contexts, x_orig):
     method, options = FORMS[form]
     state, x = torch.get_rng_state(), moved(x_orig)
     first, again, other = (drawn(made(method, editor, x_orig, contexts[:1], seed, **options), x, 2) for seed in (7, 7, 8))
@@ -411,7 +411,7 @@ class Saved:
         self.hooks.__exit__(*error)
 
 
-def test_the_memory_of_the_unrolled_edit_does_not_grow_with_its_steps(editor, contexts, x_orig):
+def test_memory_of_the_unrolled_edit_is_independent_of_steps(editor, contexts, x_orig):
     eta = torch.randn((1, 4, 4, 4), generator=seeded()).double()
     E = editor.encode(x_orig).detach().requires_grad_(True)
     with torch.no_grad():
@@ -625,7 +625,7 @@ def until(met, x, objective):
 
 
 @pytest.mark.parametrize(("name", "picture"), [("taesd", "astronaut")])
-def test_photoguard_starves_a_real_latent_far_below_what_noise_does(name, picture, shared):
+def test_photoguard_starves_a_real_latent_more_than_noise(name, picture, shared):
     """To at most 0.8 of its norm, and at least 0.1 below uniform noise's own ratio, within 60 steps."""
     encoder, x = tae.Encoder(shared, name), photo(shared, picture)
     with torch.no_grad():
@@ -640,7 +640,7 @@ def test_photoguard_starves_a_real_latent_far_below_what_noise_does(name, pictur
 
 
 @pytest.mark.parametrize(("name", "picture"), [("taesd", "astronaut")])
-def test_editshield_moves_a_real_latent_twice_as_far_as_random_signs(name, picture, shared):
+def test_editshield_moves_a_real_latent_more_than_signs(name, picture, shared):
     encoder, x = tae.Encoder(shared, name), photo(shared, picture)
 
     def shift(x_imu):

@@ -152,7 +152,7 @@ def test_lists_of_pictures_and_prompts(folders):
 
 
 @pytest.mark.parametrize("steps", [2, 10])
-def test_a_sampler_that_is_not_implemented_becomes_euler_ancestral(steps, folders):
+def test_other_samplers_become_euler_ancestral(steps, folders):
     """InstructPix2Pix's own file names PNDM; everybody, its authors included, edits with Euler ancestral."""
     pipeline, editor = folders("two levels, short prompts", "PNDM")
     stored = pipeline.scheduler
@@ -501,7 +501,7 @@ def test_provenance_says_what_was_loaded(small):
 
 
 @pytest.mark.parametrize("name", ["instruct-pix2pix", "hq-edit"])
-def test_known_names_sample_with_euler_ancestral_whatever_is_stored(name, folders, monkeypatch):
+def test_known_names_sample_with_euler_ancestral(name, folders, monkeypatch):
     _, stored = folders("two levels, short prompts", "DDIM")
     assert stored.provenance()["scheduler"] == "DDIMScheduler" and stored.provenance()["scheduler_note"] == ""
     asked = []

@@ -134,7 +134,7 @@ def test_an_edited_method_is_not_done_before(outside, tiny):
 
 OPTIONS = """
 import torch
-def method(editor, x_orig, contexts, *, generator, count=3, rate=0.5, flag=False, text="a", free=None, whole: int = None):
+def method(editor, x_orig, contexts, *, generator, count=3, rate=0.5, flag=False, text="a", free=None, label: str = None):
     def objective(x_imu, step):
         return x_imu.sum()
     return objective
@@ -147,8 +147,9 @@ def open_minded(editor, x_orig, contexts, *, generator, **options):
 
 def test_options_are_read_by_the_signature(outside):
     module("mine", OPTIONS)
-    texts = ["count=5", "rate=1/4", "flag=true", "text=7", "free=0.5", "whole=2"]
-    assert methods.parse("mine:method", texts) == {"count": 5, "rate": 0.25, "flag": True, "text": "7", "free": 0.5, "whole": 2}
+    texts = ["count=5", "rate=1/4", "flag=true", "text=7", "free=0.5", "label=007"]
+    assert methods.parse("mine:method", texts) == {"count": 5, "rate": 0.25, "flag": True, "text": "7", "free": 0.5,
+                                                  "label": "007"}
     guessed = {text: methods.parse("mine:method", [f"free={text}"])["free"] for text in ("3", "1e-2", "no", "a=b")}
     assert guessed == {"3": 3, "1e-2": 0.01, "no": False, "a=b": "a=b"}
     assert methods.parse("mine:open_minded", ["factor=2"]) == {"factor": 2}
@@ -156,7 +157,7 @@ def test_options_are_read_by_the_signature(outside):
 
 
 @pytest.mark.parametrize(("method", "text", "says"), [
-    ("mine:method", "size=3", "mine:method has no option size; its options are count, rate, flag, text, free, whole"),
+    ("mine:method", "size=3", "mine:method has no option size; its options are count, rate, flag, text, free, label"),
     ("mine:method", "steps=3", "has no option steps; --steps is of the command itself"),
     ("mine:open_minded", "generator=3", "has no option generator"),
     ("mine:method", "count=1.5", "count=1.5: not a whole number"),

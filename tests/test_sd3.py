@@ -213,7 +213,7 @@ def test_context_is_the_pipelines(config, folders):
         assert len({tuple(row.flatten().tolist()) for row in part}) == 5
 
 
-def test_context_of_a_prompt_alone_is_that_of_the_prompt_among_others(folders):
+def test_context_of_a_prompt_is_independent_of_the_others(folders):
     editor = load_editor(folders()[1].checkpoint.folder, device="cpu")
     together = editor.context([RED, HAT, RED])
     for again in (editor.context([HAT]), load_editor(editor.checkpoint.folder, device="cpu").context([HAT])):
@@ -250,7 +250,7 @@ def loads(monkeypatch):
     return noted
 
 
-def test_text_encoders_come_and_go_one_by_one_before_the_transformer(folders, loads):
+def test_text_encoders_are_released_before_the_transformer(folders, loads):
     editor = load_editor(folders()[1].checkpoint.folder, device="cpu")
     assert loads == [("vae", [])]
     editor.edit(photo(*SQUARE), RED, steps=1, strength=1.0)
@@ -406,7 +406,7 @@ def test_default_taps_are_in_the_second_half(folders):
     assert list(folders()[1].default_taps) == ["transformer_blocks.2"]                   # of 4: n/2 to n-2
 
 
-def test_one_timestep_for_each_of_a_batch_and_one_context_for_all(small):
+def test_one_timestep_each_and_one_context_for_a_batch(small):
     _, editor = small
     condition, noise = torch.randn(3, 6, 8, 12), torch.randn(3, 6, 8, 12)
     contexts, timesteps = editor.context([RED, HAT, ""]), torch.tensor([900, 400, 60])
@@ -460,7 +460,7 @@ def test_working_sizes(folders, small):
     assert difference(editor.edit(large, RED, steps=2, size=64), expected).max() <= 1
 
 
-def test_a_picture_larger_than_the_table_of_positions_is_one_sentence(folders):
+def test_a_picture_beyond_the_position_table_is_one_sentence(folders):
     _, editor = folders()                                    # 12 tokens a side
     with pytest.raises(ValueError, match="does not fit") as caught:
         editor.edit(photo(208, 64), RED, steps=1)
@@ -548,7 +548,7 @@ def test_ultraedit_is_its_authors_loop(config, channels, folders):
         assert np.asarray(ours).std() > 20
 
 
-def test_the_comparison_with_ultraedit_would_see_what_is_left_out(folders):
+def test_the_comparison_with_ultraedit_sees_every_input(folders):
     pipeline, _ = folders(in_channels=48)
     image = photo(*SQUARE)
     plain = ultraedit(pipeline, image, HAT)

@@ -58,16 +58,16 @@ def load_editor(source="miniature", *, device=None, dtype=None, vae_dtype=None, 
         raise checkpoints.Unfit(str(error)) from error
 
 
-def _outside(source, **given):
-    """The editor that a class or function from outside the package returns; it gets those arguments that are given."""
+def _outside(source, **arguments):
+    """The editor that a class or function from outside the package returns; it gets the arguments that are not None."""
     make = imported(source)
-    given = {name: value for name, value in given.items() if value is not None}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     try:
-        inspect.signature(make).bind(**given)
+        inspect.signature(make).bind(**arguments)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{source} cannot be called with {', '.join(f'{name}=...' for name in given) or 'no argument'}: "
+        raise ValueError(f"{source} cannot be called with {', '.join(f'{name}=...' for name in arguments) or 'no argument'}: "
                          f"{error}") from None
-    editor = make(**given)
+    editor = make(**arguments)
     check(editor)
     return editor
 
