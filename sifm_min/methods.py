@@ -1,7 +1,7 @@
 """Methods: the registry of objectives, their options, and the settings of a run.
 
 A method is a function (editor, x_orig, contexts, *, generator, **options) that returns the objective, a function
-(x_imu, step) -> loss or (loss, {name: number}) to minimise. A method from outside the package is the function itself or
+(x_imu, step) -> loss or (loss, {term: number}) to minimise. A method from outside the package is the function itself or
 "module:name". An objective that has `passes(steps)` counts its forward and backward passes for the report.
 """
 
@@ -173,8 +173,11 @@ def native(name):
 
 
 def checked_loss(objective, name):
-    """The objective with its results checked: a loss with a gradient, and terms that are numbers."""
+    """The objective with its results checked: a loss with a gradient, and terms that are numbers or tensors of one number."""
     import torch
+
+    def single(value):
+        return value.numel() == 1 if isinstance(value, torch.Tensor) else isinstance(value, int | float)
 
     def objective_checked(x_imu, step):
         result = objective(x_imu, step)
@@ -182,6 +185,8 @@ def checked_loss(objective, name):
         if not (isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.requires_grad):
             raise ValueError(f"the objective of {name} must return a loss, one number as a tensor that depends on x_imu, or "
                              "(loss, terms)")
+        if not isinstance(terms, dict) or not all(single(value) for value in terms.values()):
+            raise ValueError(f"the objective of {name} must return its terms as a dict of numbers, or of tensors of one number")
         return loss.reshape(()), terms
 
     return objective_checked

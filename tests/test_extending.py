@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_editor
 import torch
 from PIL import Image
 
@@ -26,11 +25,6 @@ README = (ROOT / "sifm_min" / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
 PROMPT = "make the sky red"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return tiny_editor.write(tmp_path_factory.mktemp("tiny") / "tiny")
 
 
 @pytest.fixture
@@ -120,8 +114,8 @@ def test_methods_of_the_package_run_on_the_toy_editor(outside):
             assert report["linf_steps"] <= 7 and len(report["loss"]) == (method != "noise")
 
 
-def test_an_edited_method_is_not_done_before(outside, tiny):
-    line = f"python -m sifm_min.immunize photo.png --prompt x --editor {tiny} --method my_method:away --steps 1 " \
+def test_an_edited_method_is_not_done_before(outside, tiny_folder):
+    line = f"python -m sifm_min.immunize photo.png --prompt x --editor {tiny_folder} --method my_method:away --steps 1 " \
            "--no-preview -o out"
     assert run(outside, line).returncode == cli.OK
     assert "done before" in run(outside, line).stderr
@@ -171,7 +165,7 @@ def test_a_wrong_option_is_one_sentence(method, text, says, outside):
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_options_of_the_command_end_in_usage(outside, tiny, capsys, monkeypatch):
+def test_wrong_options_of_the_command_end_in_usage(outside, tiny_folder, capsys, monkeypatch):
     module("mine", OPTIONS)
     from sifm_min import immunize
     for extra, says in ((("--option", "size=3"), "mine:method has no option size"),
@@ -181,15 +175,16 @@ def test_wrong_options_of_the_command_end_in_usage(outside, tiny, capsys, monkey
                         (("--method", "mine:missing"), "mine has no function or class missing"),
                         (("--method", "sifm", "--lam", "2", "--option", "lam=3"), "--option lam and --lam are the same"),
                         (("--method", "magic"), "'magic' is none of sifm, ")):
-        arguments = ["photo.png", "--prompt", PROMPT, "--editor", str(tiny), "-o", "out", "--method", "mine:method", *extra]
+        arguments = ["photo.png", "--prompt", PROMPT, "--editor", str(tiny_folder), "-o", "out", "--method",
+                     "mine:method", *extra]
         assert immunize.main(arguments) == cli.USAGE
         told = capsys.readouterr().err
         assert says in told and "Traceback" not in told and not Path("out").exists(), told
 
 
-def test_uncounted_passes_are_unknown_in_the_report(outside, tiny):
+def test_uncounted_passes_are_unknown_in_the_report(outside, tiny_folder):
     module("mine", OPTIONS)
-    editor = load_editor(tiny)
+    editor = load_editor(tiny_folder)
     report = sifm_min.immunize(photo(), editor, PROMPT, method="mine:method", steps=2).report
     assert report["passes"] == "unknown" and report["options"]["rate"] == 0.5
     assert sifm_min.immunize(photo(), editor, PROMPT, method="mine:open_minded", steps=1, factor=2).report[
@@ -197,14 +192,14 @@ def test_uncounted_passes_are_unknown_in_the_report(outside, tiny):
     json.dumps(report)
 
 
-def test_a_keyword_called_prompts_gets_the_texts(tiny):
+def test_a_keyword_called_prompts_gets_the_texts(tiny_folder):
     seen = []
 
     def method(editor, x_orig, contexts, *, generator, prompts):
         seen.append((prompts, len(contexts)))
         return lambda x_imu, step: x_imu.sum()
 
-    sifm_min.immunize(photo(), load_editor(tiny), [PROMPT, "b"], method=method, steps=1)
+    sifm_min.immunize(photo(), load_editor(tiny_folder), [PROMPT, "b"], method=method, steps=1)
     assert seen == [([PROMPT, "b"], 2)]
 
 
@@ -219,6 +214,7 @@ MISTAKES = {
     "a taken name": ("mine:clash", "the method mine:clash has an option steps, which immunize has as well; rename it"),
     "no loss": ("mine:no_loss", "the objective of mine:no_loss must return a loss"),
     "no gradient": ("mine:constant", "the objective of mine:constant must return a loss"),
+    "no number": ("mine:no_number", "the objective of mine:no_number must return its terms as a dict of numbers"),
     "no such": ("magic", "method 'magic': choose one of sifm, "),
 }
 WRONG = """
@@ -227,18 +223,19 @@ VALUE = 3
 def wrong(editor): pass
 def clash(editor, x_orig, contexts, *, generator, steps=3): pass
 def no_loss(editor, x_orig, contexts, *, generator): return lambda x_imu, step: None
+def no_number(editor, x_orig, contexts, *, generator): return lambda x_imu, step: (x_imu.sum(), {"a": x_imu})
 def constant(editor, x_orig, contexts, *, generator): return lambda x_imu, step: torch.ones(())
 """
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_method_that_is_none_is_one_sentence(mistake, outside, tiny):
+def test_a_method_that_is_none_is_one_sentence(mistake, outside, tiny_folder):
     module("mine", WRONG)
     module("broken", "def method(:")
     module("lacking", "import no_such_package")
     method, says = MISTAKES[mistake]
     with pytest.raises(ValueError, match=re.escape(says)) as caught:
-        sifm_min.immunize(photo(), load_editor(tiny), PROMPT, method=method, steps=1)
+        sifm_min.immunize(photo(), load_editor(tiny_folder), PROMPT, method=method, steps=1)
     assert "\n" not in str(caught.value)
 
 
