@@ -1,7 +1,7 @@
 """The multimodal diffusion transformer of Stable Diffusion 3: predicts the velocity of a noisy latent, given a text.
 
 Reads the `transformer/` of stabilityai/stable-diffusion-3-medium-diffusers (16 input channels), of UltraEdit (32, or 48
-with a mask: the noisy latent and image conditions), of stable-diffusion-3.5-medium (dual attention in its first blocks,
+with a mask: the noisy latent and image latents), of stable-diffusion-3.5-medium (dual attention in its first blocks,
 normalised queries and keys), and of the shipped miniature. Parameters carry the names of the published files, so loading
 is a plain match by name. Paper: Esser et al. 2024 (arXiv 2403.03206), section 4 and figure 2.
 
@@ -299,7 +299,7 @@ class MMDiT(nn.Module):
              pooled: torch.Tensor | None = None, *, wanted: Iterable[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """Run the network, yielding (name, activation) in execution order; the last item is ("out", velocity).
 
-        noisy_latent: (B, in_channels, h, w), h and w multiples of the patch size, with the image conditions' channels
+        noisy_latent: (B, in_channels, h, w), h and w multiples of the patch size, with the image latents' channels
         appended where the checkpoint has them. timestep: 0 to 1000 (sigma times 1000), a number or a tensor with one or
         B of them. context: (B, L, joint_attention_dim), or (1, L, ...) for one text; pooled likewise, (B or 1, P). Timestep
         with pooled, and context, may be prepared, by the two methods above.

@@ -1,6 +1,6 @@
 """The SD 1.x / InstructPix2Pix U-Net: predicts what is to be removed from a noisy latent, given a timestep and a text.
 
-Reads the `unet/` of timbrooks/instruct-pix2pix and MudeHui/HQ-Edit (8 input channels: noisy latent and image condition)
+Reads the `unet/` of timbrooks/instruct-pix2pix and MudeHui/HQ-Edit (8 input channels: noisy latent and image latent)
 and of every SD 1.x (4), and of the shipped miniature. Parameters carry the names of the published files, so loading is
 a plain match by name. Papers: Rombach et al. 2022, section 3.3; Brooks et al. 2023, section 3.2.
 
@@ -405,7 +405,7 @@ class UNet(nn.Module):
              wanted: Iterable[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """Run the network, yielding (name, activation) in execution order; the last item is ("out", prediction).
 
-        noisy_latent: (B, in_channels, h, w), as the scheduler scales it, with the image condition's channels appended
+        noisy_latent: (B, in_channels, h, w), as the scheduler scales it, with the image latent's channels appended
         where the checkpoint has them. timestep: a number, or a tensor with one or B of them. context: (B, L, C), or
         (1, L, C) for one text. Either may be prepared, by the two methods above. wanted: which of `probs_names` to yield
         too, each before its transformer's output: (B, heads, h*w, L), how much each position looks at each text token.

@@ -145,6 +145,8 @@ def _timesteps_of(method, options):
     if not {"batch", "timesteps"} <= {*options_of(method)}:
         return {}
     timesteps = options.get("timesteps", methods.parameters_of(method)["timesteps"].default)
+    if timesteps is None:
+        return {}
     return {"count": timesteps if isinstance(timesteps, int) else len(timesteps), "batch": options.get("batch")}
 
 
@@ -290,7 +292,7 @@ def _body(args):
             default = name in editor.default_taps
             cli.result({"tap": name, "default": default}, f"{name}{'  (default)' if default else ''}", as_json=args.json)
         return cli.OK
-    methods.check_fit(args.method, _given(args), editor)
+    methods.check_fit(args.method, settings(args.method, args.preset, **_given(args))[1], editor)
     editor_taps = set(editor.tap_names)
     if unknown := [name for name in args.taps or () if name not in editor_taps]:
         raise ValueError(f"--taps {unknown[0]}: this editor has no such activation; --taps list prints those it has")

@@ -297,7 +297,8 @@ def test_editors_by_name_are_refused_in_a_sentence(outside, capsys):
 # ------------------------------------------------------------------------------------------ options and kinds of editors
 
 @pytest.mark.parametrize("extra", [("--noisy", "deploy"), ("--method", "editshield", "--variant", "released"),
-                                   ("--option", "noisy=deploy")], ids=" ".join)
+                                   ("--option", "noisy=deploy"),
+                                   ("--method", "editshield", "--preset", "native")], ids=" ".join)
 def test_instruction_options_are_refused_on_img2img(extra, tmp_path, monkeypatch, capsys):
     from sifm_min import immunize
     monkeypatch.chdir(tmp_path)
