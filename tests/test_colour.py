@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from picture_files import chunk, icc_header, png
@@ -107,12 +108,9 @@ def test_a_profile_is_kept_and_wins_over_exif(tmp_path):
 
 # -- profiles that a PNG cannot carry ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff"])
+@pytest.mark.parametrize("suffix, mode", [("png", "RGB"), ("png", "RGBA"), ("jpg", "RGB"), ("tiff", "RGB"), ("tiff", "RGBA")])
 def test_a_long_profile_is_converted_and_the_png_opens_everywhere(tmp_path, suffix, mode):
     """Pillow opens no PNG with a profile above 1 MiB, so the colours become sRGB before the work."""
-    if (suffix, mode) == ("jpg", "RGBA"):
-        pytest.skip("JPEG has no transparency")
     pixels = samples(len(mode))
     if suffix == "png":
         profile = chunk(b"iCCP", b"scanner\0\0" + zlib.compress(long(swapped())))
@@ -257,6 +255,8 @@ def test_the_profile_of_a_jpeg2000(tmp_path):
     new = box(b"colr", b"\2\0\0" + SRGB)
     size = int.from_bytes(data[head:head + 4], "big") + len(new) - length
     changed = data[:head] + size.to_bytes(4, "big") + data[head + 4:old] + new + data[old + length:]
+    if int(PIL.__version__.partition(".")[0]) < 11:
+        pytest.skip(f"Pillow {PIL.__version__} decodes no JPEG 2000 with a profile")
     assert read(tmp_path, changed, "a.jp2").icc == SRGB
 
 

@@ -168,7 +168,7 @@ def test_a_size_that_differs_from_the_header_is_refused(tmp_path, monkeypatch):
 
     def cropped(image):
         result = load(image)
-        image._im = image.im.crop((0, 0, 5, 5))
+        image.im = image.im.crop((0, 0, 5, 5))
         return result
 
     monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "load", cropped)
@@ -213,6 +213,7 @@ def test_a_png_that_lacks_rows_is_refused(tmp_path, depth, colour_type):
 def test_broken_pngs_that_pillow_reads_are_refused(tmp_path):
     head, rest = png(samples(2), 2, 3)[8:33], png(samples(2), 2, 3)[33:]
     assert "the palette is missing" in refusal(tmp_path, png_file.SIGNATURE + head + rest)
+    assert "the palette is missing" in refusal(tmp_path, png_file.SIGNATURE + head + chunk(b"PLTE", b"") + rest)
     gamma = chunk(b"gAMA", bytes([0, 0, 200, 0]))
     assert "no PNG header follows" in refusal(tmp_path, png_file.SIGNATURE + gamma + png(samples(8), 8, 0)[8:])
 

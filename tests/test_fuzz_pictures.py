@@ -265,6 +265,7 @@ def test_whole_files_are_read(tmp_path):
         check(images.read(tmp_path / name), data, tmp_path)
 
 
+@pytest.mark.slow
 def test_mutated_pictures_are_right_or_refused(tmp_path):
     files, counts = list(whole_files().items()), {"read": 0, "refused": 0, "compared": 0}
     for case in range(CASES):

@@ -193,10 +193,12 @@ def _normal(image, head):
         info["notes"].append(f"the first of {info['frames']} frames")
     # Pillow itself reduces 48-bit colours when it decodes; only the decoder's name tells.
     deep = image.mode in SIXTEEN or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-    transparent = image.has_transparency_data or head.key is not None
     if 0 in image.size:
         raise Refused(f"its size is {image.width}x{image.height}")
     image.load()
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise Refused("its colours are numbers in a palette, and the palette is missing")
+    transparent = image.has_transparency_data or head.key is not None
     if image.size != image.im.size or head.size and image.format == "PNG" and image.size != head.size:
         raise Refused("it decodes to another size than its header says")
     chunks, exif_notes = _by_exif(image) if head.icc is None and not head.chunks else (head.chunks, [])

@@ -73,7 +73,7 @@ def header(data):
         elif kind == b"tRNS" and colour_type == 0 and len(content) == 2:
             key = struct.unpack(">H", content)[0] & ((1 << depth) - 1)
     lean = SIGNATURE + b"".join(whole for kind, content, _, whole in parts if _needed(kind, content))
-    palette = any(kind == b"PLTE" for kind, *_ in parts)
+    palette = any(kind == b"PLTE" and content for kind, content, *_ in parts)
     return Header(width, height, depth, colour_type, interlace == 1, key, icc, palette, tuple(found.items()), lean)
 
 
