@@ -17,8 +17,7 @@ import torch
 
 from .models.lean import sent
 
-REDUCTIONS = ("balanced", "relative", "mean", "literal")
-BALANCE = 10                                                 # 1 / 0.1: the distance in tenths
+REDUCTIONS, BALANCE = ("balanced", "relative", "mean", "literal"), 10            # 1 / 0.1: the distance in tenths
 AGGREGATES, NOISY = ("loss-mean", "feature-mean"), ("paper", "deploy")
 
 
@@ -28,9 +27,9 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
 
     x_orig: (1,3,H,W) in [0,1], native size. contexts: one text context (1,L,C) per prompt; step n uses prompt n mod their
       number (the paper has one). timesteps: T, a count spread over what the editor visits, or the timesteps themselves.
-    reduction: "relative" (norm and squared distance as fractions of the original's, so that lam means the same on every
-      editor, size and layer), "balanced" (default: the same, the distance in tenths), "literal" (L1 sum and MSE mean as
-      printed; at lam 0.1 the distance is then about 1e-6 of the norm), or "mean" (both means).
+    reduction: "relative" (both as fractions of the original's, so that lam means the same on every editor, size and layer),
+      "balanced" (default: the same, the distance in tenths), "literal" (L1 sum and MSE mean as printed; at lam 0.1 the
+      distance is then about 1e-6 of the norm), or "mean" (both means).
     aggregate: "loss-mean" (default) or "feature-mean", Eq. 3 to the letter, for taps of one shape.
     noisy: "paper" noises the immunized picture's latent; "deploy" the original's, because what an instruction editor
       denoises never contains delta: there it enters through the image latent alone.
@@ -79,11 +78,10 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
             with torch.no_grad():
                 Phi_orig[n] = [phi(E=E_orig, **at) for at in inputs]
         E = editor.encode(editor.resize(x_imu))
-        E_imu = E.detach().requires_grad_(True)              # the gradients of all of T meet here
-        norm, dist, g = 0.0, 0.0, torch.zeros_like(E_imu)
+        E_imu, norm, dist, g = E.detach().requires_grad_(True), 0.0, 0.0, torch.zeros_like(E)
         for at, phi_orig in zip(inputs, Phi_orig[n], strict=True):
             norm_t, dist_t = (term.sum() / len(T) for term in terms(phi(E=E_imu, **at), phi_orig, reduction))
-            g = g + torch.autograd.grad(norm_t - lam * dist_t, E_imu)[0]
+            g = g + torch.autograd.grad(norm_t - lam * dist_t, E_imu)[0]         # the gradients of all of T meet in E
             norm, dist = norm + norm_t.detach(), dist + dist_t.detach()
         loss = norm - lam * dist + ((E - E.detach()) * g).sum()          # the loss's value, and g through E: one VAE backward
         return loss, {"norm": norm, "dist": dist}
@@ -100,15 +98,13 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
 
 def terms(phi_imu, phi_orig, reduction):
     """Eq. 5's norm and Eq. 4's distance per timestep, (t,) each, averaged over the taps; activations (t, ...) in float32."""
-    norms, dists = [], []
+    pairs = []
     for a, b in zip(phi_imu, phi_orig, strict=True):
         a, b = a.flatten(1), b.flatten(1)
         l1, l2 = a.abs().sum(1), (a - b).square().sum(1)
         if reduction in ("relative", "balanced"):
             l1, l2 = l1 / b.abs().sum(1), l2 / b.square().sum(1) * (BALANCE if reduction == "balanced" else 1)
         else:
-            l2 = l2 / a.shape[1]
-            l1 = l1 / a.shape[1] if reduction == "mean" else l1
-        norms.append(l1)
-        dists.append(l2)
-    return torch.stack(norms).mean(0), torch.stack(dists).mean(0)
+            l1, l2 = l1 / (a.shape[1] if reduction == "mean" else 1), l2 / a.shape[1]
+        pairs.append((l1, l2))
+    return tuple(torch.stack(values).mean(0) for values in zip(*pairs, strict=True))
