@@ -310,11 +310,14 @@ class Checkpoint:
         headers = {file: header(file) for file in files}
         return headers, {name: (Place(name),) for found in headers.values() for name in found}
 
-    def hashes(self):
-        """SHA-256 of every weight file that was loaded, {relative path: hexadecimal}, computed from what is on disk."""
+    def hashes(self, digest=None):
+        """SHA-256 of every weight file that was loaded, {relative path: hexadecimal}, each computed once.
+
+        digest: a function of a file to use in place of `sha256`, such as one that keeps digests on the disk.
+        """
         for file, known in self._hashes.items():
             if known is None:
-                self._hashes[file] = sha256(file)
+                self._hashes[file] = (digest or sha256)(file)
         return dict(sorted((self._relative(file), digest) for file, digest in self._hashes.items()))
 
     def _relative(self, file):
@@ -367,8 +370,8 @@ class SingleFile(Checkpoint):
         headers = {file: {prefix + name: found for name, found in held.items()}}
         return headers, {prefix + name: tuple(place.below(prefix) for place in known[name]) for name in held}
 
-    def hashes(self):
-        return dict(sorted((super().hashes() | (self._others.hashes() if self._others else {})).items()))
+    def hashes(self, digest=None):
+        return dict(sorted((super().hashes(digest) | (self._others.hashes(digest) if self._others else {})).items()))
 
     def _relative(self, file):
         return file.name

@@ -183,7 +183,7 @@ def _number(text, kind):
 DTYPES = "float32", "bfloat16", "float16"
 SHARED = {
     "device": {"type": device, "help": "cpu, cuda, cuda:1 or mps (default: cuda where there is one, else cpu)"},
-    "dtype": {"choices": DTYPES, "help": "of the networks (default: bfloat16 on cuda)"},
+    "dtype": {"choices": DTYPES, "help": "of the networks (default: bfloat16 on cuda, float16 on cards without it)"},
     "vae-dtype": {"choices": DTYPES,
                   "help": "of the VAE (default: float32; bfloat16 is faster, and pictures decoded in it are a little off)"},
     "seed": {"type": seed, "default": 0, "help": "of everything drawn (default: 0)"},
@@ -197,9 +197,10 @@ SHARED = {
 def place(args):
     """--device, --dtype and --vae-dtype as `load_editor` takes them, by name; None where not given, or no option here.
 
-    Raises ValueError where this machine has no such device.
+    Processes that torchrun started take one GPU after the other. Raises ValueError where this machine has no such device.
     """
     import torch
+    device = _device_of_rank(args.device, os.environ)
     if args.device:
         try:
             torch.empty(0, device=args.device)
@@ -207,7 +208,25 @@ def place(args):
             raise ValueError(f"--device {args.device}: not on this machine, or not with its torch {torch.__version__}; "
                              "leave the option out for what is there") from None
     dtypes = {name: getattr(args, name, None) for name in ("dtype", "vae_dtype")}
-    return {"device": args.device, **{name: given and getattr(torch, given) for name, given in dtypes.items()}}
+    return {"device": device, **{name: given and getattr(torch, given) for name, given in dtypes.items()}}
+
+
+def _device_of_rank(asked, environment):
+    """The device of a process that torchrun started: its own GPU, or one that it shares; else the one that was asked for."""
+    import torch
+    local, count = environment.get("LOCAL_RANK", ""), environment.get("LOCAL_WORLD_SIZE", "")
+    if not local.isdecimal() or asked not in (None, "cuda") and not asked.startswith("cuda:") or not torch.cuda.is_available():
+        return asked
+    if asked not in (None, "cuda"):
+        if count.isdecimal() and int(count) > 1:
+            raise ValueError(f"--device {asked}: torchrun started {count} processes, and all would share this GPU; leave the "
+                             "option out, and each takes its own")
+        return asked
+    cards = torch.cuda.device_count()
+    if int(local) >= cards:
+        warnings.warn(f"torchrun started more processes than the {cards} GPU(s) that this one sees: it shares GPU "
+                      f"{int(local) % cards}; --nproc-per-node {cards} gives each its own", stacklevel=2)
+    return f"cuda:{int(local) % cards}"
 
 
 def rank(environment):

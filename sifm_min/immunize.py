@@ -7,6 +7,7 @@ holds on the 8-bit picture that is saved. `python -m sifm_min.immunize` does it 
 
 import argparse
 import inspect
+import math
 import os
 import platform
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from . import cli, methods
 from .files import listing as listing_of
 from .files import reports, writing
+from .files.weight_digests import Digests
 from .memory import in_words
 from .methods import METHODS, PRESETS, PROTOCOL, options_of, settings
 
@@ -54,6 +56,7 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
     from . import images
     from . import memory as plans
     from .editors import check
+    from .editors.precision import full_float32
     from .pgd import pgd
 
     name, function = methods.find_method(method)
@@ -71,8 +74,8 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
 
     started = time.perf_counter()
     _reset_peak(editor.device)
-    original = images.to_pixels(picture.image).to(editor.device)
-    with torch.no_grad():
+    with in_words(), torch.no_grad():
+        original = images.to_pixels(picture.image).to(editor.device)
         contexts = editor.contexts(prompts)
     texts = {"prompts": prompts} if "prompts" in methods.parameters_of(function) else {}
     timesteps = _timesteps_of(function, options)
@@ -83,6 +86,7 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
         if on_step:
             on_step(step, loss, terms)
 
+    @full_float32()
     def perturb(plan):
         """(delta, objective, the loop as it ran) under this memory plan."""
         curve.clear()
@@ -100,7 +104,8 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
                    on_step=record), objective, ran
 
     begun = time.perf_counter()
-    (delta, objective, loop), plan = plans.run(perturb, memory, editor, **timesteps)
+    (delta, objective, loop), plan = plans.run(perturb, memory, editor, **timesteps, job=name,
+                                              size=math.prod(editor.frame(*picture.image.size)))
     looped = time.perf_counter() - begun
     immunized = images.quantize(picture, delta, eps)
     seconds = {"seconds": round(time.perf_counter() - started, 3), "loop_seconds": round(looped, 3)}
@@ -172,6 +177,7 @@ def _preset(method, preset):
 def _reset_peak(device):
     if device.type == "cuda":
         import torch
+        torch.cuda.init()                                    # else an indexed device is an error before its first tensor
         torch.cuda.reset_peak_memory_stats(device)
 
 
@@ -297,6 +303,8 @@ def _body(args):
     if unknown := [name for name in args.taps or () if name not in editor_taps]:
         raise ValueError(f"--taps {unknown[0]}: this editor has no such activation; --taps list prints those it has")
     writing.make_folder(args.output)
+    if pictures and getattr(editor, "checkpoint", None):     # which a report states: gigabytes are read once for all runs
+        editor.checkpoint.hashes(Digests(args.output))
     cli.say_editor(editor, quiet=args.quiet)
     return cli.each_file(pictures, lambda path: _immunize_file(path, editor, args), output=args.output, left_out=left_out,
                          done="immunized", quiet=args.quiet, debug=args.debug, as_json=args.json)
@@ -305,11 +313,7 @@ def _body(args):
 def load(args):
     """The editor that a command's flags (`cli.Parser.editor`) ask for."""
     from .editors import load_editor
-    place = cli.place(args)
-    if place["device"] is None and "LOCAL_RANK" in os.environ:
-        import torch
-        place["device"] = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
-    editor = load_editor(args.editor, revision=args.revision, components=args.components, t5=args.t5, **place)
+    editor = load_editor(args.editor, revision=args.revision, components=args.components, t5=args.t5, **cli.place(args))
     if args.strength is not None:
         if "strength" not in editor.OPTIONS:
             raise ValueError(f"--strength is for img2img, which {args.editor} does not do")

@@ -6,11 +6,16 @@ Whatever the plan, the same gradients meet in the same latent: results agree up 
 import contextlib
 import gc
 import itertools
+import math
+import re
 import warnings
+import weakref
 from typing import NamedTuple
 
 MEMORY = ("auto", "fast", "low")
 AT_ONCE_ON_A_CPU = 4                                         # more in a batch is hardly faster there, and takes memory
+EDIT_PLANS = ("everything at once", "one picture and one pass of the guidance at a time")
+_SHORT = weakref.WeakKeyDictionary()                         # editor -> {(job, plan): the smallest size that did not fit}
 
 
 class Plan(NamedTuple):
@@ -47,36 +52,69 @@ def plans(memory, editor, count=None, batch=None):
     return {"auto": [*kept, again], "fast": kept[:1], "low": [again]}[memory]
 
 
-def run(work, memory, editor, count=None, batch=None):
+def run(work, memory, editor, count=None, batch=None, *, job="", size=0):
     """Return (work(plan), plan) for the first plan that fits in memory; each plan that does not is a warning.
 
-    Raises ValueError where none fits.
+    job, size: the kind of work and the number of pixels, for `first_fitting`. Raises ValueError where no plan fits.
     """
+    def under(plan):
+        editor.checkpointing = plan.checkpointing
+        try:
+            return work(plan)
+        finally:
+            editor.checkpointing = False
+
     tried = plans(memory, editor, count, batch)
     if memory == "low":
         editor.forget_text()
+    better = "" if tried[-1].checkpointing else "memory low, "
+    return first_fitting(under, tried, editor, job=job, size=size, advice=f"{better}a smaller picture or a narrower dtype")
+
+
+def first_fitting(work, tried, editor, *, job, size, advice):
+    """Return (work(plan), plan) for the first of the plans that fits in memory; each plan that does not is a warning.
+
+    A plan that did not fit is left out the next time that this editor has the same job of this size or a larger one.
+    Raises ValueError with the advice where no plan fits.
+    """
+    short = _SHORT.setdefault(editor, {})
+    tried = [plan for plan in tried[:-1] if size < short.get((job, plan), math.inf)] + [tried[-1]]
     for plan, following in itertools.zip_longest(tried, tried[1:]):
-        editor.checkpointing = plan.checkpointing
         try:
             return work(plan), plan
         except (MemoryError, RuntimeError) as error:
             if not is_short(error):
                 raise
-        finally:
-            editor.checkpointing = False
-        _release(editor)                                     # here, where the traceback that holds its tensors is gone
+        short[job, plan] = min(size, short.get((job, plan), math.inf))
+        release(editor)                                      # here, where the traceback that holds its tensors is gone
         if following:
-            warnings.warn(f"out of memory with {plan}; going on with {following}", stacklevel=3)
-    better = "" if tried[-1].checkpointing else "memory low, "
-    raise ValueError(f"out of memory with {tried[-1]}; {better}a smaller picture or a narrower dtype may help")
+            warnings.warn(f"out of memory with {plan}; going on with {following}", stacklevel=4)
+    raise ValueError(f"out of memory with {tried[-1]}; {advice} may help")
+
+
+def or_on_cpu(work, device, name):
+    """Return work(device), or work(cpu) with a warning where the device's memory ends. name: of what runs."""
+    import torch
+    try:
+        return work(device)
+    except (MemoryError, RuntimeError) as error:
+        if not is_short(error) or device.type == "cpu":
+            raise
+    _empty_cache(device)
+    warnings.warn(f"out of memory with {name} on {device}; it runs on the CPU", stacklevel=3)
+    return work(torch.device("cpu"))
+
+
+# Of allocators for CPUs and GPUs, and of cuBLAS and cuDNN where no memory is left for their workspaces.
+SHORT = re.compile(r"out of memory|DefaultCPUAllocator|_STATUS_(\w+_)?ALLOC\w*_FAILED", re.IGNORECASE)
 
 
 def is_short(error):
-    """True for out-of-memory errors; torch has no class of its own for a CPU's."""
+    """True for out-of-memory errors; torch has no class of its own for a CPU's, nor for those of CUDA's libraries."""
     import torch
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in str(error) or "out of memory" in str(error).lower())
+    return isinstance(error, RuntimeError) and SHORT.search(str(error)) is not None
 
 
 @contextlib.contextmanager
@@ -87,14 +125,18 @@ def in_words():
     except (MemoryError, RuntimeError) as error:
         if not is_short(error):
             raise
-        raise ValueError("out of memory; a smaller picture or --size, a narrower --dtype or another --device may "
-                         "help") from error
+        raise ValueError("out of memory; a smaller picture or --size, a narrower --dtype, --no-t5 with Stable Diffusion 3, or "
+                         "another --device may help") from error
 
 
-def _release(editor):
-    """Free what the failed plan held, and the text encoder, for the next plan."""
+def release(editor):
+    """Free what a failed plan held, and the text encoder, for the next plan."""
     editor.forget_text()
+    _empty_cache(editor.device)
+
+
+def _empty_cache(device):
     gc.collect()
-    if editor.device.type == "cuda":
+    if device.type == "cuda":
         import torch
         torch.cuda.empty_cache()

@@ -1,12 +1,23 @@
 """On a pretended CUDA device: what a step reads and copies, precision, memory that ends, and which rank runs where."""
 
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
 from pretended_gpu import PretendedGPU
 
 import sifm_min
-from sifm_min.editors import half
+from sifm_min import cli, images, immunize, memory
+from sifm_min.editors import precision
+from sifm_min.files import weight_digests
+from sifm_min.models import checkpoints
 
 METHODS = {"sifm": {"timesteps": 2}, "photoguard-encoder": {}, "photoguard-diffusion": {"unroll": 2, "resample": False},
            "editshield": {}, "semantic-attack": {"timesteps": 2}, "sds": {}, "mist": {}, "ace": {}}
@@ -106,7 +117,7 @@ def gradients(dtype, loss):
     network = torch.nn.Sequential(torch.nn.Conv2d(4, 64, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(64, 64, 3, padding=1))
     network.to(dtype).requires_grad_(False)
     x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    plain, scaled = network(x.to(dtype)).float(), half.in_dtype(dtype, network, x)
+    plain, scaled = network(x.to(dtype)).float(), precision.in_dtype(dtype, network, x)
     assert torch.equal(plain, scaled.float()) and scaled.dtype == (torch.float32 if dtype == torch.float16 else dtype)
     return [torch.autograd.grad(loss(y.float()), x)[0] for y in (plain, scaled)]
 
@@ -123,11 +134,11 @@ def test_float16_keeps_small_and_large_gradients(size):
 def test_one_scale_suits_several_outputs():
     x = torch.linspace(-1, 1, 9).requires_grad_()
     for network in (lambda x: {"a": 2 * x, "b": x * x}, lambda x: (2 * x, x * x)):
-        outputs = half.in_dtype(torch.float16, network, x)
+        outputs = precision.in_dtype(torch.float16, network, x)
         a, b = outputs.values() if isinstance(outputs, dict) else outputs
         (gradient,) = torch.autograd.grad(1e-9 * a.sum() + 1e-7 * b.sum(), x)
         assert torch.allclose(gradient, 2e-9 + 2e-7 * x.detach(), rtol=2e-3, atol=1e-11)
-    (gradient,) = torch.autograd.grad(0 * half.in_dtype(torch.float16, torch.exp, x).sum(), x)
+    (gradient,) = torch.autograd.grad(0 * precision.in_dtype(torch.float16, torch.exp, x).sum(), x)
     assert torch.equal(gradient, torch.zeros(9))
 
 
@@ -146,3 +157,175 @@ def test_float16_signs_agree_with_float32(method, tiny_folder, monkeypatch):
         return torch.autograd.grad(1e-6 * (loss[0] if isinstance(loss, tuple) else loss), x)[0].sign()
 
     assert (signs(torch.float16) == signs(torch.float32)).float().mean() >= 0.98
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)])
+def test_the_card_decides_the_default_dtype(capability, dtype, tiny_folder):
+    with PretendedGPU(capability=capability):
+        assert sifm_min.load_editor(tiny_folder).dtype == dtype
+
+
+def test_float32_is_not_tf32_inside_an_edit_and_a_step(gpu, tiny_folder, monkeypatch):
+    editor = sifm_min.load_editor(tiny_folder, device="cuda", dtype=torch.float32)
+    seen, encode = [], editor.vae.encode
+    monkeypatch.setattr(editor.vae, "encode", lambda pixels: seen.append(tf32()) or encode(pixels))
+
+    def tf32():
+        conv = getattr(torch.backends.cudnn, "conv", None)
+        return conv.fp32_precision if conv else torch.backends.cudnn.allow_tf32
+
+    before = tf32()
+    editor.edit(picture(), "night")
+    sifm_min.immunize(picture(), editor, "night", steps=1, timesteps=1)
+    assert set(seen) in ({"ieee"}, {False}) and tf32() == before not in seen
+
+
+# -------------------------------------------------------------------------------------------------------------- which device
+
+def test_an_indexed_device_is_used_from_the_first_call(gpu, tiny_folder):
+    editor = sifm_min.load_editor(tiny_folder, device="cuda:0", dtype=torch.float32)
+    report = sifm_min.immunize(picture(), editor, "night", steps=1, timesteps=1).report
+    assert report["peak_memory_bytes"] > 10_000
+
+
+@pytest.mark.parametrize(("asked", "local", "cards", "device"), [
+    (None, "1", 2, "cuda:1"), ("cuda", "1", 2, "cuda:1"), ("cuda", "3", 2, "cuda:1"), (None, "2", 1, "cuda:0"),
+    ("cpu", "1", 2, "cpu"), (None, "1", 0, None), ("cuda", None, 2, "cuda")])
+def test_each_rank_takes_its_own_card(asked, local, cards, device, monkeypatch, recwarn):
+    for name, value in (("LOCAL_RANK", local), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value) if local else monkeypatch.delenv(name, raising=False)
+    with PretendedGPU(cards=cards):
+        assert cli.place(SimpleNamespace(device=asked))["device"] == device
+    shared = local and device not in ("cpu", None) and int(local) >= cards
+    assert [str(w.message)[:22] for w in recwarn if "torchrun" in str(w.message)] == ["torchrun started more "] * bool(shared)
+
+
+def test_ranks_that_would_share_one_named_card_are_refused(gpu, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="torchrun started 2 processes, and all would share this GPU; leave the option out"):
+        cli.place(SimpleNamespace(device="cuda:0"))
+
+
+# ---------------------------------------------------------------------------------------------------------- memory that ends
+
+@pytest.mark.parametrize("message", [
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "CUDA error: out of memory",
+    "MPS backend out of memory", "HIP out of memory. Tried to allocate"])
+def test_every_library_s_form_of_no_memory_counts(message):
+    assert memory.is_short(RuntimeError(message))
+    assert not memory.is_short(RuntimeError("CUDNN_STATUS_BAD_PARAM")) and not memory.is_short(ValueError(message))
+
+
+def fails_where(gpu, condition):
+    """Let every operation on the card fail for which condition(name, tensors) holds."""
+    def before(name, tensors):
+        if condition(name, tensors):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    gpu.before = before
+
+
+@pytest.mark.parametrize("source", ["tiny", "miniature-sd3"])
+def test_text_encoders_that_do_not_fit_run_on_the_cpu(source, gpu, tiny_folder):
+    source = tiny_folder if source == "tiny" else source
+    editor = sifm_min.load_editor(source, device="cuda", dtype=torch.float32)
+    expected = sifm_min.load_editor(source, device="cpu").context(["make it night"])
+    fails_where(gpu, lambda name, tensors: name == "embedding")
+    with pytest.warns(UserWarning, match="out of memory with text_encoder.* on cuda.*; it runs on the CPU"):
+        found = editor.context(["make it night"])
+    parts = zip(*([each] if isinstance(each, torch.Tensor) else each for each in (found, expected)), strict=True)
+    for ours, theirs in parts:
+        assert ours.is_cuda and torch.allclose(ours.cpu(), theirs, atol=1e-5)
+
+
+def test_text_that_fits_nowhere_is_the_documented_error(gpu, tiny_folder, monkeypatch):
+    editor = sifm_min.load_editor(tiny_folder, device="cuda", dtype=torch.float32)
+
+    def nowhere(self, ids):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr("sifm_min.models.clip.CLIPText.forward", nowhere)
+    with pytest.warns(UserWarning, match="on the CPU"), pytest.raises(ValueError, match="out of memory; .*--no-t5"):
+        sifm_min.immunize(picture(), editor, "night", steps=1)
+
+
+def test_an_edit_that_does_not_fit_takes_one_pass_at_a_time(gpu, tiny_folder):
+    editor = sifm_min.load_editor(tiny_folder, device="cuda", dtype=torch.float32)
+    whole = editor.edit([picture()] * 2, "make it night")
+    widths = []
+
+    def convolves(name, tensors):
+        if name == "convolution" and tensors[0].shape[1] == 8 and tensors[1].shape == (8, 8, 3, 3):
+            widths.append(len(tensors[0]))
+            return len(tensors[0]) > 1
+
+    fails_where(gpu, convolves)
+    with pytest.warns(UserWarning, match="out of memory with everything at once; going on with one picture and one pass"):
+        small = editor.edit([picture()] * 2, "make it night")
+    for one, other in zip(small, whole, strict=True):
+        difference = (images.to_pixels(one) - images.to_pixels(other)).abs().max().item()
+        assert difference <= 1.01 / 255
+    assert widths[0] == 6 and set(widths[1:]) == {1}
+    widths.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        editor.edit([picture(), picture()], "make it night")
+    assert set(widths) == {1}                                # remembered
+    fails_where(gpu, lambda name, tensors: name == "convolution")
+    with pytest.raises(ValueError, match="out of memory with one picture and one pass .* may help"):
+        editor.edit(picture(), "make it night")
+
+
+def test_a_plan_that_did_not_fit_is_not_tried_again(gpu, tiny_folder):
+    editor = sifm_min.load_editor(tiny_folder, device="cuda", dtype=torch.float32)
+    batches = []
+
+    def too_many(name, tensors):
+        if name == "convolution" and tensors[0].shape[1] == 8 and tensors[1].shape == (8, 8, 3, 3):
+            batches.append(len(tensors[0]))
+            return len(tensors[0]) > 1
+
+    fails_where(gpu, too_many)
+    with pytest.warns(UserWarning, match="going on with one timestep at a time"):
+        sifm_min.immunize(picture(), editor, "night", steps=1, timesteps=4)
+    assert {1, 2, 4} == set(batches)
+    batches.clear()
+    sifm_min.immunize(picture(64, 64), editor, "night", steps=1, timesteps=4)
+    assert set(batches) == {1}
+    batches.clear()
+    with pytest.warns(UserWarning, match="out of memory"):   # a smaller picture may fit
+        sifm_min.immunize(picture(40, 24), editor, "night", steps=1, timesteps=4)
+    assert 4 in batches
+
+
+# ------------------------------------------------------------------------------------------------------------------- digests
+
+def test_large_weights_are_hashed_once_for_all_runs(tmp_path, tiny_folder, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(weight_digests, "LARGE", 0)
+    monkeypatch.setattr(weight_digests, "sha256", lambda file: hashed.append(file) or checkpoints.sha256(file))
+    picture().save(tmp_path / "a.png")
+    command = [str(tmp_path / "a.png"), "--prompt", "night", "-o", str(tmp_path / "out"), "--editor", str(tiny_folder),
+               "--steps", "1", "--device", "cpu"]
+    assert immunize.main(command) == 0 and len(hashed) == len(set(hashed)) == 3
+    report = json.loads((tmp_path / "out" / "a.json").read_text())
+    assert {checkpoints.sha256(tiny_folder / name): name for name in report["editor"]["weights"]} == {
+        digest: name for name, digest in report["editor"]["weights"].items()}
+    assert immunize.main(command) == 0 and len(hashed) == 3                  # nothing to do, and nothing hashed
+    file = next(tiny_folder.glob("unet/*.safetensors"))
+    os.utime(file, ns=(1, 1))                                # touched: it may be another
+    assert immunize.main(command) == 0 and len(hashed) == 4
+    (tmp_path / "out" / weight_digests.NAME).write_text("{")
+    assert weight_digests.Digests(tmp_path / "out")(file) == checkpoints.sha256(file)
+
+
+def test_processes_that_start_together_hash_once(tmp_path):
+    (tmp_path / "weights").write_bytes(bytes(1 << 20))
+    code = ("import sys, time; from sifm_min.files import weight_digests; weight_digests.LARGE = 0; own = weight_digests.sha256\n"
+            "def slow(file): open(sys.argv[1] + '/hashed', 'a').write('x'); time.sleep(1); return own(file)\n"
+            "weight_digests.sha256 = slow; print(weight_digests.Digests(sys.argv[1])(sys.argv[1] + '/weights'))")
+    started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], text=True, stdout=subprocess.PIPE,
+                                cwd=Path(__file__).resolve().parents[1]) for _ in range(3)]
+    found = {process.communicate()[0] for process in started}
+    assert found == {checkpoints.sha256(tmp_path / "weights") + "\n"} and (tmp_path / "hashed").read_text() == "x"

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 import torch
 from PIL import Image
 
-from .. import images
+from .. import images, memory
 from ..models.lean import Prepared, sent
 from ..models.schedulers import FlowScheduler
-from .guidance import UNGUIDED, over_text, over_text_and_picture
-from .half import in_dtype
+from .guidance import UNGUIDED, one_by_one, over_text, over_text_and_picture
+from .precision import full_float32, in_dtype
 from .text import apart, together
 
 LOWEST_TIMESTEP = 50                                         # below it the noisy latent is the picture itself
@@ -252,8 +252,19 @@ class Editor:
         for (height, width), members in groups.items():
             pixels = torch.cat([images.to_pixels(pictures[i].convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
                                 for i in members])
-            edited = self.sample(pixels, [prompts[i] for i in members], negative_prompt=negative_prompt,
-                                 seeds=[seed] * len(members), steps=steps, guidance=guidance, on_step=on_step, **options)
+            texts = [prompts[i] for i in members]
+
+            def run(plan, pixels=pixels, texts=texts):
+                apart = plan != memory.EDIT_PLANS[0]
+                with full_float32():
+                    return torch.cat([
+                        self.sample(part, texts[i:i + len(part)], negative_prompt=negative_prompt, seeds=[seed] * len(part),
+                                    steps=steps, guidance=guidance, on_step=on_step, one_pass=apart, **options)
+                        for i, part in enumerate(pixels.split(1 if apart else len(pixels)))])
+
+            edited, _ = memory.first_fitting(run, memory.EDIT_PLANS, self, job=("edit", len(members)), size=height * width,
+                                             advice="a smaller picture or --size, a narrower dtype, or --no-t5 with Stable "
+                                                    "Diffusion 3")
             if not edited.isfinite().all():                  # as 8 bits it would look like an edit that was defeated
                 raise ValueError(f"the edit is not a finite picture: {self._likely_cause()}")
             for i, output in zip(members, edited.split(1), strict=True):
@@ -275,8 +286,11 @@ class Editor:
                 "editor's defaults are the place to start from")
 
     def sample(self, pixels, prompts, *, negative_prompt="", seeds, steps=None, guidance=None, image_guidance=None,
-               strength=None, on_step=None):
-        """Pixels (B,3,H,W) in [0,1] at a working size -> edited pixels, not clipped. Differentiable if the caller wants it."""
+               strength=None, one_pass=False, on_step=None):
+        """Pixels (B,3,H,W) in [0,1] at a working size -> edited pixels, not clipped. Differentiable if the caller wants it.
+
+        one_pass: run the passes of the guidance one after the other, for memory.
+        """
         guide = self.guide(guidance, image_guidance)
         plan = self.plan(steps) if strength is None else self.plan(steps, strength)
         if plan.fault:
@@ -288,7 +302,7 @@ class Editor:
             context, empty = together(contexts), together([empty] * len(prompts))
         image_latent, latent, draw = self.start(pixels, plan, seeds)
         latent = self.denoise(latent.to(self.dtype), plan, image_latent, context, empty, guide=guide, draw=draw,
-                              on_step=on_step)
+                              predict=one_by_one(self.predict) if one_pass else None, on_step=on_step)
         return self.decode(latent)
 
     def denoise(self, latent, plan, image_latent, context, empty, *, guide, draw=None, predict=None, on_step=None):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .text import together
+from .text import apart, together
 
 
 class Guidance(NamedTuple):
@@ -43,3 +43,12 @@ def over_text_and_picture(weight, image_weight):
         return neither + weight * (full - image_only) + image_weight * (image_only - neither)
 
     return Guidance(((True, True), (False, True), (False, False)), combine)
+
+
+def one_by_one(predict):
+    """A `predict` that runs the rows of a batch one after the other, for memory."""
+    def run(image_latents, noisy, timestep, contexts):
+        rows = zip(image_latents.split(1), noisy.split(1), apart(contexts), strict=True)
+        return torch.cat([predict(image_latent, latent, timestep, context) for image_latent, latent, context in rows])
+
+    return run

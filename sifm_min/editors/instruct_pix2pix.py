@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from .. import memory
 from ..models import schedulers, unet
 from ..models.clip import CLIPText
 from ..models.lean import frozen
@@ -14,7 +15,7 @@ from ..models.tokenizers import CLIPTokenizer
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
 from .base import Defaults, Editor, on
-from .half import in_dtype
+from .precision import in_dtype
 from .text import warn_if_cut
 
 
@@ -83,8 +84,16 @@ class InstructPix2Pix(Editor):
         prompts = list(prompts)
         for prompt in prompts:
             warn_if_cut(prompt, len(self.tokenizer.encode(prompt)) + 2, self.tokenizer.length, "CLIP")
-        ids = torch.tensor(self.tokenizer(prompts), device=self.device)
-        return self.text_encoder(ids).last
+        ids = torch.tensor(self.tokenizer(prompts))
+
+        def run(device):
+            if device == self.device:
+                return self.text_encoder(ids.to(device)).last
+            encoder = self.checkpoint.load(CLIPText, "text_encoder", device=device, dtype=torch.float32)
+            self.forget_text()
+            return encoder(ids).last.to(self.device, self.dtype)
+
+        return memory.or_on_cpu(run, self.device, "text_encoder") if self.checkpoint else run(self.device)
 
     def features(self, image_latent, noisy_latent, timesteps, context, *, taps):
         """Activations of the U-Net, name -> tensor, with their graph; the forward pass ends at the last tap."""

@@ -12,6 +12,7 @@ from ..models.config import replaced
 from ..models.mmdit import MMDiT
 from .base import check
 from .instruct_pix2pix import InstructPix2Pix
+from .precision import half_dtype
 from .sd3 import StableDiffusion3, UltraEdit
 
 EDITORS = (InstructPix2Pix, StableDiffusion3, UltraEdit)
@@ -25,7 +26,7 @@ def load_editor(source="miniature", *, device=None, dtype=None, vae_dtype=None, 
     a single file of Stable Diffusion 3, a hub id, or "module:name" of a class or function that returns an editor.
 
     device: default cuda where there is one, else cpu.
-    dtype: of denoiser and text encoders; default bfloat16 on cuda, float32 elsewhere.
+    dtype: of denoiser and text encoders; default on cuda bfloat16, or float16 where the card has no bfloat16; else float32.
     vae_dtype: default float32 everywhere. Pictures decoded in bfloat16 are one or two steps of 1/255 off, and some VAEs
       overflow in float16.
     t5: False does without Stable Diffusion 3's largest text encoder, as its pipeline allows, and does not fetch it.
@@ -38,7 +39,7 @@ def load_editor(source="miniature", *, device=None, dtype=None, vae_dtype=None, 
     if re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", str(source)) and not Path(source).exists():
         return _outside(str(source), device=device, dtype=dtype, vae_dtype=vae_dtype, revision=revision, components=components)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = dtype or (half_dtype(device) if device.type == "cuda" else torch.float32)
     checkpoint = checkpoints.open_checkpoint(source, t5=t5, revision=revision, offline=offline, rest=components)
     name, index = str(source), checkpoint.index
     editor_class = next((known for known in EDITORS if index.get("_class_name") in known.PIPELINES), InstructPix2Pix)

@@ -9,7 +9,7 @@ from ..models.lean import frozen
 from ..models.mmdit import MMDiT
 from ..models.vae import AutoencoderKL
 from .base import Defaults, Editor, on
-from .half import in_dtype
+from .precision import in_dtype
 from .text import TextEncoders
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .. import memory
 from ..models.clip import CLIPText
 from ..models.t5 import T5Encoder
 from ..models.tokenizers import CLIPTokenizer, T5Tokenizer
@@ -107,5 +108,14 @@ class TextEncoders:
 
     @torch.no_grad()
     def _run(self, network_class, component, ids):
-        network = self.checkpoint.load(network_class, component, device=self.device, dtype=self.dtype)
-        return network(torch.tensor(ids, device=self.device))
+        def run(device):                                     # bfloat16: a CPU computes slowly in float16
+            dtype = torch.bfloat16 if device.type == "cpu" and self.dtype == torch.float16 else self.dtype
+            network = self.checkpoint.load(network_class, component, device=device, dtype=dtype)
+            outputs = network(torch.tensor(ids, device=device))
+            if device == self.device:
+                return outputs
+            if isinstance(outputs, torch.Tensor):
+                return outputs.to(self.device, self.dtype)
+            return type(outputs)(*(output.to(self.device, self.dtype) for output in outputs))
+
+        return memory.or_on_cpu(run, self.device, component)
