@@ -322,9 +322,9 @@ def test_large_weights_are_hashed_once_for_all_runs(tmp_path, tiny_folder, monke
 
 def test_processes_that_start_together_hash_once(tmp_path):
     (tmp_path / "weights").write_bytes(bytes(1 << 20))
-    code = ("import sys, time; from sifm_min.files import weight_digests; weight_digests.LARGE = 0; own = weight_digests.sha256\n"
+    code = ("import sys, time; from sifm_min.files import weight_digests as kept; kept.LARGE = 0; own = kept.sha256\n"
             "def slow(file): open(sys.argv[1] + '/hashed', 'a').write('x'); time.sleep(1); return own(file)\n"
-            "weight_digests.sha256 = slow; print(weight_digests.Digests(sys.argv[1])(sys.argv[1] + '/weights'))")
+            "kept.sha256 = slow; print(kept.Digests(sys.argv[1])(sys.argv[1] + '/weights'))")
     started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], text=True, stdout=subprocess.PIPE,
                                 cwd=Path(__file__).resolve().parents[1]) for _ in range(3)]
     found = {process.communicate()[0] for process in started}
