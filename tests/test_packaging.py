@@ -208,7 +208,7 @@ def files(folder, *patterns):
 
 def shipped(project):
     """What a package holds of the project, under its installed names: code, and the data that setup.cfg names."""
-    networks = {f"models/{name}" for name in files(project / "models", "**/*.py", "miniature*/**/*", "lpips/*")}
+    networks = {f"models/{name}" for name in files(project / "models", "README.md", "**/*.py", "miniature*/**/*", "lpips/*")}
     data = ("README.md", "judging/README.md", "judging/panels/*.json", "judging/prompts/*", "**/pages/*.html",
             "**/paper/*.json")
     return files(project / "sifm_min", "**/*.py", *data) | networks
