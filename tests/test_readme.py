@@ -43,7 +43,7 @@ def test_every_block_has_a_known_marker_and_known_commands(page):
 
 @pytest.mark.parametrize("line", commands("ci:main-job|", "python -m sifm_min"))
 def test_a_command_runs(line, tmp_path):
-    words = shlex.split(line)[1:]
+    words = shlex.split(line, comments=True)[1:]
     if "-o" in words:
         words[words.index("-o") + 1] = str(tmp_path)
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
@@ -53,7 +53,7 @@ def test_a_command_runs(line, tmp_path):
 
 @pytest.mark.parametrize("line", commands("needs: .*", "python -m sifm_min"))
 def test_a_command_that_is_not_run_is_parsed(line):
-    _, _, module, *words = shlex.split(line)
+    _, _, module, *words = shlex.split(line, comments=True)
     command = importlib.import_module(module)
     command._parser().parse_args(words)
     with pytest.raises(SystemExit):
@@ -63,7 +63,7 @@ def test_a_command_that_is_not_run_is_parsed(line):
 @pytest.mark.parametrize("line", commands(".*", "python tools/"))
 def test_a_tool_knows_the_options_of_its_command(line):
     """The tool refuses one more option, which is not there, and nothing else."""
-    command = [sys.executable, *shlex.split(line)[1:], "--no-such-option"]
+    command = [sys.executable, *shlex.split(line, comments=True)[1:], "--no-such-option"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.rstrip().endswith("unrecognized arguments: --no-such-option"), done.stderr
 
