@@ -26,7 +26,10 @@ from .methods import METHODS, PRESETS, PROTOCOL, options_of, settings
 
 @dataclass(frozen=True)
 class Result:
-    """image: the immunized picture, PIL, of the input's size and mode. report: a JSON-ready dict."""
+    """image: the immunized picture, PIL, of the input's size and mode. report: a JSON-ready dict.
+
+    `images.write(path, result.image)` writes it with all that decides its colours; `image.save` keeps the ICC profile only.
+    """
 
     image: object
     report: dict

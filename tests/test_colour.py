@@ -109,7 +109,7 @@ def test_a_profile_is_kept_and_wins_over_exif(tmp_path):
 # -- profiles that a PNG cannot carry ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("suffix, mode", [("png", "RGB"), ("png", "RGBA"), ("jpg", "RGB"), ("tiff", "RGB"), ("tiff", "RGBA")])
-def test_a_long_profile_is_converted_and_the_png_opens_everywhere(tmp_path, suffix, mode):
+def test_a_long_profile_is_converted_and_the_png_opens(tmp_path, suffix, mode):
     """Pillow opens no PNG with a profile above 1 MiB, so the colours become sRGB before the work."""
     pixels = samples(len(mode))
     if suffix == "png":
@@ -135,7 +135,7 @@ def test_a_profile_just_below_the_limit_is_kept(tmp_path):
         assert (png_file.header(written(picture, tmp_path)).icc == profile) == kept
 
 
-def test_a_long_profile_that_converts_nothing_is_left_out_and_told(tmp_path, monkeypatch):
+def test_a_long_profile_that_fails_is_left_out_and_told(tmp_path, monkeypatch):
     for spoiled in (long(icc_header()), long(SRGB)):
         picture = read(tmp_path, png(samples(), 8, 2, chunk(b"iCCP", b"x\0\0" + zlib.compress(spoiled))))
         assert np.array_equal(np.asarray(picture.image), samples())

@@ -152,7 +152,7 @@ def test_mistakes_are_one_sentence_and_a_code(run, tmp_path, monkeypatch, capsys
     assert says in told(capsys) and not Path("out").exists()
 
 
-def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_done(run, capsys):
+def test_an_unreadable_picture_is_told_and_the_others_are_done(run, capsys):
     photo("in/good.png")
     Path("in/bad.png").write_text("I am not a picture.")
     assert run("in", "missing.png", "--json") == cli.SOME_FAILED

@@ -230,6 +230,14 @@ def test_a_decompression_bomb_is_refused_in_one_sentence(tmp_path, monkeypatch, 
     images.read(tmp_path / "bomb.png")
 
 
+def test_an_image_above_the_limit_that_was_opened_is_taken(tmp_path, monkeypatch):
+    rgb(20, 20).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 250)
+    with pytest.warns(Image.DecompressionBombWarning):
+        opened = Image.open(tmp_path / "large.png")
+    assert images.picture(opened).image.size == (20, 20)
+
+
 def test_damaged_files_never_raise_anything_else(tmp_path):
     generator = np.random.default_rng(0)
     for suffix, options in {"png": {}, "jpg": {}, "gif": {}, "webp": {}, "tiff": {"compression": "tiff_deflate"}}.items():
@@ -447,7 +455,7 @@ def test_write_checked_writes_nothing_that_breaks_a_promise(tmp_path, change, sa
     assert images.write_checked(tmp_path / "a.png", immunized, original, 0.03) == 7
 
 
-def test_write_checked_notices_a_file_that_is_not_what_was_written(tmp_path, monkeypatch):
+def test_write_checked_notices_a_file_of_other_pixels(tmp_path, monkeypatch):
     original = images.picture(rgb())
     immunized = images.quantize(original, perturbation(original, 0.03), 0.03)
     save = Image.Image.save

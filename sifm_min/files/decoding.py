@@ -73,14 +73,17 @@ class _Header:
     notes: list = field(default_factory=list)
 
 
-def decode(data):
-    """The bytes of a picture file as a `Decoded`. Raises Refused, Pillow's errors for unknown formats, or DAMAGE."""
+def decode(data, any_size=False):
+    """The bytes of a picture file as a `Decoded`. Raises Refused, Pillow's errors for unknown formats, or DAMAGE.
+
+    any_size: accept also what is above Pillow's warning limit of pixels, because the caller has opened it already.
+    """
     head = png.header(data)
     if head is None and data.startswith(png.SIGNATURE):
         raise Refused("it begins as a PNG, and no PNG header follows")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # from the decoders, on metadata that is not used here
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore" if any_size else "error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(head.lean if head else data), formats=_formats()) as image:
             return _normal(image, _header(image, data, head))
 
@@ -92,7 +95,7 @@ def decode_image(image):
         image.fp.seek(0)
         data = image.fp.read()
         image.fp.seek(here)                                  # where a later load of this image goes on
-        return decode(data)
+        return decode(data, any_size=True)
     deep = image.mode in SIXTEEN
     return _normal(image, _Header(depth=16 if deep else 8, icc=image.info.get("icc_profile"),
                                   chunks=colour.of_info(image.info)))
