@@ -24,9 +24,9 @@ PROGRAM = f"python -m {__name__}"                            # commands as messa
 # would collide with the models/ of most research code. Where no installer has moved it (a bare checkout, a vendored
 # copy), the parent folder is searched for this one import and then given back, so that nothing else beside us can be
 # imported as part of sifm_min. A models/ inside this folder comes first. The file looked for tells our folder from
-# somebody else's: theirs may well have a unet.py, hardly a tokenizers.py.
+# somebody else's: theirs may well have a unet.py, hardly a clip_tokenizer.py.
 _beside = str(_Path(__file__).resolve().parents[1])
-if _PathFinder.find_spec("tokenizers", [f"{place}/models" for place in (*__path__, _beside)]) is None:
+if _PathFinder.find_spec("clip_tokenizer", [f"{place}/models" for place in (*__path__, _beside)]) is None:
     raise ImportError(f"{__name__}: its networks are missing; put the folder models/ beside {__name__}/, or inside it")
 __path__.append(_beside)
 from . import models  # noqa: E402, F401

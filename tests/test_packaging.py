@@ -25,8 +25,8 @@ FOREIGN = "raise SystemExit('a foreign models/ was imported')"
 PROBE = """
 import json, sys
 import {package} as package
-from {package}.models import tokenizers
-print(json.dumps([package.__file__, tokenizers.__file__, package.__version__, list(package.__path__)]))
+from {package}.models import clip_tokenizer
+print(json.dumps([package.__file__, clip_tokenizer.__file__, package.__version__, list(package.__path__)]))
 assert "models" not in sys.modules, "the networks are known under two names"
 assert not any(name.partition(".")[0] == "torch" for name in sys.modules)
 """
@@ -142,7 +142,7 @@ def test_editable(mode, project, empty_python, foreign, tmp_path):
         if mode == "lenient":
             assert (code, networks) == checkout
         assert code.joinpath("__init__.py").samefile(source / "sifm_min/__init__.py")
-        assert networks.joinpath("tokenizers.py").samefile(source / "models/tokenizers.py")
+        assert networks.joinpath("clip_tokenizer.py").samefile(source / "models/clip_tokenizer.py")
 
 
 # -------------------------------------------------------------------------------------------------------- not installed

@@ -15,7 +15,7 @@ import unicodedata
 
 import pytest
 
-from sifm_min.models.tokenizers import SPACE, Charsmap, T5Tokenizer
+from sifm_min.models.t5_tokenizer import SPACE, Charsmap, T5Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="the oracle, tokenizers (with transformers), is not installed")
 

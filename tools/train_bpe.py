@@ -2,7 +2,7 @@
 
     python tools/train_bpe.py captions.txt tokenizer/ --size 2000 --length 24
 
-The folder can then be read by `sifm_min.models.tokenizers.CLIPTokenizer` and by transformers' CLIPTokenizer, with equal
+The folder can then be read by `sifm_min.models.clip_tokenizer.CLIPTokenizer` and by transformers' CLIPTokenizer, with equal
 ids. Any text can be tokenized, whatever was in the file: all 256 bytes are in the vocabulary.
 """
 
@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sifm_min.models.tokenizers import END, START, byte_symbols, normalise, words  # noqa: E402
+from sifm_min.models.clip_tokenizer import END, START, byte_symbols, normalise, words  # noqa: E402
 
 
 def train_bpe(texts, size):

@@ -328,7 +328,7 @@ def new_text(vocabulary):
 def tokenizer(args):
     from train_bpe import train_bpe, write
 
-    from sifm_min.models.tokenizers import CLIPTokenizer
+    from sifm_min.models.clip_tokenizer import CLIPTokenizer
     folder = args.work / "tokenizer"
     if not (folder / "vocab.json").exists():
         folder.mkdir(exist_ok=True)

@@ -25,8 +25,8 @@ import train_miniature as first  # noqa: E402
 from sifm_min import miniature  # noqa: E402
 from sifm_min.miniature import drawing, wording, world  # noqa: E402
 from sifm_min.models.clip import CLIPText, CLIPTextConfig  # noqa: E402
+from sifm_min.models.clip_tokenizer import CLIPTokenizer  # noqa: E402
 from sifm_min.models.mmdit import MMDiT, MMDiTConfig  # noqa: E402
-from sifm_min.models.tokenizers import CLIPTokenizer  # noqa: E402
 
 VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [24, 32, 64],
        "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,

@@ -10,8 +10,8 @@ import torch
 from .. import memory
 from ..models import schedulers, unet
 from ..models.clip import CLIPText
+from ..models.clip_tokenizer import CLIPTokenizer
 from ..models.lean import frozen
-from ..models.tokenizers import CLIPTokenizer
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
 from .base import Defaults, Editor, on

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from .. import memory
 from ..models.clip import CLIPText
+from ..models.clip_tokenizer import CLIPTokenizer
 from ..models.t5 import T5Encoder
-from ..models.tokenizers import CLIPTokenizer, T5Tokenizer
+from ..models.t5_tokenizer import T5Tokenizer
 
 
 class Text(NamedTuple):

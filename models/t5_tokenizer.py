@@ -1,339 +1,21 @@
-"""Tokenizers: a prompt to token ids, from the vocabulary files that lie in a checkpoint. Standard library only.
+"""T5's tokenizer: a prompt to token ids, from the vocabulary files that lie in a checkpoint. Standard library only.
 
-`CLIPTokenizer` reads `tokenizer` of timbrooks/instruct-pix2pix, MudeHui/HQ-Edit and SD 1.5, `tokenizer` and
-`tokenizer_2` of stabilityai/stable-diffusion-3-medium-diffusers, and what transformers writes for any of them: CLIP's
-byte-level BPE, from `vocab.json` with `merges.txt`, or from `tokenizer.json`. The ids are those of the Hugging Face
-tokenizer, which unlike OpenAI's original repairs neither mojibake nor HTML entities. `T5Tokenizer` reads `tokenizer_3`:
-T5's unigram model, from `tokenizer.json` or from `spiece.model`. Text is classified by this Python's Unicode tables:
-characters younger than they are (Python 3.11: Unicode 14) count as symbols.
+Reads `tokenizer_3` of stabilityai/stable-diffusion-3-medium-diffusers, and the files that transformers writes for any T5: a
+unigram model, from `tokenizer.json` or from `spiece.model`. The ids are those of the Hugging Face tokenizer.
 """
 
 import base64
-import heapq
-import json
 import math
 import re
 import struct
 import unicodedata
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
-# ---------------------------------------------------------------------------------------------------- reading files
+from .config import shown
+from .tokens import WHITE_SPACE, alternate, check_unicode, read_bytes, read_json, splitter
 
-
-def _read(path):
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def _read_bytes(path):
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-
-
-def _read_json(path):
-    try:
-        found = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return found
-
-
-def _check_unicode(text):
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the prompt is not valid Unicode: a lone surrogate U+{ord(text[error.start]):04X} at {error.start}"
-        ) from None
-
-
-# ---------------------------------------------------------------------------------------- CLIP: from text to words
-
-START, END = "<|startoftext|>", "<|endoftext|>"
-ROLES = {                                                      # as the files call them -> (as we do, the usual token)
-    "bos_token": ("start", START),
-    "eos_token": ("end", END),
-    "unk_token": ("unknown", END),
-    "pad_token": ("pad", END),
-}
-CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
-
-# Unicode White_Space. str.isspace would add U+001C to U+001F, which the published pattern takes for symbols.
-WHITE_SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | {chr(c) for c in range(8192, 8203)}
-
-
-def byte_symbols():
-    """The 256 characters that stand for the bytes 0..255 in the vocabulary, as a dict byte -> character.
-
-    Printable Latin-1 stands for itself; the other 68 bytes, in order, are the characters from U+0100 on. The order of
-    the dict is that of the published vocabulary.
-    """
-    themselves = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in themselves]
-    return {byte: chr(byte) for byte in themselves} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-def normalise(text):
-    """NFC, then lower case by single characters: a final sigma gets no special treatment, as in the reference."""
-    return "".join([c.lower() for c in unicodedata.normalize("NFC", text)])
-
-
-def _kind(character):
-    if character in WHITE_SPACE:
-        return " "
-    major = unicodedata.category(character)[0]
-    return major if major in "LN" else "S"                     # letter, number, or symbol: anything else
-
-
-def words(text):
-    """Split normalised text: contractions, runs of letters, single digits, runs of symbols; white space is dropped."""
-    here = 0
-    while here < len(text):
-        start, kind = here, _kind(text[here])
-        here += 1
-        if kind == " ":
-            continue
-        if kind == "S" and (special := next((s for s in (START, END) if text.startswith(s, start)), None)):
-            # Written in capitals, it was no special token in the raw text. The published pattern still takes it whole
-            # and then cuts it, so a symbol right behind it does not join the last part.
-            here = start + len(special)
-            yield from ("<|", special[2:-2], "|>")
-            continue
-        if kind == "S" and (short := next((c for c in CONTRACTIONS if text.startswith(c, start)), None)):
-            here = start + len(short)
-        elif kind != "N":
-            while here < len(text) and _kind(text[here]) == kind:
-                here += 1
-        yield text[start:here]
-
-
-# ------------------------------------------------------------------------------------------- CLIP: from words to ids
-
-
-class CLIPTokenizer:
-    """CLIP's byte-level BPE. Made by `from_folder`; then `tokenizer(prompts)` gives one row of ids for each prompt.
-
-    `vocab`: token -> id. `merges`: pairs of tokens, the most urgent first. `specials`: text -> (id, folded); each is
-    cut out of the prompt before anything else, where folded means that capitals match too. `start`, `end`, `pad`,
-    `unknown`: ids. `length`: ids in each row.
-    """
-
-    def __init__(self, vocab, merges, specials, *, start, end, pad, unknown, length):
-        self.vocab, self.start, self.end, self.pad, self.length = vocab, start, end, pad, length
-        self._raw = {text: number for text, (number, folded) in specials.items() if not folded}
-        self._folded = {normalise(text): number for text, (number, folded) in specials.items() if folded}
-        self._raw_splitter, self._folded_splitter = _splitter(self._raw), _splitter(self._folded)
-        self._symbols = byte_symbols()
-        self._unknown = unknown
-        # The pair (left id, right id) -> (urgency, merged id).
-        self._merges = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(merges)}
-        self._known = {}                                       # word -> ids, of words met before
-
-    @classmethod
-    def from_folder(cls, folder):
-        """Read a `tokenizer` folder of a checkpoint. A damaged or foreign one is a ValueError that names the file.
-
-        Where the files do not say otherwise, the special tokens and the 77 ids of every published CLIP hold.
-        """
-        folder = Path(folder)
-        config_file = folder / "tokenizer_config.json"
-        config = _read_json(config_file) if config_file.exists() else {}
-        if config.get("tokenizer_class", "CLIPTokenizer") not in ("CLIPTokenizer", "CLIPTokenizerFast"):
-            raise ValueError(f"{config_file} is of a {config['tokenizer_class']}, not of a CLIPTokenizer")
-        for side in ("padding_side", "truncation_side"):
-            if config.get(side, "right") != "right":
-                raise ValueError(f"{config_file} sets {side} to {config[side]!r}; only 'right' is implemented")
-        length = config.get("model_max_length", 77)
-        if type(length) is not int or not 2 <= length <= 100_000:
-            raise ValueError(
-                f"{config_file} gives model_max_length {length!r}; set it to the text encoder's max_position_embeddings"
-            )
-
-        listed = []                                            # special tokens that stand beside the vocabulary
-        if (folder / "vocab.json").exists() or (folder / "merges.txt").exists():
-            source = folder / "vocab.json"
-            vocab, merges = _read_json(source), _read_merges(folder / "merges.txt")
-        elif (folder / "tokenizer.json").exists():
-            source = folder / "tokenizer.json"
-            vocab, merges, listed = _read_single(source)
-        else:
-            raise ValueError(f"{folder} holds no tokenizer: neither vocab.json and merges.txt nor tokenizer.json")
-        if not all(type(number) is int and number >= 0 for number in vocab.values()):
-            raise ValueError(f"{source}: the vocabulary must map each token to a whole number")
-        for a, b in merges:
-            if unknown := next((token for token in (a, b, a + b) if token not in vocab), None):
-                raise ValueError(f"{folder}: the merge {a!r} {b!r} needs the token {unknown!r}, which {source} lacks")
-        specials, roles = _read_specials(folder, config, listed, vocab)
-        return cls(vocab, merges, specials, **roles, length=length)
-
-    def __call__(self, prompts):
-        """A list of prompts to a list of rows, each of exactly `length` ids: start, text, end, padding.
-
-        A prompt that is too long is cut; its row still ends with the end token.
-        """
-        if isinstance(prompts, str):
-            raise TypeError("the tokenizer takes a list of prompts, not one string")
-        rows = ([self.start, *self.encode(prompt)[:self.length - 2], self.end] for prompt in prompts)
-        return [row + [self.pad] * (self.length - len(row)) for row in rows]
-
-    def encode(self, text):
-        """The ids of a text of any length, without start, end and padding."""
-        _check_unicode(text)
-        ids = []
-        for part, is_special in _alternate(self._raw_splitter, text):
-            if is_special:
-                ids.append(self._raw[part])
-                continue
-            for piece, is_folded_special in _alternate(self._folded_splitter, normalise(part)):
-                if is_folded_special:
-                    ids.append(self._folded[piece])
-                    continue
-                for word in words(piece):
-                    ids.extend(self._word(word))
-        return ids
-
-    def _word(self, word):
-        if word not in self._known:
-            ids = self._merge(word)
-            if len(word) > 64 or len(self._known) >= 65536:    # memory stays bounded whatever is typed
-                return ids
-            self._known[word] = ids
-        return self._known[word]
-
-    def _merge(self, word):
-        """Byte-pair encoding: the most urgent pair first, the leftmost of equals, until no pair can be merged.
-
-        The symbols are a linked list and the candidates a heap, so that n bytes cost n log n steps, also for a word
-        without end. A candidate is not deleted when a neighbour's merge spoils it; it is found to be stale later.
-        """
-        symbols = [self._symbols[byte] for byte in word.encode()]
-        symbols[-1] += "</w>"
-        ids = [self.vocab.get(symbol, self._unknown) for symbol in symbols]
-        before, after = list(range(-1, len(ids) - 1)), [*range(1, len(ids)), -1]
-        heap = [(self._merges[pair][0], i) for i, pair in enumerate(pairwise(ids)) if pair in self._merges]
-        heapq.heapify(heap)
-        while heap:
-            rank, i = heapq.heappop(heap)
-            j = after[i]
-            urgency, merged = self._merges.get((ids[i], ids[j]), (None, None)) if j >= 0 else (None, None)
-            if urgency != rank:
-                continue
-            ids[i], ids[j], after[i] = merged, None, after[j]
-            if after[i] >= 0:
-                before[after[i]] = i
-            for left, right in ((before[i], i), (i, after[i])):
-                if left >= 0 and right >= 0 and (ids[left], ids[right]) in self._merges:
-                    heapq.heappush(heap, (self._merges[ids[left], ids[right]][0], left))
-        return [number for number in ids if number is not None]
-
-
-def _splitter(texts):
-    """A pattern that splits at any of `texts`, the longest first, and keeps them; one that never matches for none."""
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile(f"({'|'.join(re.escape(text) for text in longest_first) or '(?!)'})")
-
-
-def _alternate(splitter, text):
-    """The parts of `text` with True for those that the splitter matched."""
-    return [(part, index % 2 == 1) for index, part in enumerate(splitter.split(text))]
-
-
-def _read_specials(folder, config, listed, vocab):
-    """`(specials, roles)`: text -> (id, folded), and the ids that play the four roles.
-
-    The rules are those of transformers, which has written these files in several ways over the years: a list of tokens
-    with ids (`added_tokens_decoder`, or in tokenizer.json) decides where there is one; a token that is not listed is
-    declared by its role, in special_tokens_map.json before tokenizer_config.json.
-    """
-    path = folder / ("tokenizer.json" if listed else "tokenizer_config.json")
-    if "added_tokens_decoder" in config:
-        path = folder / "tokenizer_config.json"
-        if not isinstance(config["added_tokens_decoder"], dict):
-            raise ValueError(f"{path}: added_tokens_decoder must map ids to tokens")
-        listed = list(config["added_tokens_decoder"].items())
-    else:
-        if (folder / "special_tokens_map.json").exists():
-            path = folder / "special_tokens_map.json"
-            config = config | _read_json(path)
-        if (folder / "added_tokens.json").exists():
-            named = {_special(config.get(role) or usual, path)[0] for role, (_, usual) in ROLES.items()}
-            added = _read_json(folder / "added_tokens.json")
-            listed = [(number, {"content": text, "normalized": text not in named}) for text, number in added.items()]
-    specials = {}
-    for number, token in listed:
-        text, folded = _special(token, path)
-        if not str(number).isdecimal():
-            raise ValueError(f"{path}: the special token {text!r} has the id {number!r}, which is not a whole number")
-        specials[text] = int(number), folded
-    decided = set(specials)
-
-    def declare(token):
-        text, folded = _special(token, path)
-        if text not in decided:
-            if text not in vocab:
-                raise ValueError(f"{path}: the special token {text!r} is not in the vocabulary")
-            specials[text] = vocab[text], folded               # declared twice: the later one decides
-        return specials[text][0]
-
-    roles = {name: declare(config.get(role) or usual) for role, (name, usual) in ROLES.items()}
-    for token in config.get("additional_special_tokens") or ():
-        declare(token)
-    return specials, roles
-
-
-def _special(token, path):
-    """(text, folded) of a special token as files declare it: a plain string, or a dict with the text and its flags."""
-    token = {"content": token} if isinstance(token, str) else token
-    if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not token["content"]:
-        raise ValueError(f"{path} declares a special token without a text: {token!r}")
-    for flag in ("lstrip", "rstrip", "single_word"):
-        if token.get(flag):
-            raise ValueError(f"{path} sets {flag} on the token {token['content']!r}, which is not implemented")
-    return token["content"], bool(token.get("normalized", False))
-
-
-def _read_merges(path):
-    """Lines of two tokens, after a `#version`; any other line that begins with # is a merge."""
-    pairs = []
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if not line or line.startswith("#version"):
-            continue
-        pair = tuple(line.split(" "))
-        if len(pair) != 2:
-            raise ValueError(f"{path}, line {number}: expected two tokens, found {line!r}")
-        pairs.append(pair)
-    return pairs
-
-
-def _read_single(path):
-    """vocab, merges and special tokens of a `tokenizer.json`; older ones write a merge as one string, not as a pair."""
-    found = _read_json(path)
-    model = found.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("end_of_word_suffix") != "</w>":
-        raise ValueError(f"{path} is not of a CLIP tokenizer: its model must be a BPE with the suffix </w>")
-    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
-        raise ValueError(f"{path}: its model has no vocab or no merges")
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    for pair in pairs:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(token, str) for token in pair):
-            raise ValueError(f"{path}: a merge must be two tokens, found {pair!r}")
-    added = found.get("added_tokens") or []
-    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
-        raise ValueError(f"{path}: added_tokens must be a list of tokens with their ids")
-    return model["vocab"], pairs, [(token.get("id"), token) for token in added]
-
-
-# -------------------------------------------------------------------------------- T5: from text to normalised text
+# ---------------------------------------------------------------------------------------- from text to normalised text
 
 SPACE = "\u2581"                                               # stands for a space in pieces, and begins every word
 _SPACES = "".join(sorted(WHITE_SPACE))
@@ -459,7 +141,7 @@ def _one_for_many_spaces(text, one=SPACE):
     return re.sub(" {2,}", one, text)
 
 
-# --------------------------------------------------------------------------------------------- T5: from text to ids
+# --------------------------------------------------------------------------------------------- from text to ids
 
 UNKNOWN_PENALTY = 10.0                                         # an unknown character scores this much below the worst piece
 
@@ -479,7 +161,7 @@ class T5Tokenizer:
         self._pieces = {piece: (number, pieces[number][1]) for piece, number in self.vocab.items()}
         self._longest = max(map(len, self._pieces))
         self._unknown_score = min(score for _, score in pieces) - UNKNOWN_PENALTY
-        self._added, self._splitter = added, _splitter(added)
+        self._added, self._splitter = added, splitter(added)
         self._steps, self._splits = steps, splits
         self._known = {}                                       # word -> ids, of words met before
 
@@ -491,14 +173,14 @@ class T5Tokenizer:
         """
         folder = Path(folder)
         config_file = folder / "tokenizer_config.json"
-        config = _read_json(config_file) if config_file.exists() else {}
+        config = read_json(config_file) if config_file.exists() else {}
         if config.get("tokenizer_class", "T5Tokenizer") not in ("T5Tokenizer", "T5TokenizerFast"):
-            raise ValueError(f"{config_file} is of a {config['tokenizer_class']}, not of a T5Tokenizer")
+            raise ValueError(f"{config_file} is of a {shown(config['tokenizer_class'])}, not of a T5Tokenizer")
         for side in ("padding_side", "truncation_side"):
             if config.get(side, "right") != "right":
-                raise ValueError(f"{config_file} sets {side} to {config[side]!r}; only 'right' is implemented")
+                raise ValueError(f"{config_file} sets {side} to {shown(config[side])}; only 'right' is implemented")
         if "added_tokens_decoder" not in config and (folder / "special_tokens_map.json").exists():
-            config = config | _read_json(folder / "special_tokens_map.json")
+            config = config | read_json(folder / "special_tokens_map.json")
 
         if (folder / "tokenizer.json").exists():
             source = folder / "tokenizer.json"
@@ -518,18 +200,18 @@ class T5Tokenizer:
         for number, token in listed:
             text = _token_text(token, source)
             if not str(number).isdecimal():
-                raise ValueError(f"{source}: the token {text!r} has the id {number!r}, which is not a whole number")
+                raise ValueError(f"{source}: the token {shown(text)} has the id {shown(number)}, which is not a whole number")
             flags = token if isinstance(token, dict) else {}
             for flag in ("single_word", "normalized"):
                 if flags.get(flag):
-                    raise ValueError(f"{source} sets {flag} on the token {text!r}, which is not implemented")
+                    raise ValueError(f"{source} sets {flag} on the token {shown(text)}, which is not implemented")
             added[text] = int(number), bool(flags.get("lstrip")), bool(flags.get("rstrip"))
         numbers = {piece: number for number, (piece, _) in enumerate(pieces)}
 
         def declare(token):
             text = _token_text(token, folder / "tokenizer_config.json")
             if text not in added and text not in numbers:
-                raise ValueError(f"{folder}: the special token {text!r} is not in the vocabulary")
+                raise ValueError(f"{folder}: the special token {shown(text)} is not in the vocabulary")
             added.setdefault(text, (numbers.get(text), False, False))
             return added[text][0]
 
@@ -556,9 +238,9 @@ class T5Tokenizer:
 
     def encode(self, text):
         """The ids of a text of any length, without the end token."""
-        _check_unicode(text)
+        check_unicode(text)
         ids, strip_left = [], False
-        parts = _alternate(self._splitter, text)               # text, added token, text, ..., text
+        parts = alternate(self._splitter, text)               # text, added token, text, ..., text
         for place, (part, is_added) in enumerate(parts):
             if is_added:
                 number, _, strip_left = self._added[part]
@@ -620,7 +302,7 @@ def _token_text(token, path):
     """The text of a token as files declare it: a plain string, or a dict with the text and its flags."""
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str) or not text:
-        raise ValueError(f"{path} declares a token without a text: {token!r}")
+        raise ValueError(f"{path} declares a token without a text: {shown(token)}")
     return text
 
 
@@ -629,15 +311,15 @@ def _check_pieces(pieces, unknown, path):
     for piece in pieces:
         if (not isinstance(piece, (list, tuple)) or len(piece) != 2 or not isinstance(piece[0], str)
                 or type(piece[1]) not in (int, float) or not math.isfinite(piece[1])):
-            raise ValueError(f"{path}: a piece must be a text and its score, found {piece!r}")
+            raise ValueError(f"{path}: a piece must be a text and its score, found {shown(piece)}")
     if type(unknown) is not int or not 0 <= unknown < len(pieces):
-        raise ValueError(f"{path}: unk_id {unknown!r} is not the id of a piece")
+        raise ValueError(f"{path}: unk_id {shown(unknown)} is not the id of a piece")
     return pieces
 
 
 def _read_unigram(path):
     """(pieces, unknown id, added tokens as (id, token), normalising steps, splits) of a `tokenizer.json`."""
-    found = _read_json(path)
+    found = read_json(path)
     model = found.get("model")
     if not isinstance(model, dict) or model.get("type") != "Unigram":
         raise ValueError(f"{path} is not of a T5 tokenizer: its model must be a Unigram")
@@ -659,7 +341,7 @@ def _read_unigram(path):
         raise ValueError(f"{path} has another pre_tokenizer than T5's, which is Metaspace, with WhitespaceSplit or alone")
     for key, usual in (("replacement", SPACE), ("prepend_scheme", "always"), ("add_prefix_space", True), ("split", True)):
         if metaspace.get(key, usual) != usual:
-            raise ValueError(f"{path}: its pre_tokenizer sets {key} to {metaspace[key]!r}; only {usual!r} is implemented")
+            raise ValueError(f"{path}: its pre_tokenizer sets {key} to {shown(metaspace[key])}; only {usual!r} is implemented")
     steps = [_read_step(step, path) for step in _sequence(found.get("normalizer"), "normalizers")]
     return pieces, model["unk_id"], [(token.get("id"), token) for token in added], steps, splits
 
@@ -683,7 +365,7 @@ def _read_step(step, path):
         return _strip_right
     if kind == "Replace" and step.get("pattern") == {"Regex": " {2,}"} and step.get("content") in (" ", SPACE):
         return partial(_one_for_many_spaces, one=step["content"])
-    raise ValueError(f"{path} has a normalizer of type {kind!r} that is not among T5's")
+    raise ValueError(f"{path} has a normalizer of type {shown(kind)} that is not among T5's")
 
 
 NORMAL, UNKNOWN, CONTROL = 1, 2, 3                             # the kinds of piece in a spiece.model that a T5 has
@@ -698,10 +380,10 @@ def _read_sentencepiece(path, extra_ids):
     `<extra_id_0>` are not in the file: T5 has them behind its pieces.
     """
     if type(extra_ids) is not int or not 0 <= extra_ids <= 100_000:
-        raise ValueError(f"{path.parent / 'tokenizer_config.json'} gives extra_ids {extra_ids!r}, not a whole number")
+        raise ValueError(f"{path.parent / 'tokenizer_config.json'} gives extra_ids {shown(extra_ids)}, not a whole number")
     pieces, unknown, trained, normalised = [], None, {}, {}
     try:
-        for number, value in _protobuf(_read_bytes(path)):
+        for number, value in _protobuf(read_bytes(path)):
             if number == 1:
                 fields = dict(_protobuf(value))
                 kind = fields.get(3, NORMAL)

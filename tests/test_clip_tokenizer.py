@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sifm_min.models.tokenizers import END, START, CLIPTokenizer, byte_symbols
+from sifm_min.models.clip_tokenizer import END, START, CLIPTokenizer, byte_symbols
 
 transformers = pytest.importorskip("transformers", reason="the oracle, transformers, is not installed")
 
