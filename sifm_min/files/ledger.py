@@ -1,11 +1,11 @@
-"""A file that only grows: one JSON object a line, on the disk before the next step, so that a kill loses nothing written.
+"""The journal: a file that only grows, one JSON object a line. Each line is on the disk before the next step.
 
-    with Ledger("DIR/ledger.jsonl") as ledger:               # one writer at a time; Busy for a second
-        ledger.rows                                          # what earlier runs wrote
-        ledger.append({"key": ..., "status": "ok"})          # back when it is on the disk
+    with Ledger("DIR/ledger.jsonl") as ledger:               # one writer at a time; a second one gets Busy
+        ledger.rows                                          # the rows of earlier runs
+        ledger.append({"key": ..., "status": "ok"})          # returns when the row is on the disk
 
-A line that was cut off by a kill or a full disk is removed at the next opening, `repaired` says how many bytes. Damage
-elsewhere is not repaired in silence: the file is evidence.
+The next opening removes a line that a kill or a full disk cut off; `repaired` has its bytes. Damage elsewhere is an error,
+because the file is evidence.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ class Busy(ValueError):
 
 
 class Ledger:
-    """Open for writing, as a context. The lock is the system's and ends with the process, however that ends."""
+    """A ledger open for writing, as a context. Its lock belongs to the system and ends with the process."""
 
     def __init__(self, path):
         self.path, self.rows, self.repaired = Path(path), [], 0
@@ -74,12 +74,12 @@ class Ledger:
 
 
 def read(path):
-    """The rows of a ledger that somebody else may be writing: all whole lines. Raises ValueError, OSError."""
+    """The rows of a ledger, all whole lines; another process may be writing it. Raises ValueError, OSError."""
     return _read(Path(path))[0]
 
 
 def _read(path):
-    """(rows, how many bytes they are with their line ends): what follows is a line that was cut off."""
+    """(rows, their bytes with line ends). The rest of the file is a line that was cut off."""
     rows, whole, lines = [], 0, path.read_bytes().split(b"\n")
     if not lines[-1]:
         lines.pop()
@@ -99,7 +99,7 @@ def _read(path):
 
 
 def _locked(path, shown):
-    """An open file that no other process holds, with our number in it."""
+    """An open lock file that no other process holds. It has this process's number in it."""
     file, holder = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), ""
     try:
         _lock(file)
@@ -128,7 +128,7 @@ def _lock(file):
 
 
 def _sync_folder(path):
-    """A new file's name is on the disk only when its folder is; Windows cannot be asked for that."""
+    """Write the folder to the disk, and with it the name of a new file. Windows has no such call."""
     with contextlib.suppress(OSError):
         folder = os.open(path, os.O_RDONLY)
         try:

@@ -21,7 +21,7 @@ def percent_agreement(n11, n10, n01, n00):
 def cohen_kappa(n11, n10, n01, n00):
     """kappa = (p_o - p_e) / (1 - p_e), p_e = ((n11 + n10)(n11 + n01) + (n00 + n01)(n00 + n10)) / n^2.
 
-    Undefined where p_e = 1: both raters always say the same one thing (Cohen, Educ. Psychol. Meas. 20, 1960, 37-46).
+    Undefined where p_e = 1: both raters always give the same label (Cohen, Educ. Psychol. Meas. 20, 1960, 37-46).
     """
     n = n11 + n10 + n01 + n00
     chance = ratio((n11 + n10) * (n11 + n01) + (n00 + n01) * (n00 + n10), n * n)
@@ -67,14 +67,14 @@ def prediction(n11, n10, n01, n00):
 
     Each is None where it would be a share of nothing.
     """
-    found = {"precision": ratio(n11, n11 + n01), "recall": ratio(n11, n11 + n10),
+    shares = {"precision": ratio(n11, n11 + n01), "recall": ratio(n11, n11 + n10),
              "bias": ratio(n01 - n10, n11 + n10 + n01 + n00)}
-    return {name: None if math.isnan(value) else float(value) for name, value in found.items()}
+    return {name: None if math.isnan(value) else float(value) for name, value in shares.items()}
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How raters agree on one label.
+    """The agreement of raters on one label.
 
     items: those that all of `raters` rated; left_out: the rest of the study, still used for the pairs of raters who did.
     observed, cohen, ac1: the mean over the pairs of `tables` of percent agreement, Cohen's kappa and Gwet's AC1;
@@ -94,32 +94,33 @@ class Agreement:
 
 
 def consistency(records, people=(), models=(), *, draws=DRAWS, seed=0):
-    """{label: {row: Agreement}}, Table I: label a finding or "success" (the OR of both), row one of
+    """The paper's Table I: {label: {row: Agreement}}. A label is a finding or "success" (their OR); the rows are
 
       people, models          each group among itself (the paper's human to human, MLLM to MLLM)
       people to models        every person with every model (human to MLLM)
-      majority to consensus   more than half of the people, and the models' AND: what an ISR really uses
+      majority to consensus   the majority of the people and the AND of the models, which the ISR uses
 
-    The study is what at least one person has a record of, or everything where there are no people. The intervals are
-    from the bootstrap over images. In the last row only samples that all of them rated count.
+    The study is every sample with a record of at least one person, or all samples if there are no people. The intervals
+    are from the bootstrap over images. The last row counts only samples that all of them rated.
     """
     people, models = list(dict.fromkeys(people)), list(dict.fromkeys(models))
     if both := [name for name in people if name in models]:
         raise ValueError(f"{both[0]!r} is named among the people and among the models")
     if len(people) + len(models) < 2:
         raise ValueError("agreement needs at least two raters")
-    study = [one for arm in by_arm(records, [*people, *models]).values() for one in arm.values()
-             if not people or any(one.records[name] for name in people)]
+    study = [judged for arm in by_arm(records, [*people, *models]).values() for judged in arm.values()
+             if not people or any(judged.records[name] for name in people)]
     rows = {"people": (people, list(itertools.combinations(people, 2))),
             "models": (models, list(itertools.combinations(models, 2))),
             "people to models": ([*people, *models], list(itertools.product(people, models)))}
     table = {}
     for label in LABELS:
-        ratings = [(one.image_id, {name: getattr(v, label) for name, v in one.verdicts.items()}) for one in study]
+        ratings = [(judged.image_id, {name: getattr(v, label) for name, v in judged.verdicts.items()})
+                   for judged in study]
         table[label] = {row: _agreement(ratings, raters, pairs, row != "people to models", draws, seed)
                         for row, (raters, pairs) in rows.items() if pairs}
         if people and models:
-            sides = [(image, _sides(one, people, models)) for image, one in ratings]
+            sides = [(image, _sides(rating, people, models)) for image, rating in ratings]
             table[label]["majority to consensus"] = _agreement(sides, ["majority", "consensus"], [("majority", "consensus")],
                                                                False, draws, seed)
     return table
@@ -135,12 +136,15 @@ def _sides(rating, people, models):
 
 
 def _agreement(ratings, raters, pairs, together, draws, seed):
-    """An Agreement of (image_id, {rater: True, False or None}); the vector of an item is one-hot tables and histogram."""
+    """The Agreement of rows (image_id, {rater: True, False or None}).
+
+    The vector of a row that is summed and resampled is the one-hot tables of all pairs and the one-hot histogram.
+    """
     rows, cells = [], ((True, True), (True, False), (False, True), (False, False))
-    for image, said in ratings:
-        votes = [said[name] for name in raters]
+    for image, rating in ratings:
+        votes = [rating[name] for name in raters]
         yes = None if None in votes else sum(votes)
-        rows.append((image, [*((said[a], said[b]) == cell for a, b in pairs for cell in cells),
+        rows.append((image, [*((rating[a], rating[b]) == cell for a, b in pairs for cell in cells),
                              *(yes == count for count in range(len(raters) + 1))]))
     size = 4 * len(pairs)
 
@@ -154,10 +158,11 @@ def _agreement(ratings, raters, pairs, together, draws, seed):
     statistics = {"observed": mean(percent_agreement), "cohen": mean(cohen_kappa), "ac1": mean(ac1)}
     if together:
         statistics["fleiss"] = lambda v: fleiss_kappa(v[..., size:])
-    found = bootstrap(rows, statistics, draws=draws, seed=seed)
+    estimates = bootstrap(rows, statistics, draws=draws, seed=seed)
     totals = [sum(column) for column in zip(*(vector for _, vector in rows), strict=True)]
-    answers = {name: [said[name] for _, said in ratings if said[name] is not None] for name in raters}
+    answers = {name: [rating[name] for _, rating in ratings if rating[name] is not None] for name in raters}
     items = sum(totals[size:])
-    return Agreement(raters, items, len(rows) - items, found["observed"], found["cohen"], found["ac1"], found.get("fleiss"),
+    named = [estimates.get(name) for name in ("observed", "cohen", "ac1", "fleiss")]
+    return Agreement(raters, items, len(rows) - items, *named,
                      {name: sum(a) / len(a) if a else None for name, a in answers.items()},
                      [(a, b, *totals[4 * i:4 * i + 4]) for i, (a, b) in enumerate(pairs)])

@@ -206,11 +206,11 @@ class Client:
             if remark and not self._remarked:
                 self._remarked = True
                 self._notify(self._clean(reply["message"]))
-        told = reply.get("model_status") or {}
-        if told.get("modelStage") in ("LEGACY", "DEPRECATED", "RETIRED") and not self._warned:
+        stage = reply.get("model_status") or {}
+        if stage.get("modelStage") in ("LEGACY", "DEPRECATED", "RETIRED") and not self._warned:
             self._warned = True
-            until = told.get("retirementTime") or "a day not told"
-            self._notify(self._clean(f"{model} is {told['modelStage'].lower()}, until {until}"))
+            until = stage.get("retirementTime") or "an unknown day"
+            self._notify(self._clean(f"{model} is {stage['modelStage'].lower()}, until {until}"))
         reply["text"] = reply["text"][:TEXT_CAP]
         return {name: value if name in ("status", "tokens") else self._clean(value) for name, value in reply.items()}
 

@@ -62,20 +62,21 @@ def bootstrap(rows, statistics, *, draws=DRAWS, seed=0):
     rng, many, sums = np.random.default_rng(seed), len(images), []
     for start in range(0, draws, 1000):         # a thousand at a time bounds the memory
         sums.append(rng.multinomial(many, counts / many, size=min(1000, draws - start)) @ kinds)
-    total, sums, found = counts @ kinds, np.concatenate(sums), {}
+    total, sums, estimates = counts @ kinds, np.concatenate(sums), {}
     for name, statistic in statistics.items():
         value, drawn = float(statistic(total)), np.asarray(statistic(sums))
         drawn = np.sort(drawn[np.isfinite(drawn)])
         note = f"bootstrap over {many} images"
         if not math.isfinite(value):
-            found[name] = Estimate(None, None, None, "undefined on these samples")
+            estimates[name] = Estimate(None, None, None, "undefined on these samples")
         elif len(drawn) < DEFINED * draws:
-            found[name] = Estimate(value, None, None, f"no interval: undefined in {draws - len(drawn)} of {draws} resamples")
+            undefined = f"no interval: undefined in {draws - len(drawn)} of {draws} resamples"
+            estimates[name] = Estimate(value, None, None, undefined)
         elif drawn[-1] - drawn[0] < 1e-12:
-            found[name] = Estimate(value, None, None, f"no interval: {note}, but all resamples say the same")
+            estimates[name] = Estimate(value, None, None, f"no interval: {note}, but all resamples say the same")
         else:
-            found[name] = Estimate(value, *(float(q) for q in np.quantile(drawn, (0.025, 0.975))), note)
-    return found
+            estimates[name] = Estimate(value, *(float(q) for q in np.quantile(drawn, (0.025, 0.975))), note)
+    return estimates
 
 
 def ratio(over, under):
@@ -92,7 +93,8 @@ def share(rows, draws, seed):
     images, hits = len({image for image, _ in rows}), sum(hit for _, (hit, _) in rows)
     if len(rows) == images and rows:
         return Estimate(hits / images, *wilson(hits, images), "Wilson")
-    found = bootstrap(rows, {"share": lambda v: ratio(v[..., 0], v[..., 1])}, draws=draws, seed=seed)["share"]
-    if found.value in (0, 1):                   # no resample can differ; then each image counts as one sample
-        return Estimate(found.value, *wilson(int(found.value) * images, images), f"Wilson over {images} images, all alike")
-    return found
+    estimate = bootstrap(rows, {"share": lambda v: ratio(v[..., 0], v[..., 1])}, draws=draws, seed=seed)["share"]
+    if estimate.value in (0, 1):                   # no resample can differ; then each image counts as one sample
+        bounds = wilson(int(estimate.value) * images, images)
+        return Estimate(estimate.value, *bounds, f"Wilson over {images} images, all alike")
+    return estimate

@@ -10,7 +10,7 @@ from email.utils import parsedate_to_datetime
 
 from ..files.json_text import loads
 
-TRIES, FEW = 6, 3                                            # calls for one answer, and where another seldom helps
+TRIES, FEW = 6, 3                                            # calls for one answer; the fewer where another call seldom helps
 PATIENCE = 3600                                              # seconds: the longest wait within a run; a longer one ends it
 LONGEST = 31 * 86400                                         # seconds: a wait beyond this is a mistake, and is ignored
 SECONDS = r"(\d{1,9}(?:\.\d{1,9})?)"
@@ -32,7 +32,7 @@ class Outcome:
     message: str = ""
     http: int | None = None
     reason: str = ""                                         # of the Stop
-    wait: float = 0.0                                        # seconds that the service asked for
+    wait: float = 0.0                                        # seconds to wait, as the service asks
     limited: bool = False                                    # a quota: every call of this model waits
     tries: int = TRIES
     answer: dict | None = None                               # the JSON of a "reply", or None where it is not UTF-8
@@ -72,33 +72,33 @@ def understand(spec, status, headers, raw):
 
 def _refusal(spec, status, headers, name, message, details):
     """The Outcome of an error, by the services' tables of codes, names and details."""
-    told = f"{spec.host} answers {status}{' ' + name if name else ''}: {short(message)}"
-    stop = Outcome("stop", http=status, message=told)
+    error = f"{spec.host} answers {status}{' ' + name if name else ''}: {short(message)}"
+    stop = Outcome("stop", http=status, message=error)
     about = message.replace(spec.model, "")                  # whose name may have "image" in it
     if status not in (401, 402, 403, 429) and NO_IMAGES.search(about) and ONE_IMAGE.search(about):
-        return replace(stop, reason="model", message=f"{told}; {spec.model} must be able to see two pictures at once")
+        return replace(stop, reason="model", message=f"{error}; {spec.model} must be able to see two pictures at once")
     if status == 429 or (status == 503 and name == "RESOURCE_EXHAUSTED"):
         return _quota(spec, headers, stop, details, name, message)
     if status in (408, 425, 499) or status >= 500:
         wait = requested_wait(headers, details)
         if wait > PATIENCE:
             return replace(stop, reason="unreachable", billed=FAILED_MAY_BE_BILLED,
-                           message=f"{told}; it asks to wait {_span(wait)}: run the same command again then")
-        return Outcome("again", "timeout" if status in (408, 504) else "http_error", told, status,
+                           message=f"{error}; it asks to wait {_span(wait)}: run the same command again then")
+        return Outcome("again", "timeout" if status in (408, 504) else "http_error", error, status,
                         wait=wait, tries=FEW if status == 500 else TRIES, billed=FAILED_MAY_BE_BILLED)
     if "content_filter" in name or "content_policy" in name:
-        return Outcome("final", "blocked_prompt", told, status)
+        return Outcome("final", "blocked_prompt", error, status)
     if status == 413 or (status in (400, 422) and ONE_IMAGE.search(about)):
-        return Outcome("final", "bad_input", told, status)
+        return Outcome("final", "bad_input", error, status)
     reasons = " ".join(as_text(d.get("reason")) or "" for d in details)
     if status in (401, 402, 403) or "API_KEY" in reasons or re.search(r"(?i)\bAPI key\b|credential", message):
-        return replace(stop, reason="credential", message=f"{told}; {_key_advice(status, reasons, message)}")
+        return replace(stop, reason="credential", message=f"{error}; {_key_advice(status, reasons, message)}")
     if name == "FAILED_PRECONDITION":
-        return replace(stop, reason="request", message=f"{told}; the free tier may not serve this country, or billing is off")
+        return replace(stop, reason="request", message=f"{error}; the free tier may not serve this country, or billing is off")
     if status == 404:
-        return replace(stop, reason="model", message=f"{told}; {spec.model} is unknown there, retired or closed to new users, "
+        return replace(stop, reason="model", message=f"{error}; {spec.model} is unknown there, retired or closed to new users, "
                        "or base_url is wrong: take another panel or correct it")
-    return replace(stop, reason="request", message=f"{told}; the panel's settings do not suit this model")
+    return replace(stop, reason="request", message=f"{error}; the panel's settings do not suit this model")
 
 
 def _key_advice(status, reasons, message):
@@ -121,7 +121,7 @@ def _key_advice(status, reasons, message):
 def _quota(spec, headers, stop, details, name, message):
     """The Outcome of a 429: wait, or stop where a wait within the hour does not help."""
     lists = [d.get("violations") for d in details]
-    violations = [v for found in lists if isinstance(found, list) for v in found if isinstance(v, dict)]
+    violations = [v for entries in lists if isinstance(entries, list) for v in entries if isinstance(v, dict)]
     if "insufficient_quota" in name:
         return replace(stop, reason="quota", message=f"{stop.message}; add credit and start again")
     if any(v.get("quotaValue") in ("0", 0) for v in violations) or ZERO_LIMIT.search(message):
@@ -139,11 +139,11 @@ def _quota(spec, headers, stop, details, name, message):
 
 def requested_wait(headers, details):
     """The longest wait in seconds that the headers or the details ask for, up to LONGEST; else 0."""
-    found = [re.fullmatch(SECONDS + "s", as_text(d.get("retryDelay")) or "") for d in details]
+    matches = [re.fullmatch(SECONDS + "s", as_text(d.get("retryDelay")) or "") for d in details]
     after = headers.get("Retry-After", "").strip()
-    found.append(re.fullmatch(SECONDS + "s?", after))
-    waits = [float(match[1]) for match in found if match]
-    if after and not found[-1]:
+    matches.append(re.fullmatch(SECONDS + "s?", after))
+    waits = [float(match[1]) for match in matches if match]
+    if after and not matches[-1]:
         with contextlib.suppress(ValueError, TypeError):     # a date: against the server's own clock, not ours
             waits.append((parsedate_to_datetime(after) - parsedate_to_datetime(headers.get("Date", ""))).total_seconds())
     return max([seconds for seconds in waits if 0 <= seconds <= LONGEST], default=0.0)

@@ -93,7 +93,7 @@ def findings(data):
 
 
 def _unwrapped(text):
-    """Paragraphs as one line each, whatever the file's width."""
+    """The paragraphs of a text as one line each."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
 
 
@@ -101,7 +101,7 @@ def _unwrapped(text):
 
 @dataclass(frozen=True)
 class Panel:
-    """Judges by name (a judge's `name`, or its model) as Specs, and how they are asked. votes: calls per verdict."""
+    """A panel. judges: Specs by name (a judge's `name`, or its model); votes: calls per verdict."""
 
     id: str
     date: str
@@ -113,20 +113,20 @@ class Panel:
 
     @classmethod
     def load(cls, name):
-        """A named panel (NAMES), or the one in a .json file."""
+        """A named panel (see `names`), or the panel in a .json file."""
         name = str(name)
         own = name.endswith(".json")
         path = Path(name) if own else HERE / "panels" / (f"{name}.json" if name in names() else "-")
-        given = read_object(path, f"panel {name!r}: there is none of this name; there are {', '.join(names())}, "
+        settings = read_object(path, f"panel {name!r}: there is none of this name; there are {', '.join(names())}, "
                             "or give a .json file")
-        if extra := sorted(given.keys() - {"id", "date", "about", "prompt", "votes", "seed", "judges"}):
+        if extra := sorted(settings.keys() - {"id", "date", "about", "prompt", "votes", "seed", "judges"}):
             raise ValueError(f"{path}: a panel has no {extra[0]}; it has id, date, judges, and about, prompt, votes, seed")
-        if missing := [key for key in ("id", "date") if not isinstance(given.get(key), str) or not given[key].strip()]:
+        if missing := [key for key in ("id", "date") if not isinstance(settings.get(key), str) or not settings[key].strip()]:
             raise ValueError(f"{path}: a panel needs a text as its {missing[0]}")
-        listed = given.get("judges")
+        listed = settings.get("judges")
         if not isinstance(listed, list) or not listed or not all(isinstance(judge, dict) for judge in listed):
             raise ValueError(f"{path}: a panel needs a list of judges, each an object with provider and model")
-        votes, seed = given.get("votes", 1), given.get("seed", SEED)
+        votes, seed = settings.get("votes", 1), settings.get("seed", SEED)
         if type(votes) is not int or votes < 1 or votes % 2 == 0 or type(seed) is not int or seed < 0:
             raise ValueError(f"{path}: votes is an odd number, for a majority, and seed a whole number of at least 0")
         judges = {}
@@ -142,8 +142,8 @@ class Panel:
             if not isinstance(called, str) or not called.strip() or called in judges:
                 raise ValueError(f"{path}: two judges are called {called!r}; give them a name each")
             judges[called] = spec
-        prompt = Prompt.load(str(given.get("prompt", "isr-judge/1")), path.parent)
-        return cls(given["id"], given["date"], judges, prompt, str(given.get("about", "")), votes, seed)
+        prompt = Prompt.load(str(settings.get("prompt", "isr-judge/1")), path.parent)
+        return cls(settings["id"], settings["date"], judges, prompt, str(settings.get("about", "")), votes, seed)
 
     def record(self):
         """The panel as a JSON-ready dict, to be printed beside every rate that it gave."""
@@ -161,7 +161,7 @@ def names():
 # ------------------------------------------------------------------------------------------------------- small helpers
 
 def _file(name):
-    """isr-judge/1 -> isr-judge-1; nothing that leads out of the folder."""
+    """The file of an id: isr-judge/1 -> isr-judge-1. Other ids get a name that no file has."""
     return name.replace("/", "-") if re.fullmatch(r"[\w.-]+/\d+", name) else "-"
 
 

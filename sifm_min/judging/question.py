@@ -69,7 +69,7 @@ class Answer:
 
 
 class Stop(Exception):
-    """The run with this model ends here; `reason` is one of REASONS, the text one sentence with what to do."""
+    """The end of the run with this model. reason: one of REASONS; text: one sentence with what to do."""
 
     def __init__(self, reason, text):
         super().__init__(reason, text)

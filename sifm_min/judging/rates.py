@@ -48,11 +48,11 @@ def success_rate(arms, arm, *, draws=DRAWS, seed=0):
 
 def _rate(judged, draws, seed):
     judged = list(judged)
-    verdicts, complete = [one.verdict for one in judged], [one for one in judged if one.complete]
-    successes, obeyed = (sum(getattr(one.verdict, name) for one in complete) for name in ("success", "obeyed"))
+    verdicts, complete = [sample.verdict for sample in judged], [sample for sample in judged if sample.complete]
+    successes, obeyed = (sum(getattr(sample.verdict, name) for sample in complete) for name in ("success", "obeyed"))
     decided, unknown = (sum(v.success is value for v in verdicts) for value in (True, None))
     return Rate(len(judged), len(complete), successes, obeyed, len(complete) - successes - obeyed,
-                share([(one.image_id, one.verdict.success) for one in complete], draws, seed),
+                share([(sample.image_id, sample.verdict.success) for sample in complete], draws, seed),
                 *((decided / len(judged), (decided + unknown) / len(judged)) if judged else (None, None)))
 
 
@@ -75,9 +75,9 @@ def by_judge(arms, arm):
     """
     judged, counts = list(arm_of(arms, arm).values()), {}
     for judge in judged[0].records:
-        verdicts = [one.verdicts[judge] for one in judged]
+        verdicts = [sample.verdicts[judge] for sample in judged]
         reasons = Counter((v.semantic_mismatch, v.perceptual_degradation) for v in verdicts)
-        statuses = Counter(_status(one.records[judge]) for one in judged)
+        statuses = Counter(_status(sample.records[judge]) for sample in judged)
         counts[judge] = JudgeCounts(sum(v.success is not None for v in verdicts), sum(v.success is True for v in verdicts),
                                     reasons[True, False], reasons[False, True], reasons[True, True], dict(statuses))
     return counts
@@ -122,15 +122,15 @@ def controlled(arms, arm, control="control", noise=None, *, draws=DRAWS, seed=0)
     pairs, clean = pairs_of(arms, arm, control), arm_of(arms, control)
     table = Counter((first.verdict.success, second.verdict.success) for first, second in pairs)
     rows = [(first.image_id, (first.verdict.success, second.verdict.success, 1)) for first, second in pairs]
-    found = bootstrap(rows, {"added": lambda v: ratio(v[..., 0] - v[..., 1], v[..., 2]),
-                             "attributable": lambda v: ratio(v[..., 0] - v[..., 1], v[..., 2] - v[..., 1])},
+    estimates = bootstrap(rows, {"added": lambda v: ratio(v[..., 0] - v[..., 1], v[..., 2]),
+                                 "attributable": lambda v: ratio(v[..., 0] - v[..., 1], v[..., 2] - v[..., 1])},
                       draws=draws, seed=seed)
-    working = [one for place, one in arm_of(arms, arm).items() if place in clean and clean[place].verdict.obeyed]
+    working = [sample for place, sample in arm_of(arms, arm).items() if place in clean and clean[place].verdict.obeyed]
     return Controlled(arm, len(pairs), len(arms[arm]) - len(pairs),
                       {"both": table[True, True], "arm only": table[True, False],
                        "control only": table[False, True], "neither": table[False, False]},
                       share([(image, v[0]) for image, v in rows], draws, seed),
-                      share([(image, v[1]) for image, v in rows], draws, seed), **found, ok=_rate(working, draws, seed),
+                      share([(image, v[1]) for image, v in rows], draws, seed), **estimates, ok=_rate(working, draws, seed),
                       noise=None if noise is None else controlled(arms, noise, control, draws=draws, seed=seed),
                       beyond_noise=None if noise is None else difference(pairs_of(arms, arm, noise), draws, seed))
 

@@ -47,7 +47,7 @@ def export(samples, folder, raters, prompt, *, items=150, attention=10, seed=Non
     if wrong := [name for name in raters if not re.fullmatch(r"[\w-][\w.-]{0,39}", name)]:
         raise ValueError(f"rater {wrong[0]!r}: a pseudonym has letters, digits, - and _, at most 40")
     if len({name.casefold() for name in raters}) < len(raters):
-        raise ValueError("two raters have one name; give each a pseudonym of their own")
+        raise ValueError("two raters have the same name; give each a pseudonym of their own")
     folder = Path(folder)
     if (folder / "keep" / "study.json").exists() and not overwrite:
         raise FileExistsError(f"{folder} has a study; --overwrite replaces it")
@@ -113,7 +113,7 @@ def draw(samples, items, rng):
         if sum(many.values()) >= items:
             break
         many[kind] += many[kind] < len(kinds[kind])
-    for kind in sorted(kinds, key=lambda k: (exact[k] - many[k], k)) * items:        # more kinds below one than remainders
+    for kind in sorted(kinds, key=lambda k: (exact[k] - many[k], k)) * items:        # more kinds below 1 than remainders
         if sum(many.values()) <= items:
             break
         many[kind] -= many[kind] > 1
@@ -143,7 +143,7 @@ def load(keep, files):
         prompt, planned = study["prompt"], study["raters"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(f"{keep}: is not the folder keep/ of a study") from None
-    found = {}
+    answers = {}
     for path in files:
         for number, row in enumerate(_rows(path, RATINGS[:4], (*RATINGS, *SHOWN)), 2):
             place, item, rater = f"{path}, row {number}", row["item_id"], row["rater_id"]
@@ -151,8 +151,8 @@ def load(keep, files):
                 raise ValueError(f"{place}: item {item!r} is not of this study")
             if rater not in planned:
                 raise ValueError(f"{place}: rater {rater!r} is not of this study; there are {', '.join(planned)}")
-            if (rater, item) in found:
-                raise ValueError(f"{place}: rater {rater!r} has rated item {item!r} before, in {found[rater, item]['place']}")
+            if (rater, item) in answers:
+                raise ValueError(f"{place}: rater {rater!r} has rated item {item!r} before, in {answers[rater, item]['place']}")
             if row.get("instructions_version") not in (None, "", prompt):
                 raise ValueError(f"{place}: was rated by the rules {row['instructions_version']!r}, the study's are {prompt!r}")
             for name in RATINGS[2:5]:
@@ -162,35 +162,35 @@ def load(keep, files):
                 row[name] = None if value == "" else value == "1"
             if row.get("seconds") and not re.fullmatch(r"\d+([.,]\d+)?", row["seconds"].strip()):
                 raise ValueError(f"{place}: seconds is {row['seconds']!r}, no number")
-            found[rater, item] = {**row, "place": place}
-    if not found:
+            answers[rater, item] = {**row, "place": place}
+    if not answers:
         raise ValueError("no row was rated")
     items = [row for row in known.values() if row["is_attention"] == "0"]
     samples = [EditFile(row["sample_id"], row["image_id"], row["prompt_id"], row["arm"], row["edit_prompt"],
                       Path(row["original_file"]), Path(row["edited_file"]),
                       {name: row[name] for name in KINDS[1:] if row[name]}) for row in items]
     records, raters, nothing = [], {}, dict.fromkeys(RATINGS)
-    for rater in dict.fromkeys(rater for rater, _ in found):
+    for rater in dict.fromkeys(rater for rater, _ in answers):
         for row in items:
-            findings = [found.get((rater, row["item_id"]), nothing)[name] for name in FINDINGS]
+            findings = [answers.get((rater, row["item_id"]), nothing)[name] for name in FINDINGS]
             names = [row[name] for name in ("sample_id", "image_id", "prompt_id", "arm")]
             records.append(Record(*names, rater, *findings, "not_rated" if findings == [None, None] else "ok"))
-        raters[rater] = _counts(rater, known, found)
-    rows = [{**found[rater, item], **{name: _mark(found[rater, item][name]) for name in RATINGS[2:5]}}
-            for rater in raters for item in known if (rater, item) in found]
+        raters[rater] = _counts(rater, known, answers)
+    rows = [{**answers[rater, item], **{name: _mark(answers[rater, item][name]) for name in RATINGS[2:5]}}
+            for rater in raters for item in known if (rater, item) in answers]
     return Ratings(records, samples, raters, _table(RATINGS, rows), study)
 
 
-def _counts(rater, known, found):
-    """What can be said of a rater: how much is rated, attention, and where overall answer and findings part."""
-    mine = {item: row for (who, item), row in found.items() if who == rater}
-    said = {item: tuple(row[name] for name in FINDINGS) for item, row in mine.items()}
+def _counts(rater, known, answers):
+    """The counts of a rater: items rated, attention items right, and overall answers that differ from the findings."""
+    mine = {item: row for (name, item), row in answers.items() if name == rater}
+    findings = {item: tuple(row[name] for name in FINDINGS) for item, row in mine.items()}
     attention = [item for item, row in known.items() if row["is_attention"] == "1"]
-    rated = [item for item in known if item not in attention and None not in said.get(item, (None,))]
+    rated = [item for item in known if item not in attention and None not in findings.get(item, (None,))]
     differs = sum(mine[item]["immunization_success"] is not None
-                  and mine[item]["immunization_success"] != any(said[item]) for item in rated)
+                  and mine[item]["immunization_success"] != any(findings[item]) for item in rated)
     return {"items": len(known) - len(attention), "rated": len(rated), "attention": len(attention),
-            "attention_right": sum(said.get(item) == ATTENTION for item in attention), "overall_differs": differs}
+            "attention_right": sum(findings.get(item) == ATTENTION for item in attention), "overall_differs": differs}
 
 
 def _mark(finding):
@@ -200,7 +200,7 @@ def _mark(finding):
 # -------------------------------------------------------------------------------------------------------------- tables
 
 def _table(columns, rows):
-    """CSV (RFC 4180, LF). What a spreadsheet would take for a formula gets an apostrophe, which `_rows` takes off again."""
+    """Rows as CSV (RFC 4180, LF). A text that a spreadsheet takes for a formula gets an apostrophe; `_rows` removes it."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)

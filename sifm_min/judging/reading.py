@@ -18,18 +18,19 @@ def read_verdict(text, schema):
         if "{" not in text:
             return "refused_text", None, None, ()
         spans, mode = _objects(text[:TEXT_CAP]), "extracted"
-    found = []
+    fitting = []
     for span in spans:
         try:
             value = loads(span)
         except (ValueError, RecursionError):
             continue
-        if _fits(value, schema) and value not in found:
-            found.append(value)
-    if len(found) != 1:
+        if _fits(value, schema) and value not in fitting:
+            fitting.append(value)
+    if len(fitting) != 1:
         return "invalid_verdict", None, None, ()
     names = schema["properties"]
-    return "ok", {n: found[0][n] for n in names if n in found[0]}, mode, tuple(n for n in found[0] if n not in names)
+    (verdict,) = fitting
+    return "ok", {n: verdict[n] for n in names if n in verdict}, mode, tuple(n for n in verdict if n not in names)
 
 
 def _objects(text):

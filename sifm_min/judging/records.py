@@ -1,4 +1,4 @@
-"""Records: what a judge found in an edited picture. All rates are computed from them, and from nothing else.
+"""Records: the findings of a judge in an edited picture. All rates are computed from records alone.
 
 A judge finds two things about the edit of an immunized picture: a semantic mismatch and a perceptual degradation. Either
 one makes the immunization a success. Several judges agree strictly: success if all say so, obeyed if none does. A missing
@@ -15,7 +15,7 @@ people answer later, and their answers arrive as records. The fields of a record
   judge       a model's or a person's name
   status      "ok", or why there are no findings
 
-Every planned answer has its record, also one that never came: a rate is over the samples that the records name.
+Every planned answer has its record, also if it never came. A rate is over the samples that the records name.
 """
 
 from dataclasses import dataclass

@@ -42,7 +42,7 @@ from .records import Record
 
 ANSWERS = ("verdict", "canary")                              # kinds of a ledger's rows; the others are calls
 PASSING = ("http_error", "timeout", "model_mismatch")        # no answer of this judge: asked again by the next run
-CANARY_HOURS = 20                                            # for so long canaries vouch for a model
+CANARY_HOURS = 20                                            # hours for which canaries count
 UNAVAILABLE = ("credential", "request", "model", "unreachable", "tls", "redirect")      # reasons of Stop: no service
 
 
@@ -175,7 +175,7 @@ class _Run:
         if self.ledger.rows and not before:
             raise ValueError(f"{self.folder} has a ledger of something else; choose another folder")
         if before and (before.get("kind") != "models" or self.ledger.rows and before.get("identity") != self.identity):
-            raise ValueError(f"{self.folder} holds verdicts of {summary.whose(before)}, which were asked otherwise; "
+            raise ValueError(f"{self.folder} holds verdicts of {summary.whose(before)}, whose settings differ; "
                              "choose another folder")
         for row in self.ledger.rows:
             if row.get("kind") in ANSWERS:

@@ -1,4 +1,4 @@
-"""The models that can be asked: their families, and the settings that a panel file may give. Facts of November 2026.
+"""The models: their families, and the settings that a panel file may have. Facts of November 2026.
 
 A request is fixed per model family (PROFILES) and never adapted between calls, because another request is another judge.
 """
@@ -66,16 +66,16 @@ class Spec:
     weights: str | None = None
 
     @classmethod
-    def from_json(cls, given):
+    def from_json(cls, settings):
         """The Spec of a dict in a panel file; raises ValueError for any setting that cannot be."""
-        if not isinstance(given, dict):
+        if not isinstance(settings, dict):
             raise ValueError("a judge of a panel is an object with a provider and a model")
-        if extra := sorted(given.keys() - {f.name for f in fields(cls)}):
+        if extra := sorted(settings.keys() - {f.name for f in fields(cls)}):
             raise ValueError(f"a judge sets {', '.join(extra)}, which is no setting here; "
                              f"there are {', '.join(f.name for f in fields(cls))}")
-        if missing := [name for name in ("provider", "model") if not isinstance(given.get(name), str)]:
+        if missing := [name for name in ("provider", "model") if not isinstance(settings.get(name), str)]:
             raise ValueError(f"a judge has no {missing[0]}: it needs a provider (gemini or openai) and a model")
-        spec = cls(**{name: value for name, value in given.items() if value is not None})
+        spec = cls(**{name: value for name, value in settings.items() if value is not None})
         for name, kind in TYPES.items():
             if not isinstance(getattr(spec, name), (kind, type(None))):
                 raise ValueError(f"{name} {getattr(spec, name)!r} of {spec.model} is not a {kind.__name__}")
@@ -96,6 +96,7 @@ class Spec:
         return spec
 
     def _check(self):
+        """Raise ValueError where address, fields, numbers, price or key do not fit."""
         try:
             url = urlsplit(self.base_url)
             sound = url.scheme in ("http", "https") and url.hostname and (url.port or 1) and not (

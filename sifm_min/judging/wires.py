@@ -120,14 +120,14 @@ def _reply(text, finish, block, candidate, tokens, thoughts, **rest):
         status = "abnormal_finish"
     else:
         status = None if text.strip() else "empty"
-    told = {"finish_reason": finish, "block_reason": block, **rest}
-    told = {name: short(value, 200) if isinstance(value, str) else value for name, value in told.items()}
+    fields = {"finish_reason": finish, "block_reason": block, **rest}
+    fields = {name: short(value, 200) if isinstance(value, str) else value for name, value in fields.items()}
     remark = ""
     if thoughts and not text.strip() and status in ("empty", "truncated"):
         remark = f"the text is in {thoughts} alone, which is not read as an answer; " + (
             "raise max_output_tokens, or let the model think less" if status == "truncated" else
             "switch thinking off for this model, or have the server put the answer into its content")
-    return {"status": status, "text": text, "tokens": tokens, "message": remark, **told}
+    return {"status": status, "text": text, "tokens": tokens, "message": remark, **fields}
 
 
 def _without_thoughts(text):
@@ -139,12 +139,12 @@ def _without_thoughts(text):
 
 
 def _tokens(usage, **names):
-    """Counts that are whole numbers, else None. One that is absent is zero if the total leaves no room for it."""
+    """Token counts: whole numbers, else None. An absent count is zero if the total leaves no room for it."""
     def sane(value):
         return value if type(value) is int and value >= 0 else None
-    found = {name: sane(usage.get(wire)) for name, wire in names.items()}
+    counts = {name: sane(usage.get(wire)) for name, wire in names.items()}
     if names["cached"] not in usage:
-        found["cached"] = 0
-    if found["prompt"] is not None and found["total"] == sum(found[n] or 0 for n in ("prompt", "output", "thoughts")):
-        found |= {name: 0 for name in ("output", "thoughts") if names[name] not in usage}
-    return found
+        counts["cached"] = 0
+    if counts["prompt"] is not None and counts["total"] == sum(counts[n] or 0 for n in ("prompt", "output", "thoughts")):
+        counts |= {name: 0 for name in ("output", "thoughts") if names[name] not in usage}
+    return counts

@@ -69,7 +69,7 @@ def test_one_writer(tmp_path):
         assert ledger.rows == [{"still": "open"}]
 
 
-def test_a_full_disk_loses_the_line_that_did_not_fit_and_no_other(tmp_path, monkeypatch):
+def test_a_full_disk_loses_only_the_line_that_did_not_fit(tmp_path, monkeypatch):
     path, write = tmp_path / "ledger.jsonl", os.write
     with Ledger(path) as ledger:
         ledger.append({"key": 1})

@@ -434,7 +434,7 @@ def test_17_a_service_that_is_down(bench):
     assert [answer.ok for which, _, answer in answers if which == 1] == [True] * 9 and alive.stopped is None
 
 
-def test_17_one_bad_moment_of_many_calls_in_flight_is_no_breakdown(bench):
+def test_17_bad_moments_of_many_calls_are_no_breakdown(bench):
     client, count = bench.client(), iter(range(1000))
     client.ask(ask())
     bench.server.script("gemini-2.5-pro", lambda call: error(503) if next(count) < 16 else verdict(True, True))
@@ -616,7 +616,7 @@ def test_24_bodies_without_measure(bench):
     assert (answer.status, calls) == ("too_large", 1)
 
 
-def test_24_a_compressed_answer_is_read_one_of_an_unknown_kind_is_not(bench):
+def test_24_compressed_answers_are_read_unknown_kinds_not(bench):
     assert bench.ask([sends(gzip.compress(whole(GOOD).encode()), Content_Encoding="gzip")])[0].ok
     assert bench.ask([sends(b"x", Content_Encoding="br"), verdict(True, True)])[0].attempts[0]["status"] == "http_error"
 
@@ -627,7 +627,7 @@ def test_25_other_encodings_are_not_guessed(bench, encoding):
     assert (answer.status, calls, answer.text) == ("bad_encoding", 2, "")
 
 
-def test_25_a_mark_is_accepted_and_what_no_file_may_hold_is_replaced(bench):
+def test_25_a_mark_is_accepted_and_odd_characters_replaced(bench):
     assert bench.ask([sends(whole(GOOD).encode("utf-8-sig"))])[0].ok
     odd = json.dumps(json.loads(GOOD) | {"semantic_evidence": "\ud800 and \0 and é"})
     answer, _ = bench.ask([says(odd)])
@@ -961,7 +961,7 @@ def test_a_request_without_a_schema_is_answered_by_its_text(bench):
     assert (answer.status, answer.text) == ("ok", "hello")
 
 
-def test_a_picture_is_encoded_once_however_many_ask_and_never_mistaken(monkeypatch):
+def test_a_picture_is_encoded_once_for_all_threads(monkeypatch):
     encoded, frombytes = [], Image.frombytes
     monkeypatch.setattr(payload.Image, "frombytes", lambda *given: (encoded.append(given[1]), time.sleep(0.05),
                                                                    frombytes(*given))[2])

@@ -61,13 +61,13 @@ def table(path):
 
 
 def page(path):
-    """What a rater's page knows."""
+    """The study as a rater's page has it."""
     found = re.search(r'<script type="application/json" id="study">(.*?)</script>', path.read_text(encoding="utf-8"), re.S)
     return json.loads(found[1])
 
 
 def truth(row):
-    """What the raters of these tests find: it depends on the arm, which they do not see."""
+    """The findings of the raters of these tests. They depend on the arm, which raters do not see."""
     return (True, False) if row["is_attention"] == "1" else (row["arm"] in ("sifm", "control"), row["arm"] == "sifm")
 
 
@@ -134,7 +134,7 @@ def test_the_key_says_what_every_item_is(study, tmp_path):
     assert not samples
 
 
-def test_a_seed_makes_the_same_study_and_without_one_it_is_drawn_and_kept(tmp_path):
+def test_a_seed_makes_the_same_study_and_a_drawn_one_is_kept(tmp_path):
     samples = read_edits(make_manifest(tmp_path, 4, ARMS[:2]))
 
     def keep(name, seed):
@@ -175,7 +175,7 @@ def test_a_study_is_not_replaced_by_chance(study, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["items"] == 12
 
 
-@pytest.mark.parametrize("raters, told", [("ann,Ann", "two raters have one name"), ("../ann", "a pseudonym has letters"),
+@pytest.mark.parametrize("raters, told", [("ann,Ann", "two raters have the same name"), ("../ann", "a pseudonym has letters"),
                                           ("ann smith", "a pseudonym has letters")])
 def test_pseudonyms_are_file_names(raters, told, tmp_path, capsys):
     make_manifest(tmp_path, 2)

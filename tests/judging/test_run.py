@@ -72,7 +72,7 @@ def number(call):
 
 
 def truth(i):
-    """What every judge here finds of sample i."""
+    """The findings of every judge here about sample i."""
     return i % 3 == 0, i % 5 == 0
 
 
@@ -173,14 +173,14 @@ def test_a_run_from_manifest_to_rates(server, tmp_path, capsys):
     assert judge.main(["show", str(out)]) == 0 and capsys.readouterr().out == told.out
 
 
-def test_the_arms_of_an_original_are_asked_together_and_in_an_order_that_favours_none(server, tmp_path):
+def test_arms_of_an_original_are_asked_together_in_any_order(server, tmp_path):
     samples = read_edits(manifest(tmp_path, 20, ("control", "sifm")))
     run(Panel.load(panel_file(tmp_path, server, [PRO])), samples, tmp_path / "out", concurrency=1)
     order = [i % 100 for i in samples_asked(server)]
     assert order[::2] == order[1::2] and order[::2] != sorted(order[::2])
 
 
-def test_an_extended_manifest_and_a_changed_pixel_buy_only_what_is_new(server, tmp_path):
+def test_longer_lists_and_changed_pixels_buy_only_the_new(server, tmp_path):
     panel = Panel.load(panel_file(tmp_path, server, [PRO]))
     run(panel, read_edits(manifest(tmp_path, 4)), tmp_path / "out")
     server.calls.clear()
@@ -339,7 +339,7 @@ def test_a_folder_belongs_to_one_panel_and_one_writer(server, tmp_path, capsys):
     call = ["run", manifest(tmp_path, 2), "--panel", panel_file(tmp_path, server, [PRO]), "-o", str(tmp_path / "out")]
     assert judge.main(call) == 0
     panel_file(tmp_path, server, [PRO, FLASH])
-    assert judge.main(call) == 2 and "holds verdicts of panel test, which were asked otherwise" in capsys.readouterr().err
+    assert judge.main(call) == 2 and "holds verdicts of panel test, whose settings differ" in capsys.readouterr().err
     panel_file(tmp_path, server, [PRO])
     with Ledger(tmp_path / "out/ledger.jsonl"):
         assert judge.main(call) == 2 and "another run (process" in capsys.readouterr().err

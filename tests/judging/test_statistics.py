@@ -101,7 +101,7 @@ def test_kleenes_tables():
 
 
 @pytest.mark.parametrize("judges", [1, 2])
-def test_a_verdict_is_decided_exactly_where_no_missing_answer_could_change_it(judges):
+def test_verdicts_are_known_if_no_missing_answer_changes_them(judges):
     for findings in itertools.product((T, F, U), repeat=2 * judges):
         found = Verdict.consensus(Verdict.of(*findings[i:i + 2]) for i in range(0, 2 * judges, 2))
         could_be = [Verdict.consensus(Verdict.of(*full[i:i + 2]) for i in range(0, 2 * judges, 2))
@@ -111,7 +111,7 @@ def test_a_verdict_is_decided_exactly_where_no_missing_answer_could_change_it(ju
             assert getattr(found, name) is (values.pop() if len(values) == 1 else None)
 
 
-def test_a_refusal_beside_a_failure_is_decided_and_beside_a_success_is_not():
+def test_refusals_beside_failures_are_decided():
     refused = Verdict.of(None, None)
     assert Verdict.consensus([Verdict.of(False, False), refused]).success is False
     assert Verdict.consensus([Verdict.of(True, False), refused]).success is None
@@ -222,7 +222,7 @@ def test_results_are_json():
     assert json.loads(text)[0]["samples"] == 36
 
 
-def test_an_unanswered_sample_is_counted_and_a_judge_without_record_is_missing():
+def test_unanswered_samples_and_missing_records_are_counted():
     records = rated([True, True]) + [record(2, judge="a")] + [record(3, judge="b", findings=(None, None), status="timeout")]
     rate = success_rate(by_arm(records), "sifm")
     assert (rate.samples, rate.complete, rate.successes, rate.coverage) == (4, 2, 2, 0.5)
@@ -300,8 +300,8 @@ def test_oracles_models_and_people_are_judges_alike():
 
 # -- the rate ------------------------------------------------------------------------------------------------------------
 
-def test_the_headline_takes_complete_cases_and_the_bounds_take_all():
-    """What one judge refused enters the decided samples only as a failure; a headline over these would be too low."""
+def test_the_rate_takes_complete_cases_and_its_bounds_all():
+    """A sample that one judge refused can be decided only as a failure; a rate over decided samples would be too low."""
     rate = success_rate(by_arm(rated([True] * 6 + [False] * 1 + ["split"] * 1 + [None] * 1 + ["failed"] * 1)), "sifm")
     assert (rate.samples, rate.complete, rate.successes, rate.obeyed, rate.splits) == (10, 8, 6, 1, 1)
     assert rate.isr == Estimate(6 / 8, *wilson(6, 8), "Wilson")
@@ -325,7 +325,7 @@ def test_the_bounds_are_reached_by_the_worst_and_best_answers():
     assert (rate.lowest, rate.highest) == pytest.approx(ends) and ends[0] < ends[1]
 
 
-def test_a_panel_of_two_is_below_its_judges_by_half_their_disagreement():
+def test_two_judges_lose_half_their_disagreement():
     records = drawn(7, arms=("sifm",), images=60, missing=0)
     arms = by_arm(records)
     single = [counts.successes / counts.judged for counts in by_judge(arms, "sifm").values()]
@@ -418,7 +418,7 @@ def test_the_noise_arm_stands_beside_it():
     assert found.beyond_noise.low < 0.61 < found.beyond_noise.high
 
 
-def test_missing_control_verdicts_leave_pairs_out_and_missing_verdicts_widen_the_bounds():
+def test_missing_verdicts_leave_pairs_out_and_widen_bounds():
     treated, clean = [True, True, False, None, True], [False, None, False, False, True]
     found = controlled(by_arm(rated(treated) + rated(clean, "control")), "sifm")
     assert (found.pairs, found.left_out) == (3, 2)
@@ -449,7 +449,7 @@ def test_mcnemar_of_examples():
     assert mcnemar(3000, 2000) < 1e-40                   # no overflow on the way
 
 
-def test_mcnemar_is_the_share_of_coin_tosses_at_least_as_far_from_even():
+def test_mcnemar_is_a_share_of_coin_tosses():
     for n in range(9):
         heads = [sum(toss) for toss in itertools.product((0, 1), repeat=n)]
         for b in range(n + 1):
