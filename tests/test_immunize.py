@@ -643,7 +643,7 @@ def test_another_picture_or_other_weights_under_the_same_name_are_another_run(ru
     photo("a.png")
     assert run("a.png", "--no-preview") == cli.OK
     with monkeypatch.context() as patched:
-        patched.setattr(editor, "checkpoint", type("Other", (), {"hashes": lambda self: {"unet": "0" * 64}})())
+        patched.setattr(editor, "checkpoint", type("Other", (), {"hashes": lambda self, digest=None: {"unet": "0" * 64}})())
         assert run("a.png", "--no-preview") == cli.SOME_FAILED
     photo("a.png", seed=1)
     assert run("a.png", "--no-preview") == cli.SOME_FAILED
