@@ -253,7 +253,7 @@ class Checkpoint:
         shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
         network.eval().requires_grad_(False)
         if dtype:
-            network.to(dtype)                       # nothing yet, but whoever asks what it is of is told
+            network.to(dtype)                       # of the placeholders: the network tells its dtype before it is read
 
         def read(wanted):
             return self._read(found, {name: shapes[name] for name in wanted}, device, dtype)
@@ -301,7 +301,7 @@ class Checkpoint:
         return state
 
     def _where(self, relative):
-        """What a small file is called in an error."""
+        """The name of a small file in errors."""
         return self.path(relative)
 
     def _stored(self, component):
@@ -397,7 +397,7 @@ def header(file):
 
 
 def _ahead(network, found):
-    """What of the files is to be fetched before it is read; of an embedding few rows ever are."""
+    """The tensors to prefetch, in reading order; no embeddings, of which few rows are ever read."""
     import torch
     embeddings = {f"{path}.weight" for path, part in network.named_modules() if isinstance(part, torch.nn.Embedding)}
     places = {name: (file, *spans[stored]) for file, tensors in found.items() if (spans := readahead.spans(file))
@@ -407,7 +407,7 @@ def _ahead(network, found):
 
 
 def _at_first_use(network, read, ahead):
-    """Has every part of the network, whole blocks as single layers, read what of it is still to be read, when it is run."""
+    """Load the weights of each part, blocks and single layers alike, when it first runs."""
     unread, handles = {name: tensor.dtype for name, tensor in network.state_dict().items()}, {}
 
     def fill(part, path):
@@ -415,11 +415,11 @@ def _at_first_use(network, read, ahead):
         found = read(wanted)
         ahead.reached(wanted)
         for name in wanted:
-            if state[name].dtype != unread.pop(name):        # as by network.double() since
+            if state[name].dtype != unread.pop(name):        # by network.double(), for one, in the meantime
                 found[name] = found[name].to(state[name].dtype)
         part.load_state_dict({name.removeprefix(f"{path}."): tensor for name, tensor in found.items()}, strict=False,
                              assign=True)
-        for name, _ in part.named_modules(prefix=path):         # with what it is made of, it is done
+        for name, _ in part.named_modules(prefix=path):         # its inner parts are loaded with it
             if name in handles:
                 handles.pop(name).remove()
 

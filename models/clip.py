@@ -81,7 +81,7 @@ class CLIPTextConfig(Config):
 
 
 class TextStates(NamedTuple):
-    """What the three kinds of editor read: C is hidden_size, P is projection_dim (C where there is no projection)."""
+    """The states that editors use: C is hidden_size, P is projection_dim (C where there is no projection)."""
 
     last: torch.Tensor                                         # (B, L, C) after the final LayerNorm: SD 1.x
     penultimate: torch.Tensor                                  # (B, L, C) before the last layer, not normed: SD3

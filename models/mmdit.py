@@ -126,7 +126,7 @@ class TwoLayers(nn.Module):
 
 
 class TimeTextEmbedding(nn.Module):
-    """What every block is told of the timestep and of the whole text: one vector per picture."""
+    """Timestep and pooled text as one vector per picture, which modulates every block."""
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
@@ -183,8 +183,10 @@ class Attention(nn.Module):
         return norm(tokens) if norm else tokens
 
     def forward(self, x, context=None, *, want_probs=False):                # (B, N, C), (B, L, C)
-        """What each stream saw, and how much each image token looked at each text token if that is wanted: x (B,N,C),
-        context (B,L,C) or None, probs (B,heads,N,L) or None, of a softmax over all N + L."""
+        """(x (B,N,C), context (B,L,C) or None, probs (B,heads,N,L) or None): the attended values of both streams.
+
+        probs, if wanted: each image token's attention to each text token, of a softmax over all N + L.
+        """
         q, k, v = (self.split(to(x), norm) for to, norm in
                    ((self.to_q, self.norm_q), (self.to_k, self.norm_k), (self.to_v, None)))
         if context is not None:
@@ -232,7 +234,7 @@ class JointBlock(nn.Module):
         self.ff_context = None if final else FeedForward(width)
 
     def prepare(self, temb):                                                # (B, C)
-        """What modulates either stream: a third of the block's weights, and none of its tokens."""
+        """The modulation of both streams, from a third of the block's weights; it does not depend on the tokens."""
         return self.norm1(temb), self.norm1_context(temb)
 
     def forward(self, x, context, modulation, want_probs=False):            # (B, N, C), (B, L, C), as `prepare` makes it

@@ -1,8 +1,7 @@
-"""Read-ahead: while one part of a network computes, the system fetches from the disk what the next ones will read.
+"""Read-ahead: while one part of a network computes, the system fetches from the disk the weights of the next parts.
 
-A mapped file comes in piece by piece, each when the computation already waits for it. Here a thread asks for the pieces
-before that, into the system's page cache, which takes no memory of this process; where the system cannot be asked, nothing
-happens.
+A mapped file is read piece by piece, each when the computation already waits for it. A thread here requests the pieces earlier,
+into the system's page cache, which takes no memory of this process. Where the system has no such call, nothing happens.
 """
 
 import contextlib
@@ -36,20 +35,20 @@ class ReadAhead:
     def __init__(self, wanted):
         self.wanted = list(wanted)
         self.places = {name: i for i, (name, *_) in enumerate(self.wanted)}
-        self.asked = 0                              # how many of them the system was asked for
+        self.asked = 0                              # the number of tensors requested so far
 
     def begin(self):
-        """Has the first ones fetched, once a network runs: earlier, who loads would wait for them with small files."""
+        """Queue a prefetch of the first tensors; it starts when a network first runs, so that loading does not wait for it."""
         _beginnings.append(self)
 
     def reached(self, names):
-        """These have been read: has the next ones fetched, and then what waits to begin."""
+        """After these were read: prefetch what follows, and the queued beginnings of other networks."""
         self._fetch(max((self.places[name] + 1 for name in names if name in self.places), default=0))
         while _beginnings:
             _beginnings.popleft()._fetch(0)
 
     def _fetch(self, place):
-        """Asks for what was not asked for yet, from that place on, `WINDOW` bytes of it at most."""
+        """Request the tensors from that place on that were not requested yet, at most `WINDOW` bytes."""
         start = end = max(self.asked, place)
         size = sum(last - first for _, _, first, last in self.wanted[place:end])
         while end < len(self.wanted) and (size := size + self.wanted[end][3] - self.wanted[end][2]) <= WINDOW:
@@ -61,7 +60,7 @@ class ReadAhead:
 
 def _fetch(places):
     for file, first, end in places:
-        with contextlib.suppress(OSError), open(file, "rb") as opened:          # who reads it will tell
+        with contextlib.suppress(OSError), open(file, "rb") as opened:          # the reader of the file reports the error
             for start in range(first, end, PIECE):
                 os.posix_fadvise(opened.fileno(), start, min(PIECE, end - start), os.POSIX_FADV_WILLNEED)
 

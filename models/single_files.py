@@ -191,7 +191,7 @@ def _count(shapes, pattern):
 
 
 def config(component, shapes):
-    """What the component's config.json would say, as a dict. A KeyError or ValueError: this is no such network."""
+    """The component's config.json as a dict; a KeyError or ValueError where the shapes are of another network."""
     given = dict(CONFIGS[component])
     if component == "transformer":
         width, channels, patch, _ = shapes["x_embedder.proj.weight"]

@@ -151,7 +151,7 @@ def default_taps(config: UNetConfig) -> tuple[str, ...]:
 
 
 class TimeEmbedding(nn.Module):
-    """The timestep as sines and cosines, (T, C), through two layers to (T, 4C), activated as every block wants it."""
+    """The timestep as sines and cosines, (T, C), through two layers to (T, 4C), then the SiLU that every block needs, once."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -186,7 +186,7 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def prepare(self, temb):                                                # (T, 4C) -> (T, out, 1, 1)
-        """What the timestep adds."""
+        """The shift that the timestep adds to each channel."""
         return self.time_emb_proj(temb)[:, :, None, None]
 
     def forward(self, x, shift):                                            # (B, in, h, w) -> (B, out, h, w)
@@ -210,11 +210,11 @@ class Attention(nn.Module):
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_values(self, context):
-        """What of the attention depends on what is looked at alone."""
+        """Keys and values, which depend on the context alone."""
         return self.split(self.to_k(context)), self.split(self.to_v(context))
 
     def forward(self, x, keys_values, *, want_probs=False):                 # (B, tokens, C), (B or 1, heads, L, head_dim)
-        """What was seen, (B, tokens, C), and where if that is wanted: probs (B, heads, tokens, L) or None."""
+        """(attended values (B, tokens, C), probabilities (B, heads, tokens, L) if wanted, else None)."""
         q = self.split(self.to_q(x))
         k, v = (part.expand(len(x), -1, -1, -1) for part in keys_values)
         probs = None

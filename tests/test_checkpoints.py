@@ -145,7 +145,7 @@ def blocks(tmp_path):
     return open_checkpoint(tmp_path, ["unet"]), network.eval()
 
 
-def test_lazily_a_part_is_read_when_it_is_first_run_and_what_never_runs_is_not(blocks):
+def test_lazy_parts_are_read_when_they_first_run(blocks):
     checkpoint, expected = blocks
     network, x = checkpoint.load(Blocks, "unet", lazily=True), torch.rand(2, 4)
     assert {name for name, tensor in network.state_dict().items() if not tensor.is_meta} == {"scale"}
@@ -174,7 +174,7 @@ def test_lazily_a_network_may_change_its_dtype_before_it_is_read(blocks):
     assert {weight.dtype for weight in network.parameters()} == {torch.float64}
 
 
-def test_lazily_misfits_are_told_at_once_and_a_file_that_went_is_told_when_it_is_missed(blocks):
+def test_lazy_misfits_are_told_at_once_and_lost_files_later(blocks):
     checkpoint, _ = blocks
     network = checkpoint.load(Blocks, "unet", lazily=True)
     (checkpoint.folder / "unet" / PLAIN).unlink()
@@ -224,7 +224,7 @@ def plus(**extra):
     (lambda state: {}, ["9 missing"]),
 ], ids=["missing", "extra", "misshapen", "one-axis-more", "not-1x1", "whole-for-float", "float-for-whole", "twice",
         "prefix", "empty"])
-def test_a_misfit_is_one_error_that_names_the_tensors_and_reads_none(folder, monkeypatch, change, words):
+def test_misfit_names_the_tensors_and_reads_none(folder, monkeypatch, change, words):
     save_file(change(tensors()), folder / "unet" / PLAIN)
     real, reads = checkpoints.safe_open, []
 
@@ -654,7 +654,7 @@ print(held / (1024 * 1025 * 4))
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads what is mapped as Linux tells it")
-def test_what_was_copied_from_a_mapped_file_is_not_kept_by_what_was_not(tmp_path):
+def test_copied_tensors_do_not_keep_the_mapping(tmp_path):
     """Weights of convolutions change their layout, biases and matrices stay where they are; each bias would keep the pages of
     the weights that were read beside it."""
     write(tmp_path / "unet/config.json", "{}")
@@ -722,7 +722,7 @@ def test_what_save_pretrained_writes_loads_bit_for_bit(network, variant, shards,
     assert set(checkpoint.hashes()) == {f"{component}/{name}" for name in files if name.endswith(".safetensors")}
 
 
-def test_pickles_that_diffusers_wrote_are_refused_and_the_command_converts_them(tmp_path, monkeypatch):
+def test_pickles_of_diffusers_are_refused_and_converted(tmp_path, monkeypatch):
     diffusers = pytest.importorskip("diffusers", reason="writes the pipeline that is loaded here")
     ours, theirs = unet()
     whole = diffusers.DDPMPipeline(unet=theirs, scheduler=diffusers.DDPMScheduler())
@@ -806,7 +806,7 @@ def test_only_what_is_needed_is_fetched_and_then_never_again(hub):
     assert hub.log == []
 
 
-def test_main_is_resolved_once_and_another_revision_is_another_snapshot(hub):
+def test_main_is_resolved_once_per_revision(hub):
     first = open_checkpoint(REPO, ALL)
     other = hub.add(REPO, pipeline(seed=1))                     # main moves on
     assert hub.refs[REPO, "main"] == other != first.revision
@@ -817,7 +817,7 @@ def test_main_is_resolved_once_and_another_revision_is_another_snapshot(hub):
     assert_same(open_checkpoint(REPO, ALL).load(Tiny, "unet").state_dict(), tensors(dtype=torch.float16))
 
 
-def test_a_branch_that_moves_between_two_requests_gives_one_commit(hub):
+def test_branch_that_moves_meanwhile_gives_one_commit(hub):
     """The listing is of the old commit, which had shards; the files are of the new one."""
     new = pipeline(seed=1)
 
@@ -853,7 +853,7 @@ def test_more_components_later_fetch_only_themselves(hub):
     assert set(hub.asked("GET")) == NEEDED - {"model_index.json", "unet/config.json", f"unet/{HALF}"}
 
 
-def test_without_a_half_precision_variant_the_plain_file_is_fetched(hub):
+def test_plain_file_is_fetched_without_a_variant(hub):
     files = {name: content for name, content in pipeline().items() if "fp16" not in name}
     hub.add("owner/plain", files)
     assert open_checkpoint("owner/plain", ALL).load(Tiny, "unet").to_q.weight.dtype == torch.float32
@@ -947,7 +947,7 @@ def test_without_t5_in_the_pipeline_nobody_looks_for_it(hub):
     assert open_checkpoint("owner/small").components == WITHOUT_T5 and set(hub.asked("GET")) == OTHERS
 
 
-def test_a_pipeline_that_is_not_implemented_costs_its_index_alone(hub):
+def test_pipeline_not_implemented_costs_its_index_alone(hub):
     hub.add("owner/xl", pipeline(**{"model_index.json": b'{"_class_name": "StableDiffusionXLPipeline"}'}))
     for offline in (False, True):
         with pytest.raises(Unavailable, match="^owner/xl is a StableDiffusionXLPipeline, which is not implemented"):
@@ -995,7 +995,7 @@ def test_the_gate_before_stable_diffusion_3_is_told(hub, monkeypatch, code, toke
 ], ids=["gated-files", "gated", "no-token", "hidden", "no-repository", "no-revision", "no-file", "forbidden",
         "disabled", "too-many", "500", "503", "500-files", "500-weights", "login-page", "no-listing", "no-object",
         "login-page-files", "always-breaks-off"])
-def test_faults_of_the_hub_are_one_sentence_and_leave_nothing_half(hub, part, fault, words):
+def test_faults_of_the_hub_are_one_sentence(hub, part, fault, words):
     with hub.fault(part, fault), pytest.raises(Unavailable) as caught:
         open_checkpoint(REPO, ALL)
     assert all(word in says(caught) for word in words), says(caught)
@@ -1041,7 +1041,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub, monkeypatch):
     assert (checkpoint.folder / "unet" / HALF).read_bytes() == content
 
 
-def test_an_interrupted_download_goes_on_with_the_files_that_are_missing(hub):
+def test_interrupted_download_goes_on(hub):
     with hub.fault(f"vae/{HALF}", status(500)), pytest.raises(Unavailable):
         open_checkpoint(REPO, ALL)
     with pytest.raises(Unavailable, match="owner/editor has no weights in vae/"):
@@ -1060,7 +1060,7 @@ def test_a_file_whose_content_left_the_cache_is_fetched_again(hub):
     assert hub.asked("GET") == [f"unet/{HALF}"]
 
 
-def test_a_disk_that_is_too_small_is_told_before_and_one_that_fills_up_during(hub, monkeypatch):
+def test_full_disk_is_told_before_and_during(hub, monkeypatch):
     usage = shutil.disk_usage("/")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))

@@ -246,7 +246,7 @@ def test_what_is_no_list_of_texts_is_refused(first):
 
 
 @pytest.mark.parametrize("size", [514, 700, 10**6])
-def test_a_trained_vocabulary_reads_the_same_here_and_in_transformers(size, corpus, tmp_path):
+def test_trained_vocabulary_reads_as_in_transformers(size, corpus, tmp_path):
     vocab, merges = train_bpe.train_bpe(corpus, size)
     train_bpe.write(tmp_path / "ours", vocab, merges, 24)
     assert sorted(file.name for file in (tmp_path / "ours").iterdir()) == [

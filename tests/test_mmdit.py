@@ -245,7 +245,7 @@ def their_taps(theirs, arguments):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_tap_is_what_a_hook_on_their_module_of_that_name_sees(name):
+def test_every_tap_is_what_a_hook_of_that_name_sees(name):
     theirs = oracle(CONFIGS[name])
     ours, arguments = ours_like(theirs), inputs(theirs.config)
     expected = their_taps(theirs, arguments)
@@ -543,7 +543,7 @@ def test_reads_what_save_pretrained_writes(name, tmp_path):
     assert_close(ours(*arguments), run(theirs, *arguments))
 
 
-def test_every_option_of_theirs_is_decided_on_and_its_default_accepted():
+def test_every_option_of_theirs_is_decided_on():
     options = inspect.signature(diffusers.SD3Transformer2DModel.__init__).parameters
     options = {name: option.default for name, option in options.items() if name != "self"}
     ours = {field.name for field in fields(MMDiTConfig)}

@@ -79,7 +79,7 @@ def test_spans_are_where_the_tensors_lie(tmp_path):
     assert spans(tmp_path / "absent") == {}
 
 
-def test_the_next_ones_are_asked_for_once_in_pieces_and_no_further_than_the_window(asked, monkeypatch, tmp_path):
+def test_prefetch_is_in_pieces_once_and_within_the_window(asked, monkeypatch, tmp_path):
     (tmp_path / "f").touch()
     monkeypatch.setattr(readahead, "WINDOW", 250)
     monkeypatch.setattr(readahead, "PIECE", 60)
@@ -113,7 +113,7 @@ def test_a_tensor_larger_than_the_window_is_passed_over(asked, monkeypatch, tmp_
     assert asked == [(str(tmp_path / "f"), 300, 310)]
 
 
-def test_a_network_has_the_parts_fetched_that_are_next_and_no_embedding(stored, asked, monkeypatch):
+def test_prefetch_of_a_network_skips_embeddings(stored, asked, monkeypatch):
     places = spans(stored.folder / "unet" / FILE)
     names = {place: name for name, place in places.items()}
 

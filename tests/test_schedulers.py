@@ -260,7 +260,7 @@ def test_ancestral_replaces_another_stored_class_where_asked(stored):
     assert_same_trajectory(ours, diffusers.EulerAncestralDiscreteScheduler(**SD), 6)
 
 
-def test_a_stored_euler_ancestral_is_taken_as_it_is_where_asked_for():
+def test_stored_euler_ancestral_is_taken_as_it_is():
     theirs = diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing", **SD)
     ours = load(theirs.to_json_string(), ancestral=True)
     assert ours.note == ""
@@ -481,7 +481,7 @@ def test_same_noise_levels_for_every_number_of_steps(name):
             assert torch.equal(plan.timesteps, theirs.timesteps) and torch.equal(plan.sigmas, theirs.sigmas)
 
 
-def test_a_flow_starts_at_the_noise_alone_where_theirs_rounds_past_it():
+def test_flow_starts_at_the_noise_alone():
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=0.4)           # 0.4 / (1 + (0.4 - 1)) in float32 is above 1
     theirs.set_timesteps(20)
     plan = load(theirs.to_json_string()).plan(20)
@@ -610,7 +610,7 @@ def test_published_flow_files_are_read(stored):
     assert (ours.config.num_train_timesteps, ours.config.shift) == (1000, 3.0)
 
 
-def test_every_option_of_a_flow_is_decided_on_and_its_default_accepted():
+def test_every_option_of_a_flow_is_decided_on():
     options = inspect.signature(diffusers.FlowMatchEulerDiscreteScheduler.__init__).parameters
     options = {name: option.default for name, option in options.items() if name != "self"}
     ours = {field.name: field.default for field in fields(schedulers.FlowConfig) if field.name != "sampler"}

@@ -219,7 +219,7 @@ def test_a_small_single_file_loads_bit_for_bit(published, tmp_path, dtype):
         checkpoint.has("../secret.txt")
 
 
-def test_the_networks_of_a_single_file_compute_what_the_originals_do(published, tmp_path):
+def test_networks_of_a_single_file_compute_as_the_originals(published, tmp_path):
     """The names could all be right and a half or a third in the wrong place: the outputs say no."""
     tensors, networks = contents(published, clips=True)
     checkpoint = open_checkpoint(write(with_tokenizers(tmp_path, t5=False), tensors))

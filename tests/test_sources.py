@@ -109,7 +109,7 @@ def test_finetuned_editor_is_not_taken_for_its_base(plain):
         assert recognised(plain) is None
 
 
-def test_settings_of_a_folder_come_before_those_of_the_repository(plain):
+def test_settings_of_a_folder_come_before_the_repository(plain):
     write(plain / "model_index.json", json.dumps({"_name_or_path": "MudeHui/HQ-Edit", "_sifm_min": {"defaults": {"steps": 4}}}))
     assert (load_editor(plain, device="cpu").defaults.steps, load_editor(plain, device="cpu").defaults.guidance) == (4, 7.0)
 

@@ -201,7 +201,7 @@ def test_parity_sees_a_wrong_config(changes):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_tap_is_what_a_hook_on_their_module_of_that_name_sees(name, size):
+def test_every_tap_is_what_a_hook_of_that_name_sees(name, size):
     theirs = oracle(CONFIGS[name])
     ours = ours_like(theirs)
     seen, latent_etc = {}, inputs(theirs.config, SIZES[size])
@@ -429,7 +429,7 @@ def test_reads_what_save_pretrained_writes(name, tmp_path):
     assert_close(ours(latent, timestep, context), theirs(latent, timestep, context).sample)
 
 
-def test_every_option_of_theirs_is_decided_on_and_its_default_accepted():
+def test_every_option_of_theirs_is_decided_on():
     options = inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters
     options = {name: option.default for name, option in options.items() if name != "self"}
     ours = {field.name: field.default for field in fields(UNetConfig)}
