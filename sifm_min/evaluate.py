@@ -112,7 +112,7 @@ def _run(args):
     from .experiments.store import Folder
 
     methods = _methods(args)
-    index, count = workers.share(args.shard, os.environ)
+    index, count = workers.share_of_work(args.shard, os.environ)
     panel = None
     if args.panel:                                           # a missing key is reported before hours of work
         from .judging.run import judges
@@ -146,8 +146,8 @@ def _run(args):
         from .experiments.panel import judge_edits
         code = max(code, judge_edits(folder, planned, panel, mine, (index, count), max_cost=args.max_cost, quiet=args.quiet))
     if args.suite == "consistency":
-        from .experiments.panel import export
-        path, edits = export(folder, planned)
+        from .experiments.panel import export_edits
+        path, edits = export_edits(folder, planned)
         cli.say(f"{path} lists {edits} edits for `judge export-sheet`", quiet=args.quiet)
     cli.result({"suite": args.suite, "output": str(args.output), "pictures": len(mine), "computed": runner.computed,
                 "failed": [str(failure) for failure in runner.failures]},
@@ -287,7 +287,7 @@ def _table(args):
         for table in tables:
             cli.out(cli.to_json(table.record()))
     else:
-        cli.out(formats.FORMATS[args.format](tables))
+        cli.out(formats.BY_NAME[args.format](tables))
     return cli.OK
 
 

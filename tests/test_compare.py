@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hashed_lpips import hashed
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
-from test_metrics import hashed
 
 from sifm_min import cli, compare, images, metrics
 from sifm_min.metrics import backbones

@@ -574,14 +574,14 @@ def finish(items, expected, args):
         items, failures = ask_for_unseen(items, args)
     for line in failures:
         cli.fail(line)
-    path = args.output / manifest.NAME
+    path = args.output / manifest.FILE_NAME
     whole = len(items) == expected and not failures
     if not items or not (whole or args.partial):
         return cli.fail(f"{path} was not written, because something is lacking; run the same command again, or add --partial")
     if bare := sum(not item.unseen_prompts for item in items):
         cli.say(f"{bare} of {len(items)} pictures have no unseen prompts; --unseen and --gemini add them", quiet=args.quiet)
     if not path.exists() or path.read_bytes().decode("utf-8", "replace") != manifest.text(items, path):
-        manifest.write(path, items, overwrite=args.overwrite)
+        manifest.write_manifest(path, items, overwrite=args.overwrite)
     cli.out(str(path))
     return cli.OK if whole else cli.SOME_FAILED
 

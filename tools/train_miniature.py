@@ -167,7 +167,7 @@ def data(args):
     rng = world.generator(0, "train")
     (sources, targets), prompts = (np.empty((args.pairs, 64, 64, 3), np.uint8) for _ in range(2)), []
     while len(prompts) < args.pairs:
-        kind, scene = rng.choice(wording.KINDS), world.draw(rng, held_out=False)
+        kind, scene = rng.choice(wording.KINDS), world.draw_scene(rng, held_out=False)
         if kind.applies(scene) and kind.colours(scene):
             instruction = next(i for i in wording.instructions(scene, rng, held_out=False) if i.kind == kind.name)
             sources[len(prompts)], targets[len(prompts)] = drawing.render(scene), drawing.render(instruction.target)
@@ -232,7 +232,7 @@ def reconstruction_loss(output, clean):
 
 def held_out_pictures(count, seed=0):
     rng = world.generator(seed, "train_miniature measurements")
-    return np.stack([np.asarray(drawing.render(world.draw(rng, held_out=True))) for _ in range(count)])
+    return np.stack([np.asarray(drawing.render(world.draw_scene(rng, held_out=True))) for _ in range(count)])
 
 
 def vae_psnr(encoder, decoder):
@@ -453,7 +453,7 @@ def judge(args):
     rng = world.generator(1, "train")
     pictures, scenes = [], []
     while len(scenes) < args.renderings:
-        scene = world.draw(rng, held_out=False)
+        scene = world.draw_scene(rng, held_out=False)
         scenes += [scene, rng.choice(list(wording.instructions(scene, rng, held_out=False))).target]
     pictures = np.stack([np.asarray(drawing.render(scene)) for scene in scenes])
     names = [(category, name) for category, attributes in world.ATTRIBUTES.items() for name in attributes]

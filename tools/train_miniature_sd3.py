@@ -55,7 +55,7 @@ def data(args):
     pictures, captions = np.empty((args.pictures, 64, 64, 3), np.uint8), []
     labels = np.full((args.pictures, len(SAID)), -100, np.int16)                 # -100: not to be read off the caption
     while len(captions) < args.pictures:
-        scene = world.draw(rng, held_out=False)
+        scene = world.draw_scene(rng, held_out=False)
         if len(captions) % 2:
             kind = rng.choice(wording.KINDS)                   # each kind of result equally often, colours or not
             asked = {i.kind: i for i in wording.instructions(scene, rng, held_out=False)}

@@ -4,7 +4,7 @@ import html
 import math
 
 from ..judging.intervals import Estimate
-from .figures import PROMPTS, estimated, figures, judges_of, name_of, paper
+from .figures import PROMPTS, figures, interval_text, judges_in, name_of, paper
 
 
 def charts(groups):
@@ -15,7 +15,7 @@ def charts(groups):
         for target in dict.fromkeys(arm["target"] for arm in group["arms"]):
             arms = [arm["name"] for arm in group["arms"] if arm["target"] == target and not arm["attack"]]
             cells = [cell for cell in group["cells"] if cell["target"] == target and not cell["attack"]]
-            judges = judges_of(cells)
+            judges = judges_in(cells)
             if not judges:
                 continue
             by_arm = figures(cells, judges, arms)
@@ -76,7 +76,7 @@ def chart(title, places, series):
             if estimate is None or estimate.value is None:
                 continue
             x = LEFT + step * (i + 0.5) + (k - (len(series) - 1) / 2) * min(12, step * 0.7 / len(series))
-            tooltip = html.escape(f"{name}, {place}: {estimated(estimate)}")
+            tooltip = html.escape(f"{name}, {place}: {interval_text(estimate)}")
             bar = "" if estimate.low is None else (f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y(estimate.low):.1f}" '
                                                    f'y2="{y(estimate.high):.1f}" stroke="{colour}" stroke-width="2"/>')
             drawn.append(f'<g><title>{tooltip}</title>{bar}<circle cx="{x:.1f}" cy="{y(estimate.value):.1f}" r="4" '

@@ -7,11 +7,11 @@ import time
 from ..immunize import immunize
 from ..judging.records import Edit, ask
 from . import results
-from .plan import METRICS, edit_options, prompts_of, words
+from .plan import PIXEL_METRICS, edit_options, prompts_of, words
 from .runner import FAILURES, PIXELS, distances
 
 # The name of a step: one of them, several, and the thing that takes the time.
-KINDS = {"immunize": ("immunization", "immunizations", ""), "attack": ("attack", "attacks", "an attack"),
+STEP_WORDS = {"immunize": ("immunization", "immunizations", ""), "attack": ("attack", "attacks", "an attack"),
          "edit": ("edit", "edits", ""), "metrics": ("comparison", "comparisons", "the distances of an edit"),
          "lpips": ("LPIPS", "LPIPS", "LPIPS"), "verdict": ("verdict", "verdicts", "a verdict")}
 
@@ -29,7 +29,7 @@ def announcement(folder, plan, editors, cases, jobs, *, by_panel, judges=None, l
     counts = {step: sum(n for (other, _), n in missing.todo.items() if other == step) for step, _ in missing.todo}
     verdicts = counts.pop("verdict", 0) if by_panel else 0
     later = f", and then {verdicts} verdicts by the panel" if verdicts else ""
-    todo = ", ".join(f"{n} {KINDS[step][n > 1]}" for step, n in counts.items()) or "nothing"
+    todo = ", ".join(f"{n} {STEP_WORDS[step][n > 1]}" for step, n in counts.items()) or "nothing"
     text = f"to do: {todo}; {missing.finished} pictures done"
     readable = next((case for case in cases if case.record["sha256"]), None)
     if not counts or readable is None:
@@ -41,7 +41,7 @@ def announcement(folder, plan, editors, cases, jobs, *, by_panel, judges=None, l
             for step, what in total if step in ("immunize", "edit")]
     for step in dict.fromkeys(step for step, _ in total if step not in ("immunize", "edit")):
         mean = sum(s for (other, _), s in total.items() if other == step) / counts[step]
-        each.append(f"{KINDS[step][2]} {_brief(mean)}")
+        each.append(f"{STEP_WORDS[step][2]} {_brief(mean)}")
     each += [f"not counted: {what}, {step}, which failed" for (step, what), s in seconds.items() if s is None]
     return f"{text}; about {duration(sum(total.values()) / jobs)}{later} ({', '.join(each)})"
 
@@ -100,7 +100,7 @@ def _distances(plan, editors, case, arm, *, step, lpips, **_):
     pixels = images.to_pixels(case.read())
     count = min(len(prompts_of(plan, case.record)), max(1, PIXELS // pixels[0, 0].numel()))
     pixels, started = pixels.expand(count, -1, -1, -1), time.perf_counter()
-    distances(pixels, pixels.flip(3), METRICS if step == "metrics" else ("lpips",), editors[arm["target"]].device, lpips)
+    distances(pixels, pixels.flip(3), PIXEL_METRICS if step == "metrics" else ("lpips",), editors[arm["target"]].device, lpips)
     return (time.perf_counter() - started) / count
 
 

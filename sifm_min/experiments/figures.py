@@ -69,7 +69,7 @@ def sample_of(cell):
     return f"{cell['image_id']}, {cell['prompt_id']}, seed {cell['seed']}, {(cell['edited'] or 'not made')[:12]}"
 
 
-def judges_of(cells):
+def judges_in(cells):
     """The names of all judges of the cells, in order."""
     return list(dict.fromkeys(judge for cell in cells for judge in cell["judges"] or {}))
 
@@ -130,7 +130,7 @@ def worst(cells):
     return Estimate(sum(decided) / len(decided), *wilson(sum(decided), len(decided)), "Wilson")
 
 
-def cost(arm):
+def cost_of(arm):
     """The cost of an arm's immunizations: medians of seconds and passes, the largest step, the mean PSNR."""
     rows = list(arm["immunized"].values())
     if not rows:
@@ -141,7 +141,7 @@ def cost(arm):
             "linf_255": max(row["linf_steps"] for row in rows), "psnr_of_picture": statistics.fmean(psnr) if psnr else None}
 
 
-def estimated(estimate):
+def interval_text(estimate):
     """An Estimate as text: 83% [74, 89]."""
     if estimate is None or estimate.value is None:
         return "-"

@@ -69,4 +69,4 @@ def _tex(text):
     return "".join(TEX.get(letter, letter) for letter in _line(text))
 
 
-FORMATS = {"markdown": markdown, "csv": comma_separated, "latex": latex}
+BY_NAME = {"markdown": markdown, "csv": comma_separated, "latex": latex}

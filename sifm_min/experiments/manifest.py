@@ -3,7 +3,7 @@
     {"id": "portrait-001", "image": "images/portrait-001.jpg", "category": "portrait", "prompt": "make her a witch",
      "unseen_prompts": ["add glasses", ...], "sha256": "..."}
 
-    for item in manifest.read("set/manifest.jsonl"):
+    for item in manifest.read_manifest("set/manifest.jsonl"):
         item.picture()                                       # an images.Picture whose bytes are those of sha256
         item.prompts()                                       # the original prompt, then the unseen ones
 
@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from .. import images
 from ..files import writing
 
-NAME = "manifest.jsonl"
+FILE_NAME = "manifest.jsonl"
 TEXTS = ("id", "image", "category", "prompt", "sha256")
 LISTS = ("unseen_prompts", "unseen_captions")
 REQUIRED = (*TEXTS[:4], "unseen_prompts", "sha256")
@@ -120,11 +120,11 @@ class Item:
         return sample
 
 
-def read(path):
+def read_manifest(path):
     """Read the items of a manifest file, or of the folder that holds one. Raises ValueError. The pictures are not opened."""
     path = Path(path)
     if path.is_dir():
-        path /= NAME
+        path /= FILE_NAME
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")             # texts may hold other line ends
     except OSError as error:
@@ -149,7 +149,7 @@ def read(path):
     return items
 
 
-def text(items, path=NAME):
+def text(items, path=FILE_NAME):
     """The text of a manifest file. Items that `read` would refuse raise ValueError, which names the path."""
     lines, seen = [], set()
     for item in items:
@@ -164,7 +164,7 @@ def text(items, path=NAME):
     return "".join(lines)
 
 
-def write(path, items, *, overwrite=False):
+def write_manifest(path, items, *, overwrite=False):
     """Write a manifest file, whole or not at all. Raises ValueError and OSError."""
     writing.write(path, text(items, path), overwrite=overwrite)
 

@@ -61,7 +61,7 @@ def _sample(folder, cell):
                                                           "method": cell["arm"], "prompt_type": cell["prompt_type"]})
 
 
-def export(folder, plan):
+def export_edits(folder, plan):
     """Write edits.jsonl, a list of the edits for `judge export-sheet`; return (its path, the number of edits)."""
     lines = []
     for case in plan["cases"]:

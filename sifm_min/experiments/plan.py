@@ -15,7 +15,7 @@ from ..files.digests import digest
 from ..immunize import METHODS, PROTOCOL, options_of, settings
 
 STEPS = {"immunize": 2, "attack": 1, "edit": 1, "metrics": 1, "lpips": 1, "verdict": 1}   # raised when code changes results
-METRICS = ("psnr", "ssim", "vifp", "fsim")
+PIXEL_METRICS = ("psnr", "ssim", "vifp", "fsim")
 CONTROL, NOISE = "control", "noise"
 
 
@@ -36,7 +36,7 @@ class Case:
 
 # -- editors and arms --------------------------------------------------------------------------------------------------
 
-def identity(editor):
+def editor_identity(editor):
     """Everything that decides an editor's edits, JSON-ready: equal for two editors whose edits are equal."""
     provenance = editor.provenance()
     config = digest([str(editor.scheduler.config), str(getattr(editor.vae, "config", None))])
@@ -48,7 +48,7 @@ def identity(editor):
 
 def about_editor(editor):
     """The entry of an editor in a plan."""
-    return {"identity": identity(editor), "kind": editor.kind, "notice": editor.notice, "source": str(editor.name),
+    return {"identity": editor_identity(editor), "kind": editor.kind, "notice": editor.notice, "source": str(editor.name),
             "revision": editor.provenance()["revision"]}
 
 

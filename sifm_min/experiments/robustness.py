@@ -89,7 +89,7 @@ def jpeg(image, *, quality, editor=None, seed=0):
         return decoded.convert(image.mode)
 
 
-def resize(image, *, factor, editor=None, seed=0):
+def rescale(image, *, factor, editor=None, seed=0):
     """Scale by `factor` (each side rounded, at least 1) and back, both times with Pillow's antialiased Lanczos."""
     small = tuple(max(1, round(side * factor)) for side in image.size)
     return image.resize(small, LANCZOS).resize(image.size, LANCZOS)
@@ -110,14 +110,14 @@ def depth(image, *, bits, editor=None, seed=0):
 
 # ------------------------------------------------------------------------------------------------------ noise and filters
 
-def noise(image, *, sigma, editor=None, seed=0):
+def gaussian_noise(image, *, sigma, editor=None, seed=0):
     """Add Gaussian noise of this standard deviation (in [0,1]), drawn from the seed, to every value; clip to the range."""
     values = _values(image)
     drawn = torch.randn(values.shape, generator=torch.Generator().manual_seed(seed))
     return _image(values + 255 * sigma * drawn, image.mode)
 
 
-def blur(image, *, sigma, taps, editor=None, seed=0):
+def gaussian_blur(image, *, sigma, taps, editor=None, seed=0):
     """Blur by a Gaussian of this standard deviation in pixels, cut to `taps` and normalised; edges are mirrored."""
     place = torch.arange(taps) - (taps - 1) / 2
     weights = torch.exp(-place.square() / (2 * sigma ** 2))
@@ -232,12 +232,12 @@ def _table():
         row(f"jpeg-{quality}", jpeg, "BlurGuard and ImageProtectionTraceability use 75; the other qualities are ours"
             if quality == 75 else "our sweep around the 75 of BlurGuard and ImageProtectionTraceability", quality=quality)
     for factor in (0.75, 0.5):
-        row(f"resize-{factor}", resize, "as in EditShield and MetaCloak; the factors are ours", factor=factor)
+        row(f"resize-{factor}", rescale, "as in EditShield and MetaCloak; the factors are ours", factor=factor)
     row("crop-0.75", crop, "Mist's post-processing: 384 of 512, bicubic", moves=True, share=0.75)
-    row("noise-0.05", noise, "robust-style-mimicry (ETH) and BlurGuard: 0.05 and 0.1 of the range", sigma=0.05)
-    row("noise-0.1", noise, "robust-style-mimicry (ETH) and BlurGuard: 0.05 and 0.1 of the range", sigma=0.1)
-    row("blur-1", blur, "our weaker companion of EditShield's", sigma=1.0, taps=5)
-    row("blur-1.5", blur, "EditShield: 5 taps, sigma 1.5", sigma=1.5, taps=5)
+    row("noise-0.05", gaussian_noise, "robust-style-mimicry (ETH) and BlurGuard: 0.05 and 0.1 of the range", sigma=0.05)
+    row("noise-0.1", gaussian_noise, "robust-style-mimicry (ETH) and BlurGuard: 0.05 and 0.1 of the range", sigma=0.1)
+    row("blur-1", gaussian_blur, "our weaker companion of EditShield's", sigma=1.0, taps=5)
+    row("blur-1.5", gaussian_blur, "EditShield: 5 taps, sigma 1.5", sigma=1.5, taps=5)
     for bits in (5, 4):
         row(f"bits-{bits}", depth, "feature squeezing (Xu, Evans and Qi 2018); the depths are ours", bits=bits)
     row("adverse-cleaner", adverse_cleaner, "lllyasviel/AdverseCleaner: 64 bilateral filters (5, 8, 8), then 4 guided filters "

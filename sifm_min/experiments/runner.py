@@ -11,7 +11,7 @@ from ..files.ledger import Busy
 from ..immunize import immunize
 from ..judging.records import Edit, ask
 from .plan import (
-    METRICS,
+    PIXEL_METRICS,
     arm_label,
     attack_key,
     edit_key,
@@ -188,7 +188,7 @@ class Runner:
     def _distances(self, journal, case, arm, edited, reference):
         """Measure the missing distances between the edits of the immunized picture and those of the original."""
         pairs = list(zip(edited, reference, strict=True))
-        for step, names, weights in (("metrics", METRICS, None), ("lpips", ("lpips",), self.lpips)):
+        for step, names, weights in (("metrics", PIXEL_METRICS, None), ("lpips", ("lpips",), self.lpips)):
             if step == "lpips" and self.lpips is None:
                 continue
             keys = {pair: metrics_key(*pair) if step == "metrics" else lpips_key(*pair, weights.sha256) for pair in pairs}

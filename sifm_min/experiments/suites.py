@@ -89,7 +89,7 @@ def manifest_cases(path, kinds, *, oracles, count=None):
     """
     from . import manifest
     cases = []
-    for item in manifest.read(path)[:count]:
+    for item in manifest.read_manifest(path)[:count]:
         record = {"id": item.id, "category": item.category, "prompts": [], "sha256": None}
         samples = None
         try:

@@ -10,7 +10,20 @@ from dataclasses import dataclass
 
 from ..judging.agreement import consistency
 from . import comparison
-from .figures import DISTANCES, NAMES, PROMPTS, cost, estimated, figures, judges_of, name_of, paper, records, sample_of, worst
+from .figures import (
+    DISTANCES,
+    NAMES,
+    PROMPTS,
+    cost_of,
+    figures,
+    interval_text,
+    judges_in,
+    name_of,
+    paper,
+    records,
+    sample_of,
+    worst,
+)
 
 # The paper's table with the figures of an editor. A miniature has that of its kind beside it.
 WHITE_BOX = {"sd3": "II", "instruct-pix2pix": "III", "hq-edit": "IV"}
@@ -42,7 +55,7 @@ def tables(group, people=()):
     for target in dict.fromkeys(arm["target"] for arm in group["arms"]):
         arms = [arm for arm in group["arms"] if arm["target"] == target]
         cells = [cell for cell in group["cells"] if cell["target"] == target]
-        judges = judges_of(cells)
+        judges = judges_in(cells)
         names = [arm["name"] for arm in arms]
         source = next((arm["source"] for arm in arms if arm["source"] != target), None)
         by_arm = figures(cells, judges, names)
@@ -211,7 +224,7 @@ def _data(title, arm, prompts, own, pair):
                 record |= {key: estimate.value, f"{key}_low": estimate.low, f"{key}_high": estimate.high}
         record |= {"working": controlled.ok.complete, "isr_of_working": controlled.ok.isr.value,
                    "isr_of_working_low": controlled.ok.isr.low, "isr_of_working_high": controlled.ok.isr.high}
-    return record | (pair.record() if pair else {}) | cost(arm)
+    return record | (pair.record() if pair else {}) | cost_of(arm)
 
 
 def _paired(title, arms, paired):
@@ -224,7 +237,7 @@ def _paired(title, arms, paired):
             pair = paired.get((arm["name"], prompts))
             if pair and (r := pair.result):
                 counts = (pair.images, r.pairs, r.only_first, r.only_second)
-                rows.append([name_of(arm["name"]), prompts, *map(str, counts), estimated(r.difference),
+                rows.append([name_of(arm["name"]), prompts, *map(str, counts), interval_text(r.difference),
                              "-" if pair.note else f"{r.p:.3g}", pair.text, r.test])
     family = max(pair.comparisons for pair in paired.values())
     return Table(title, columns, rows, [
@@ -247,7 +260,7 @@ def _agreement(title, cells, judges, people, notes):
     for who, label in GROUPS.items():
         by_label = {name: agreement.get(name, {}).get(who) for name in labels}
         if any(by_label.values()):
-            rows.append([label, *(estimated(a.observed) if a else "-" for a in by_label.values()),
+            rows.append([label, *(interval_text(a.observed) if a else "-" for a in by_label.values()),
                          *_kappa(by_label["success"])])
             data.append({"table": title, "method": who, "who": "ours",
                          **{name: a and a.observed.value for name, a in by_label.items()}})
@@ -292,7 +305,7 @@ def _robustness(title, arms, cells, by_arm, notes):
     row = ["worst for each picture", "-"]
     for name in plain:
         estimate = worst([cell for cell in cells if cell["arm"].partition(", ")[0] == name])
-        row.append(estimated(estimate))
+        row.append(interval_text(estimate))
         if estimate:
             data.append(_attack_data(title, name, "worst", estimate))
     return Table(title, columns, [*rows, row], [*notes, "worst: a picture counts as protected only if its edit is thwarted "
@@ -317,7 +330,7 @@ def _behind(title, arms, by_arm, judges):
                ("A picture", "PSNR")]
     rows = []
     for arm in arms:
-        spent = cost(arm)
+        spent = cost_of(arm)
         for prompts in PROMPTS:
             own = by_arm.get((arm["name"], prompts))
             if not own or not own.rate:
@@ -327,9 +340,9 @@ def _behind(title, arms, by_arm, judges):
                    f"{rate.complete}" + (f" of {rate.samples}" if rate.complete < rate.samples else ""),
                    str(rate.successes), str(rate.obeyed), str(rate.splits),
                    f"{100 * rate.lowest:.0f} to {100 * rate.highest:.0f}%"]
-            row += [estimated(controlled.control), estimated(controlled.added), estimated(controlled.attributable),
-                    f"{estimated(controlled.ok.isr)} (n = {controlled.ok.complete})",
-                    estimated(controlled.beyond_noise)] if controlled else ["-"] * 5
+            row += [interval_text(controlled.control), interval_text(controlled.added), interval_text(controlled.attributable),
+                    f"{interval_text(controlled.ok.isr)} (n = {controlled.ok.complete})",
+                    interval_text(controlled.beyond_noise)] if controlled else ["-"] * 5
             row += [_share(own.by_judge.get(judge)) for judge in judges]
             row += [_number(spent.get("seconds"), 1), *(_passes(spent, part) for part in ("encoder", "denoiser")),
                     _number(spent.get("linf_255"), 0), _number(spent.get("psnr_of_picture"), 1)]
@@ -355,7 +368,7 @@ def _number(value, digits):
 
 
 def _rate(own):
-    return estimated(own.rate.isr) if own and own.rate else "-"
+    return interval_text(own.rate.isr) if own and own.rate else "-"
 
 
 def _share(counts):

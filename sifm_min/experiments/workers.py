@@ -13,7 +13,7 @@ from ..files.ledger import Busy
 PACKAGE = __package__.rpartition(".")[0]                     # sifm_min, or the name under which it was vendored
 
 
-def share(shard, environment):
+def share_of_work(shard, environment):
     """(index, count) of this process among all that share the work: --shard, and within it the ranks of torchrun."""
     (index, count), (rank, size) = shard, cli.rank(environment)
     return index * size + rank, count * size

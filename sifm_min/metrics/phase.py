@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
-from .pixels import YIQ, checked, each_picture, luma, mix, reduced, root, share, tiny
+from .pixels import YIQ, checked, each_picture, luma, mix, quotient, reduced, root, tiny
 
 # ----------------------------------------------------------------------------------------------------------------- FSIM
 
@@ -35,7 +35,7 @@ def _fsim(dist, ref, similarity=1):
     pc_x, pc_y = _phase_congruency(x), _phase_congruency(y)
     similarity = similarity * _alike(pc_x, pc_y, T1) * _alike(_gradient(x), _gradient(y), T2)
     pc = torch.maximum(pc_x, pc_y)
-    return share((similarity * pc).sum((1, 2)), pc.sum((1, 2)), dist, ref)
+    return quotient((similarity * pc).sum((1, 2)), pc.sum((1, 2)), dist, ref)
 
 
 def _fsimc(dist, ref):

@@ -68,7 +68,7 @@ def gaussian(size, sigma):
     return [weight / sum(weights) for weight in weights]
 
 
-def blur(plane, window):
+def window_mean(plane, window):
     """The weighted mean of every whole window of planes (B,H,W), rows then columns; the window is symmetric.
 
     Written as sums of shifted planes: a convolution would run in TF32 on a GPU, with three digits.
@@ -93,7 +93,7 @@ def tiny(x):
     return torch.finfo(x.dtype).tiny
 
 
-def share(part, whole, dist, ref):
+def quotient(part, whole, dist, ref):
     """part / whole of each picture: exactly 1 for equal pictures, else nan where `whole` is 0."""
     equal = (dist == ref).flatten(1).all(1)
     ratio = part / torch.where(whole > 0, whole, 1)

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .pixels import blur, centred, checked, each_picture, gaussian, luma, reduced, share
+from .pixels import centred, checked, each_picture, gaussian, luma, quotient, reduced, window_mean
 
 # ----------------------------------------------------------------------------------------------------------------- PSNR
 
@@ -51,10 +51,10 @@ def _ssim_map(x, y):
     mean_x, mean_y = (plane.detach().mean((1, 2), keepdim=True) for plane in (x, y))
     x, y = x - mean_x, y - mean_y
     window = gaussian(WINDOW, SIGMA)
-    mu_x, mu_y = blur(x, window), blur(y, window)
-    sigma_xx = blur(x * x, window) - mu_x * mu_x
-    sigma_yy = blur(y * y, window) - mu_y * mu_y
-    sigma_xy = blur(x * y, window) - mu_x * mu_y
+    mu_x, mu_y = window_mean(x, window), window_mean(y, window)
+    sigma_xx = window_mean(x * x, window) - mu_x * mu_x
+    sigma_yy = window_mean(y * y, window) - mu_y * mu_y
+    sigma_xy = window_mean(x * y, window) - mu_x * mu_y
     mu_x, mu_y = mu_x + mean_x, mu_y + mean_y
     luminance = (2 * mu_x * mu_y + K1**2) / (mu_x * mu_x + mu_y * mu_y + K1**2)
     return luminance * (2 * sigma_xy + K2**2) / (sigma_xx + sigma_yy + K2**2)
@@ -85,11 +85,11 @@ def _vifp(dist, ref):
     for size in (17, 9, 5, 3):
         window = gaussian(size, size / 5)
         if size < 17:
-            x, y = blur(x, window)[:, ::2, ::2], blur(y, window)[:, ::2, ::2]
-        mu_x, mu_y = blur(x, window), blur(y, window)
-        sigma_xx = (blur(x * x, window) - mu_x * mu_x).clamp(min=0)
-        sigma_yy = (blur(y * y, window) - mu_y * mu_y).clamp(min=0)
-        sigma_xy = blur(x * y, window) - mu_x * mu_y
+            x, y = window_mean(x, window)[:, ::2, ::2], window_mean(y, window)[:, ::2, ::2]
+        mu_x, mu_y = window_mean(x, window), window_mean(y, window)
+        sigma_xx = (window_mean(x * x, window) - mu_x * mu_x).clamp(min=0)
+        sigma_yy = (window_mean(y * y, window) - mu_y * mu_y).clamp(min=0)
+        sigma_xy = window_mean(x * y, window) - mu_x * mu_y
         # dist = gain * ref + noise of variance sigma_vv. The gain is 0 where one side is flat, or where the covariance is
         # negative. The release also guards the other quantities; with a gain of 0 those guards change nothing.
         gain = sigma_xy / (sigma_xx + VARIANCE_FLOOR)
@@ -99,4 +99,4 @@ def _vifp(dist, ref):
         sigma_xx = torch.where(sigma_xx >= VARIANCE_FLOOR, sigma_xx, 0)
         kept = kept + torch.log1p(gain * gain * sigma_xx / (sigma_vv + SIGMA_NN)).sum((1, 2))
         total = total + torch.log1p(sigma_xx / SIGMA_NN).sum((1, 2))
-    return share(kept, total, dist, ref)
+    return quotient(kept, total, dist, ref)

@@ -52,7 +52,7 @@ class Classifier(nn.Module):
         self.stages = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1)
                                     for a, b in zip(widths, widths[1:], strict=False))
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in self.WIDTHS)
-        features = self.WIDTHS[-1] * (world.SIZE // 16) ** 2
+        features = self.WIDTHS[-1] * (world.SCENE_SIZE // 16) ** 2
         self.heads = nn.ModuleDict({f"{category}_{name}": nn.Linear(features, len(options))
                                     for category, attributes in world.ATTRIBUTES.items()
                                     for name, options in attributes.items()})

@@ -3,7 +3,8 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .world import COLOURS, GROUND, HAIR, SIZE, SKIN, SKY
+from .world import COLOURS, GROUND, HAIR, SKIN, SKY
+from .world import SCENE_SIZE as SIZE
 
 SUPERSAMPLING = 3                                            # drawn larger, then box-averaged: antialiased edges
 BEING_SKIN = {"alien": (120, 204, 110), "zombie": (142, 158, 140), "clown": (250, 248, 244)}

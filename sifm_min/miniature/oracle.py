@@ -78,8 +78,8 @@ def pose(scene, edited):
 def pixels_of(picture):
     """The picture at 64x64 as (1,3,64,64) in [0,1]."""
     picture = picture.convert("RGB")
-    if picture.size != (world.SIZE, world.SIZE):
-        picture = picture.resize((world.SIZE, world.SIZE), Image.Resampling.LANCZOS)
+    if picture.size != (world.SCENE_SIZE, world.SCENE_SIZE):
+        picture = picture.resize((world.SCENE_SIZE, world.SCENE_SIZE), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
 
 

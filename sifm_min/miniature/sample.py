@@ -56,9 +56,9 @@ def samples(n, seed=0, *, split="held-out"):
         raise ValueError(f"split {split!r}: choose held-out or train")
     held_out, rng, drawn = split == "held-out", world.generator(seed, split + " samples"), []
     while len(drawn) < n:
-        kind, scene = rng.choice(wording.KINDS), world.draw(rng, held_out)
+        kind, scene = rng.choice(wording.KINDS), world.draw_scene(rng, held_out)
         while not (kind.applies(scene) and kind.colours(scene)):
-            scene = world.draw(rng, held_out)
+            scene = world.draw_scene(rng, held_out)
         others = {instruction.kind: instruction for instruction in wording.instructions(scene, rng, held_out)}
         first = others.pop(kind.name)
         image = drawing.render(scene)

@@ -11,7 +11,7 @@ import hashlib
 import random
 from dataclasses import dataclass, field, replace
 
-SIZE = 64
+SCENE_SIZE = 64
 
 COLOURS = {
     "red": (214, 48, 44), "yellow": (244, 208, 63), "green": (60, 160, 80),
@@ -152,7 +152,7 @@ def generator(seed, split):
     return random.Random(f"sifm_min miniature {split} {seed}")
 
 
-def draw(rng, held_out):
+def draw_scene(rng, held_out):
     """Draw a random scene of the split."""
     while True:
         scene = random_scene(rng)

@@ -172,5 +172,5 @@ def test_latex_notes_with_line_breaks_stay_comments():
 @pytest.mark.parametrize("form", ["markdown", "latex"])
 def test_a_title_or_cell_with_a_line_break_stays_one_row(form):
     table = tables.Table("two\nlines", [("", "Method"), ("a\nb", "ISR")], [["new\nline", "1"]], [], [])
-    text = formats.FORMATS[form]([table])
+    text = formats.BY_NAME[form]([table])
     assert "two lines" in text and "new line" in text and "a b" in text

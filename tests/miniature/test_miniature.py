@@ -91,7 +91,7 @@ def elsewhere(scene, rng):
 
 
 @pytest.mark.parametrize("name", miniature.caption_judges)
-def test_judges_of_img2img_allow_for_another_pose_and_for_nothing_else(samples, name):
+def test_judges_of_img2img_allow_for_another_pose_alone(samples, name):
     judge, rng, few = miniature.caption_judges[name], random.Random(0), samples[:16]
     assert share(judge, few, lambda s: elsewhere(s.instruction.target, rng)) >= 0.9
     assert share(judge, few, lambda s: elsewhere(s.instruction.scene, rng)) <= 0.1
@@ -185,7 +185,7 @@ def test_the_editor_obeys(name):
     assert wrong <= 1
 
 
-def test_diffusers_loads_the_shipped_folder_and_draws_the_same_picture():
+def test_diffusers_draws_the_same_picture_from_the_folder():
     diffusers = pytest.importorskip("diffusers", reason="the oracle is diffusers (the test extra)")
     pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(MODELS / "miniature", torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -197,7 +197,7 @@ def test_diffusers_loads_the_shipped_folder_and_draws_the_same_picture():
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
 
 
-def test_diffusers_loads_the_shipped_sd3_and_draws_the_same_picture():
+def test_diffusers_draws_the_same_picture_from_the_sd3():
     diffusers = pytest.importorskip("diffusers", reason="the oracle is diffusers (the test extra)")
     pipeline = diffusers.StableDiffusion3Img2ImgPipeline.from_pretrained(
         MODELS / "miniature-sd3", text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)

@@ -42,7 +42,7 @@ def run(models, tmp_path, monkeypatch):
         editor for folder, editor in models.values() if folder == source))
     sample = miniature.samples(1)[0]
     sample.image.resize((64, 64)).save("0.png")
-    manifest.write("manifest.jsonl", [manifest.Item(
+    manifest.write_manifest("manifest.jsonl", [manifest.Item(
         id="p0", image="0.png", category=sample.category, prompt=sample.prompt, unseen_prompts=tuple(sample.unseen_prompts[:1]),
         sha256=hashlib.sha256(Path("0.png").read_bytes()).hexdigest(), caption=sample.target_caption,
         unseen_captions=(sample.unseen[0].target_caption,))])
@@ -106,7 +106,7 @@ def test_transfer_between_an_instruction_and_a_caption(run, models, capsys):
                 told[name].append((tuple(prompts), options)), edit(images, prompts, **options))[1])
         assert run("transfer", "instruct-pix2pix", "--other", models["sd3"][0], "--image-guidance", "1.2", "--strength",
                    "0.5")[0] == cli.OK
-    (item,) = manifest.read("manifest.jsonl")
+    (item,) = manifest.read_manifest("manifest.jsonl")
     assert {prompts for prompts, _ in told["instruct-pix2pix"]} == {(item.prompt,)}
     assert {prompts for prompts, _ in told["sd3"]} == {(item.caption,)} and item.caption != item.prompt
     assert all(options["image_guidance"] == 1.2 for _, options in told["instruct-pix2pix"])

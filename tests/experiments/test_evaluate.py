@@ -30,7 +30,7 @@ from sifm_min.judging import canaries as canary_file
 from sifm_min.judging.edits import read_edits
 from sifm_min.models.checkpoints import Unavailable
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("control", "noise", "photoguard-encoder")
 QUICK = ("--steps", "1", "--methods", "photoguard-encoder")
 
@@ -104,7 +104,7 @@ def table(capsys, *argv, folder="out"):
 
 # ------------------------------------------------------------------------------------------------------------- white box
 
-def test_the_memory_plan_reaches_every_immunization_and_redoes_nothing(run, calls, monkeypatch):
+def test_the_memory_plan_reaches_every_immunization(run, calls, monkeypatch):
     counted, asked = runner.immunize, []
     monkeypatch.setattr(runner, "immunize", lambda *given, memory, **more: (asked.append(memory),
                                                                               counted(*given, memory=memory, **more))[1])
@@ -229,7 +229,7 @@ def test_kill_9_and_two_processes_in_one_folder(run, calls, loaded, tmp_path):
     assert len(set(names)) == len(names) == 4 + 36 + 24 + 36
 
 
-def test_jobs_share_the_work_and_a_helper_ends_with_whom_it_helps(run, calls, loaded, monkeypatch):
+def test_jobs_share_the_work_and_helpers_end_with_their_run(run, calls, loaded, monkeypatch):
     assert run("white-box", "--jobs", "2", "--images", "3") == cli.OK
     names = [row["name"] for rows in steps().values() for row in rows]
     assert len(set(names)) == len(names) == 6 + 54 + 36 + 54
@@ -322,7 +322,7 @@ def lines(folder="out"):
     ((1, 2), {"RANK": "2", "WORLD_SIZE": "4"}, (6, 8)),
 ])
 def test_share(shard, environment, expected):
-    assert workers.share(shard, environment) == expected
+    assert workers.share_of_work(shard, environment) == expected
 
 
 # --------------------------------------------------------------------------------------------------------- what fails
@@ -410,7 +410,7 @@ def test_a_broken_picture_and_a_damaged_journal(run, calls, capsys):
             id=f"p{i}", image=f"{i}.png", category=one.category, prompt=one.prompt, unseen_prompts=tuple(one.unseen_prompts),
             sha256=manifest.hashlib.sha256(Path(f"{i}.png").read_bytes()).hexdigest(),
             origin={"world": {"seed": 0, "split": "held-out", "index": i}}, path=Path(f"{i}.png")))
-    manifest.write("manifest.jsonl", items)
+    manifest.write_manifest("manifest.jsonl", items)
     assert run("white-box", "--manifest", "manifest.jsonl") == cli.OK and calls.edits == 36
     whole = Path("1.png").read_bytes()
     Path("1.png").write_bytes(b"not a picture")
@@ -505,7 +505,7 @@ class Broken:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
-def test_robustness_attacks_every_arm_and_leaves_out_what_does_not_apply(run, calls, capsys):
+def test_robustness_attacks_every_arm_with_what_applies(run, calls, capsys):
     assert run("robustness", "--images", "1") == cli.OK
     made = steps()
     (group,) = results.collect("out")
@@ -525,7 +525,7 @@ def test_consistency_shares_the_edits_and_lists_them_for_people(run, calls, caps
     assert "| Judge to judge |" in table(capsys)
 
 
-def test_people_stand_beside_the_judges_of_the_edits_that_they_rated(run, capsys, loaded):
+def test_people_and_judges_are_compared_on_rated_edits(run, capsys, loaded):
     """From the exported sheet to Table I, its shares by counting; edits of another editor hear nothing of them."""
     second = list(loaded)[1]
     assert run("consistency") == cli.OK == run("consistency", editor=second, quick=True)

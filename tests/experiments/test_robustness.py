@@ -57,7 +57,7 @@ def test_the_table_is_data_that_a_report_can_hold():
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA"])
 @pytest.mark.parametrize("name", FREE)
-def test_size_mode_transparency_and_profile_are_kept_and_colours_change(name, mode):
+def test_an_attack_changes_colours_and_nothing_else(name, mode):
     image, profile = picture(mode=mode), icc_header("GRAY" if mode.startswith("L") else "RGB")
     image.info["icc_profile"] = profile
     before = image.tobytes()
@@ -244,7 +244,7 @@ GOLDEN = np.array([                                          # row, column, red,
     [9, 12, 132, 101, 61], [10, 9, 122, 105, 179]])
 
 
-def test_the_adverse_cleaner_gives_what_its_authors_libraries_give():
+def test_the_adverse_cleaner_equals_its_authors_libraries():
     """Numbers of OpenCV 5.0.0 (bilateralFilter, ximgproc.guidedFilter) in the author's order, of a picture without noise."""
     y, x = np.mgrid[:12, :16]
     colours = np.stack([(7 * x + 3 * y) % 61 + 90, 5 * y + 60, (x // 4 + y // 3) % 2 * 120 + 60], -1)
@@ -252,7 +252,7 @@ def test_the_adverse_cleaner_gives_what_its_authors_libraries_give():
     assert np.abs(found[GOLDEN[:, 0], GOLDEN[:, 1]] - GOLDEN[:, 2:]).max() <= 1
 
 
-def test_the_adverse_cleaner_flattens_faint_noise_and_keeps_edges():
+def test_the_adverse_cleaner_flattens_noise_and_keeps_edges():
     edge = np.full((48, 48, 3), 60.0)
     edge[:, 24:] = 190
     noised = edge + np.random.default_rng(0).integers(-7, 8, edge.shape)
@@ -283,7 +283,7 @@ def test_an_autoencoder_that_overflows_is_no_attack(editor, monkeypatch):
         apply("vae", picture(32, 32), editor=editor)
 
 
-def test_regeneration_is_refused_for_instruction_editors_before_anything_is_run(editor, monkeypatch):
+def test_regeneration_is_refused_for_instruction_editors(editor, monkeypatch):
     monkeypatch.setattr(type(editor), "edit", None)
     why = ATTACKS["regenerate-0.15"].refusal(editor)
     assert why == (f"regenerate-0.15 does not apply to {editor.name}: it is an instruct editor, and only img2img editors can "
@@ -304,15 +304,15 @@ class Recorded:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "LA"])
-def test_regeneration_is_an_unguided_edit_without_a_prompt_at_low_strength(mode):
+def test_regeneration_is_an_unguided_edit_without_a_prompt(mode):
     editor, image = Recorded(), picture(mode=mode)
     attacked = apply("regenerate-0.15", image, editor=editor, seed=9)
     assert editor.asked == ("RGB", "", {"strength": 0.15, "guidance": 1.0, "seed": 9})
     assert attacked.mode == mode and array(attacked.getchannel(0))[0, 0] == 255 - array(image.getchannel(0))[0, 0]
 
 
-def test_stronger_attacks_leave_less_of_a_perturbation_at_the_budget():
-    image = drawing.render(world.draw(world.generator(0, "test"), held_out=True))
+def test_stronger_attacks_leave_less_of_a_perturbation():
+    image = drawing.render(world.draw_scene(world.generator(0, "test"), held_out=True))
     steps = np.random.default_rng(0).choice([-7, 7], (64, 64, 3))
     noised = Image.fromarray((array(image) + steps).clip(0, 255).astype(np.uint8))
     left = {name: np.abs(array(apply(name, noised)) - array(apply(name, image))).mean() for name in FREE}
