@@ -706,7 +706,7 @@ SPOILED = {
         "missing encoder.final_layer_norm.weight"),
     "a DDIM scheduler": (lambda f: diffusers.DDIMScheduler().save_pretrained(f / "scheduler"),
                          "does not name FlowMatchEulerDiscreteScheduler"),
-    "a PNDM scheduler": (lambda f: diffusers.PNDMScheduler(beta_start=0.1, beta_end=0.2).save_pretrained(f / "scheduler"),
+    "a PNDM scheduler": (lambda f: diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012).save_pretrained(f / "scheduler"),
                          "does not name FlowMatchEulerDiscreteScheduler"),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json"),
     "no second tokenizer": (lambda f: shutil.rmtree(f / "tokenizer_2"), "tokenizer_2/ needs"),
