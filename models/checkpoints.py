@@ -209,7 +209,7 @@ class Checkpoint:
         return layout.read(self.path(relative))
 
     def path(self, relative):
-        """Where a file or a folder of the checkpoint lies, such as "tokenizer"."""
+        """The path of a file or a folder of the checkpoint, such as "tokenizer"."""
         path = PurePosixPath(relative)
         if path.is_absolute() or ".." in path.parts or "\\" in str(relative):
             raise ValueError(f"{relative!r} leads out of the checkpoint")

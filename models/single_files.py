@@ -87,7 +87,7 @@ CONFIGS = {
 
 
 class Place(NamedTuple):
-    """Where a tensor of a file goes, and which part of it."""
+    """The destination of a tensor of a file, and the part of it that goes there."""
 
     name: str                                       # in the diffusers layout
     third: int | None = None                        # 0, 1, 2: only this third of the rows
@@ -184,7 +184,7 @@ def _both(stored, *names, swapped=False):
 
 
 def _count(shapes, pattern):
-    """How many different numbers stand at {} in the names that begin with the pattern."""
+    """The count of different numbers at {} in the names that begin with the pattern."""
     before, after = pattern.split("{}")
     found = (name[len(before):].split(after)[0] for name in shapes if name.startswith(before))
     return len({number for number in found if number.isdecimal()})

@@ -233,7 +233,7 @@ class T5Tokenizer:
         return [row + [self.pad] * (length - len(row)) for row in rows]
 
     def count(self, text):
-        """How many ids the text takes, with the end token."""
+        """The number of ids of the text, with the end token."""
         return len(self.encode(text)) + 1
 
     def encode(self, text):

@@ -22,7 +22,7 @@ _kept = threading.local()
 
 
 def suits(x, weight, stride, padding):
-    """Whether `convolve` is the convolution, and the faster one: float32 on a CPU, and not for torch.compile."""
+    """True where `convolve` equals the convolution and is faster: float32 on a CPU, and not for torch.compile."""
     positions, channels = x.shape[2] * x.shape[3], weight.shape[:2]
     return (weight.shape[2:] == (3, 3) and stride == (1, 1) and padding == (1, 1) and x.device.type == "cpu"
             and x.dtype == weight.dtype == torch.float32 and min(channels) >= MANY_CHANNELS and positions >= MANY_POSITIONS
@@ -85,7 +85,7 @@ def _by_tiles(x, weights, bias):
 
 
 def _matrices():
-    """What brings a tile (36, 36) and a kernel (36, 9) to the points, and their products back to the outputs (16, 36)."""
+    """The Winograd transforms of a tile (36, 36), of a kernel (36, 9), and of their products to the outputs (16, 36)."""
     def coefficients(roots):                                    # of the polynomial that has them, the constant one first
         found = [1.0]
         for root in roots:

@@ -1,4 +1,4 @@
-"""What every command shares: flags and their types, exit codes, progress, and errors told in one sentence.
+"""The parts that all commands share: flags and their types, exit codes, progress, and errors as one sentence.
 
 A command is a parser, a body and three lines; results go to stdout (`result`), progress and remarks to stderr (`say`):
 
@@ -123,7 +123,7 @@ def positive(text):
 
 
 def seed(text):
-    """What a generator takes as its seed: a whole number from 0 to 2**63 - 1."""
+    """The seed of a generator: a whole number from 0 to 2**63 - 1."""
     value = _number(text, int)
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is no seed: give a whole number from 0 to 2**63 - 1")
@@ -138,7 +138,7 @@ def prompt(text):
 
 
 def path(text):
-    """A path. Not the empty one that an unset shell variable leaves: it would be the current folder."""
+    """A path that is not empty. An unset shell variable leaves an empty one, which would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     return Path(text)
@@ -167,7 +167,7 @@ def timesteps(text):
 
 
 def device(text):
-    """The name of a device; whether this machine has it is asked later, by `place`."""
+    """The name of a device. `place` checks later that this machine has it."""
     if not re.fullmatch(r"(cpu|mps|(cuda|xpu)(:\d+)?)", text):
         raise argparse.ArgumentTypeError(f"{text} is no device: give cpu, cuda, cuda:1 or mps")
     return text
@@ -243,7 +243,7 @@ def rank(environment):
 # ------------------------------------------------------------------------------------------------ results and remarks
 
 def out(text):
-    """A line of results, on stdout."""
+    """Print a line of results to stdout."""
     _write(text, sys.stdout)
 
 
@@ -259,7 +259,7 @@ def shown(text):
 
 
 def say(text, *, quiet=False):
-    """A remark, on stderr."""
+    """Print a remark to stderr."""
     if not quiet:
         _write(text, sys.stderr)
 
@@ -278,7 +278,7 @@ def say_editor(editor, *, quiet=False):
 
 
 def fail(text, code=SOME_FAILED, *, error=None):
-    """Tell what went wrong, one sentence on stderr, below the traceback of `error` if given; returns `code`."""
+    """Print one sentence on stderr, below the traceback of `error` if there is one, and return `code`."""
     if error:
         say("".join(traceback.format_exception(error)).rstrip())
     say(f"error: {text}")
@@ -286,7 +286,7 @@ def fail(text, code=SOME_FAILED, *, error=None):
 
 
 def sentence(error):
-    """An exception as one line: what is wrong, and with which file."""
+    """The message of an exception as one line, with the file it concerns."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: " if error.filename is not None else ""
@@ -410,6 +410,10 @@ def leave(code):
     """End the process with this exit code. A signal from here on ends it at once, as the system does it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+    if code in (INTERRUPTED, TERMINATED):
+        # Python remembers a KeyboardInterrupt that passed through an exec(), as modules use when they are imported, and would
+        # end as if by SIGINT whatever the exit code. The streams are flushed: `_write` does it.
+        os._exit(code)
     sys.exit(code)
 
 
@@ -487,7 +491,7 @@ def _unavailable():
 
 @contextlib.contextmanager
 def _plain_warnings():
-    """A warning is a remark in one sentence too, without the line of code that gave it."""
+    """Print a warning as a remark of one sentence, without the line of code that gave it."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *where, **how: say(f"note: {sentence(message)}")
         yield

@@ -1,4 +1,4 @@
-"""How far pictures are apart, as a command: the budget that a perturbation used, and the five distances."""
+"""Compare pictures: the budget that a perturbation used, and the five distances of the paper."""
 
 import math
 
@@ -95,7 +95,7 @@ def measure(distorted, reference, wanted, weights=None, *, device="cpu", strict=
 
 
 def mean(records, wanted):
-    """What a table's last line says of its records: the mean of each metric's finite values, and how many are not."""
+    """The last line of a table: the mean of each metric's finite values, and the number of values left out."""
     values = {name: [record[name] for record in records if record[name] is not None] for name in wanted}
     finite = {name: [value for value in values[name] if math.isfinite(value)] for name in wanted}
     return {

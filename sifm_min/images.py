@@ -197,7 +197,7 @@ def _lanczos(size, new):
 # ------------------------------------------------------------------------------------------------------- 8-bit budget
 
 def budget(eps):
-    """How many steps of 1/255 the saved file may differ by: 7 for eps = 0.03, 8 for 8/255. Raises ValueError."""
+    """The number of steps of 1/255 that the saved file may differ by: 7 for eps = 0.03, 8 for 8/255. Raises ValueError."""
     steps = math.floor(255 * eps + 1e-9) if 0 < eps <= 1 else 0     # neither nan nor inf has a floor
     if steps < 1:
         raise ValueError(f"eps {eps:.6g}: the budget must be from 1/255 (one 8-bit step) to 1, such as 0.03 or 8/255")

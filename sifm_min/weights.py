@@ -1,4 +1,4 @@
-"""The editors' weights, and those of LPIPS: what there is and under which licence, fetching it beforehand, and checking it.
+"""List, download and verify the weights of the editors and of LPIPS, with their licences.
 
 `python -m sifm_min.weights list|download|verify`, a thin command over `models/checkpoints.py` and `metrics/fetch.py`.
 What is fetched lies in the standard Hugging Face cache, that of LPIPS beside it (`HF_HOME`/sifm_min), where every command
@@ -41,7 +41,7 @@ HF_HOME moves the cache, HF_TOKEN opens gated repositories, HF_HUB_OFFLINE=1 for
 
 
 def status(source):
-    """What `list` says of an editor, as a JSON-ready dict; `revision` is the commit in use, or None. No request."""
+    """The state of an editor as a JSON-ready dict; `revision` is the commit in use, or None. Sends no request."""
     folder, complete = source.folder or source.file, "shipped" if source.name in EDITORS else "complete"
     if folder:
         size, missing, present = 0, None, folder.exists()
@@ -69,7 +69,7 @@ def status(source):
 
 
 def _open(source, **options):
-    """The checkpoint of a source, of a single file with no more than is in it."""
+    """The checkpoint of a source; of a single file, only the components inside it."""
     return checkpoints.open_checkpoint(source.name, () if source.file else None, **options)
 
 

@@ -174,7 +174,7 @@ def test_leave():
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
-def test_each_file_goes_on_after_a_failure_and_lists_it_at_the_end(capsys):
+def test_failed_files_are_listed_and_the_others_done(capsys):
     seen = []
 
     def work(path):

@@ -275,12 +275,12 @@ def test_options_of_the_baselines_reach_them(run, method, argv, options):
     assert {name: found[name] for name in immunize.options_of(method)} == options
 
 
-def test_every_option_on_the_command_line_is_some_methods_and_the_other_way_round():
+def test_options_of_command_and_methods_are_the_same():
     assert set(immunize.OPTIONS) == {name for method in METHODS for name in immunize.options_of(method)}
 
 
 @pytest.mark.parametrize("method", baselines.NATIVE)
-def test_the_native_preset_is_the_originals_setting_without_its_budget(run, monkeypatch, method):
+def test_native_preset_is_the_original_without_its_budget(run, monkeypatch, method):
     photo("a.png")
     native, used = baselines.NATIVE[method], []
     monkeypatch.setattr(pgd, "pgd", lambda pixels, objective, eps, **loop: used.append((eps, loop)) or 0 * pixels)
@@ -421,7 +421,7 @@ def test_the_empty_prompt_is_a_prompt_to_the_library(editor, tmp_path):
     ({"image": "nowhere.png"}, "nowhere.png: no such file"), ({"image": Image.new("F", (9, 9))}, "mode F"),
     ({"image": np.zeros((9, 9, 3))}, "ndarray"), ({"editor": "miniature"}, "load_editor"),
 ])
-def test_what_the_caller_can_mend_is_a_value_error_in_one_sentence(editor, tmp_path, monkeypatch, options, says):
+def test_caller_mistakes_are_value_errors_of_one_sentence(editor, tmp_path, monkeypatch, options, says):
     monkeypatch.chdir(tmp_path)
     photo("wide.png", (25, 20))
     Image.new("L", (24, 20)).save("dark.png")
@@ -510,7 +510,7 @@ def bomb(path):
     Path(path).write_bytes(encoded.getvalue()[:12] + head + struct.pack(">I", zlib.crc32(head)) + encoded.getvalue()[33:])
 
 
-def test_pictures_that_cannot_be_read_are_told_and_the_others_are_done(run, capsys):
+def test_unreadable_pictures_are_told_and_the_others_done(run, capsys):
     photo("in/good.png"), photo("in/zebra.png", seed=1), photo("in/cut.jpg", (200, 200))
     Path("in/cut.jpg").write_bytes(Path("in/cut.jpg").read_bytes()[:3000])
     Path("in/text.png").write_text("I am not a picture.")
@@ -549,7 +549,7 @@ def test_an_output_that_is_a_file(run, capsys):
     assert told(capsys) == "error: out is a file; results need a folder\n" and Path("out").read_text() == "mine"
 
 
-def test_an_output_folder_that_cannot_be_written_is_told_before_the_work(run, monkeypatch, capsys):
+def test_unwritable_output_is_told_before_the_work(run, monkeypatch, capsys):
     def refuse(*args, **options):
         raise PermissionError(errno.EACCES, "Permission denied")
     monkeypatch.setattr(writing.tempfile, "TemporaryFile", refuse)
@@ -639,7 +639,7 @@ def test_other_options_are_another_run(run, capsys, change):
     assert files().keys() == before.keys() and files()["a_immunized.png"] != before["a_immunized.png"]
 
 
-def test_another_picture_or_other_weights_under_the_same_name_are_another_run(run, editor, monkeypatch, capsys):
+def test_another_picture_or_other_weights_are_another_run(run, editor, monkeypatch, capsys):
     photo("a.png")
     assert run("a.png", "--no-preview") == cli.OK
     with monkeypatch.context() as patched:

@@ -320,6 +320,41 @@ def test_the_tests_need_nothing_beyond_the_test_extra():
             assert {name.partition(".")[0] for name in names} <= allowed, f"{path.name}:{node.lineno}"
 
 
+def sources(folder):
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / folder).rglob("*.py"))}
+
+
+def test_files_are_at_most_500_lines():
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in [*sources("sifm_min"), *sources("models")]}
+    assert {path.name: count for path, count in lines.items() if count > 500} == {}
+    assert lines[ROOT / "sifm_min" / "sifm.py"] <= 110
+
+
+def test_top_of_the_package_has_at_most_14_modules():
+    assert len(list((ROOT / "sifm_min").glob("*.py"))) <= 14
+
+
+def test_one_name_is_one_module():
+    stems = [path.stem for path in sources("sifm_min") if path.stem != "__init__"]
+    assert sorted({stem for stem in stems if stems.count(stem) > 1}) == []
+
+
+def test_docstrings_say_the_thing():
+    """They open with a verb in the imperative or with a noun, not with a question word."""
+    found = []
+    for path, tree in (sources("sifm_min") | sources("models") | sources("tools")).items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and re.match(
+                    r"(What|Whether|Has|Who|Whom|Where|How|Why) ", ast.get_docstring(node) or ""):
+                found.append(f"{path.name}:{getattr(node, 'lineno', 1)}: {ast.get_docstring(node).splitlines()[0]}")
+    assert found == []
+
+
+def test_names_of_tests_are_at_most_60_characters():
+    names = [node.name for tree in sources("tests").values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert [name for name in names if name.startswith("test_") and len(name) > 60] == []
+
+
 # -------------------------------------------------------------------------------------------- each rule was seen broken
 
 PLANTED = {
@@ -412,7 +447,7 @@ def python(*arguments):
     return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
-def test_importing_the_package_and_the_command_line_loads_no_dependency():
+def test_imports_of_package_and_cli_load_no_dependency():
     """Also: models/ is known under one name only, or there would be two classes of each network."""
     done = python("-c", "import sys, json, sifm_min, sifm_min.cli; print(json.dumps(sorted(sys.modules)))")
     assert not done.returncode and not done.stderr, done.stderr

@@ -148,7 +148,7 @@ def test_gradients_are_those_of_differences(monkeypatch):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("shape", "groups"), [((2, 12, 5, 7), 4), ((1, 8, 6, 6), 1), ((3, 6, 4, 4), 6), ((2, 8, 1, 1), 2),
                                                ((2, 1, 4, 4), 1)], ids=str)
-def test_a_frozen_norm_with_silu_is_the_plain_one_and_keeps_its_input(shape, groups, dtype, layout):
+def test_frozen_norm_with_silu_equals_the_plain_one(shape, groups, dtype, layout):
     norm = frozen(NormSiLU(groups, shape[1], eps=1e-3), dtype)
     x = (3 * draw(*shape, dtype=dtype, layout=layout) + 2).requires_grad_()
     ours, theirs = compare(norm, lambda x: F.silu(nn.GroupNorm.forward(norm, x)), x)
@@ -278,7 +278,7 @@ def test_frozen_networks_keep_less_and_do_the_same(name, checkpointing):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_checkpointing_of_a_network_in_training_changes_no_gradient(name):
+def test_checkpointing_in_training_changes_no_gradient(name):
     _, network, call, x = prepared(name)
     plain, much = kept(lambda: call(network, x))
     asked = [x, *(parameter for parameter in network.parameters())]

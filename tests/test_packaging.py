@@ -276,6 +276,6 @@ assert "torch" not in sys.modules
 
 
 @pytest.mark.parametrize("imports", ORDERS.values(), ids=ORDERS)
-def test_immunize_is_a_module_and_a_function_in_every_order_of_imports(imports):
+def test_immunize_is_module_and_function_in_any_import_order(imports):
     done = run(sys.executable, f"{imports}\n{IT_IS_BOTH}", ROOT)
     assert not done.returncode, done.stderr

@@ -265,7 +265,7 @@ class Token:
 
 
 class fused_attention(torch.autograd.Function):
-    """What a fused kernel keeps: its inputs, its output, and a number for each query and head. Computes nothing."""
+    """The memory of a fused kernel: its inputs, its output, and a number for each query and head. Computes nothing."""
 
     @staticmethod
     def forward(ctx, q, k, v):

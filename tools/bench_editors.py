@@ -135,7 +135,7 @@ def open_sides(args, folder, networks=True):
 
 
 def one_count(args, ours, x, rounds, rates):
-    """What was found for one number of timesteps."""
+    """The figures for one number of timesteps."""
     own = clock(args)
     found = {"plan": str(ours.plan), **compared(rounds)}
     if "peer" in found:
@@ -246,7 +246,7 @@ def bench_load(args):
 
 
 def in_new_process(args, folder, side, taps, timestep):
-    """What `one_side` finds, after the files' pages were dropped from memory, and the seconds with Python's own start."""
+    """The result of `one_side` after the files' pages were dropped from memory, with the seconds that Python's start takes."""
     if hasattr(os, "posix_fadvise"):
         for path in (path for path in Path(folder).rglob("*") if path.is_file()):
             with open(path, "rb") as file:

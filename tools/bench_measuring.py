@@ -1,4 +1,4 @@
-"""How the benches of editors measure: time, memory, the stages of a step, its FLOPs against the machine's, agreement."""
+"""The measures of the editors' benches: time, memory, the stages of a step, its FLOPs against the machine's, agreement."""
 
 import contextlib
 import ctypes
@@ -36,14 +36,14 @@ def glibc(name, *numbers):
 
 
 def give_back():
-    """What the allocator keeps of freed memory goes back to the system: a call that found it there would seem to need none."""
+    """Return freed memory from the allocator to the system: a call that found it there would seem to need none."""
     glibc("malloc_trim", 0)
 
 
 def keep_memory(keeping):
-    """Whether the allocator is to keep large blocks that are free. For memory it must not, from the first call on: which of
-    them it happens to keep would decide what peaks. For times it must: memory that is new for every tensor costs more the
-    larger they are, and no user has it so."""
+    """Let the allocator keep large free blocks, or return each to the system. To measure memory it must return them from the
+    first call on, else the blocks it happens to keep decide the peak. To measure time it must keep them, as it does for
+    users: new memory for every tensor costs more the larger the tensor is."""
     mmap, trim = -3, -1                                      # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
     glibc("mallopt", mmap, 2**25 if keeping else 10**6)      # where its own adapting ends
     glibc("mallopt", trim, 2**26 if keeping else 2**17)

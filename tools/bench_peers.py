@@ -1,4 +1,4 @@
-"""What tools/bench_editors.py compares: editors with random weights at full size, a step of ours, and the naive step.
+"""The two sides that tools/bench_editors.py compares: editors with random weights at full size, a step of ours, and the naive step.
 
 `weights` gives the folder of the editor that is measured, which both sides read; `Ours` and `Naive` are one step of SIFM,
 by this project and by Algorithm 1 of the paper as one would write it on diffusers' networks.
@@ -177,7 +177,7 @@ class Naive:
         self.vae, self.denoiser, self.alphas_cumprod = vae, denoiser, alphas_cumprod        # None: rectified flow
 
     def prepare(self, original, contexts, timesteps, taps):
-        """What holds for all steps: timesteps, noise (of ours' seed), and the original's activations."""
+        """Set up the values that all steps share: timesteps, noise (of ours' seed), and the original's activations."""
         place = self.vae.device, self.vae.dtype
         self.contexts = [context.to(*place) if isinstance(context, torch.Tensor) else
                          [part.to(*place) for part in context] for context in contexts]
@@ -266,7 +266,7 @@ def _index(folder):
 
 
 def pipeline_networks(pipeline, folder):
-    """What `Naive` takes, of a pipeline."""
+    """The parts of a pipeline that `Naive` takes."""
     return pipeline.vae, pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer, alphas_cumprod(folder)
 
 
@@ -292,7 +292,7 @@ def quiet():
 
 
 def peer_lacks(editor):
-    """Why diffusers cannot be compared with, or ''."""
+    """The reason why diffusers cannot be compared with, or ''."""
     try:
         quiet()
     except ImportError as error:

@@ -245,7 +245,7 @@ class Selection:
 
 
 def settings(args):
-    """How rows are chosen: the options, and defaults where they were not given."""
+    """The choice of rows: the options, with defaults for those not given."""
     rules = RULES
     if args.rules:
         rules = _json(args.rules)

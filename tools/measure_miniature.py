@@ -105,7 +105,7 @@ def share(count, total):
 
 
 def judges(args):
-    """What each judge calls obeyed: autoencoded targets (should), untouched sources, wrong-prompt targets (should not)."""
+    """The share each judge calls obeyed: autoencoded targets (should), untouched sources, wrong-prompt targets (should not)."""
     editor = sifm_min.load_editor(args.editor)
     samples = miniature.samples(args.samples, args.seed)
 

@@ -484,7 +484,7 @@ def judge(args):
 
 
 def disturb(x, picker, generator):
-    """What an honest edit may suffer: a little noise, blur, and change of brightness, contrast and tint."""
+    """The harm that an honest edit may suffer: a little noise, blur, and change of brightness, contrast and tint."""
     side = int(picker.integers(30, 65))
     x = F.interpolate(F.interpolate(x[None], size=(side, side), mode="area"), size=(64, 64), mode="bicubic")[0]
     x = x * (1 + 0.08 * float(picker.normal())) + 0.03 * float(picker.normal()) + 0.02 * torch.randn(3, 1, 1,

@@ -1,4 +1,4 @@
-"""How long a run takes: the seconds of each kind of step, from finished steps or from a short trial."""
+"""The time that a run takes: the seconds of each kind of step, from finished steps or from a short trial."""
 
 import os
 import statistics

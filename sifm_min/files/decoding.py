@@ -55,7 +55,7 @@ class Decoded:
 
 @dataclass
 class _Header:
-    """What the file says of itself. size: as stored, or None if unchecked. depth: bits a channel.
+    """The header of a picture file. size: as stored, or None if unchecked. depth: bits a channel.
 
     stored: the bits that Pillow's 16-bit values really have. inverted: 0 is white, and Pillow did not turn it.
     key: the transparent grey in 8 bits. palette: the colours, where Pillow reads them wrong. grey: no colour in the file.

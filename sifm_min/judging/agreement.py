@@ -63,7 +63,7 @@ def _multirater(histogram):
 
 
 def prediction(n11, n10, n01, n00):
-    """How the second rater predicts the first: precision n11/(n11+n01), recall n11/(n11+n10), bias (n01-n10)/n.
+    """The second rater as a prediction of the first: precision n11/(n11+n01), recall n11/(n11+n10), bias (n01-n10)/n.
 
     Each is None where it would be a share of nothing.
     """
