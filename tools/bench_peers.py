@@ -1,4 +1,4 @@
-"""The two sides that tools/bench_editors.py compares: editors with random weights at full size, a step of ours, and the naive step.
+"""The two sides that tools/bench_editors.py compares: editors with random weights at full size, our step, and the naive step.
 
 `weights` gives the folder of the editor that is measured, which both sides read; `Ours` and `Naive` are one step of SIFM,
 by this project and by Algorithm 1 of the paper as one would write it on diffusers' networks.
