@@ -33,7 +33,7 @@ def judge_edits(folder, plan, panel, cases, share, *, max_cost=None, quiet=False
     with cli.progress(total=len(samples) * len(panel.judges), what=panel.id, unit="verdict", quiet=quiet) as bar:
         place = folder.path / "verdicts" / f"{panel.id}-{identity(panel)[:8]}-{index}of{count}"
         outcome = run(panel, samples, place, max_cost=max_cost and max_cost / count,
-                            notify=lambda text: cli.say(text, quiet=quiet), on_verdict=bar.update)
+                      notify=lambda text: cli.say(text, quiet=quiet), on_verdict=bar.update)
     answers = {}
     for record in outcome.records:
         answers.setdefault(record.sample_id, []).append(record)
@@ -57,8 +57,8 @@ def _sample(folder, cell):
     prompt = f"{cell['prompt_id']}, seed {cell['seed']}, edited by {cell['target']}"
     arm = cell["arm"] if cell["source"] == cell["target"] else f"{cell['arm']}, made for {cell['source']}"
     return EditFile(cell["verdict"], cell["image_id"], prompt, arm, cell["prompt"], folder.picture(cell["original"]),
-                         folder.picture(cell["edited"]), {"category": cell["category"], "editor": cell["target"],
-                                                          "method": cell["arm"], "prompt_type": cell["prompt_type"]})
+                    folder.picture(cell["edited"]), {"category": cell["category"], "editor": cell["target"],
+                                                     "method": cell["arm"], "prompt_type": cell["prompt_type"]})
 
 
 def export_edits(folder, plan):
