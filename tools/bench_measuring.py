@@ -50,7 +50,7 @@ def keep_memory(keeping):
 
 
 def wait(device):
-    if device.startswith("cuda"):
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
 

@@ -19,7 +19,7 @@ TF32, or kernels: what a real card computes differently is for tools/gpu_check.p
 
 import collections
 import contextlib
-import traceback
+import sys
 import weakref
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-PACKAGE = [str(Path(__file__).resolve().parents[2] / folder) for folder in ("sifm_min", "models")]
+PACKAGE = tuple(str(Path(__file__).resolve().parents[2] / folder) for folder in ("sifm_min", "models"))
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default: "item", aten.nonzero.default: "nonzero", aten.equal.default: "equal",
          aten.masked_select.default: "masked_select", aten.is_nonzero.default: "bool"}
@@ -38,8 +38,13 @@ COPYING = {aten.copy_.default, aten._to_copy.default}
 
 def _where():
     """The two innermost lines of the package that are running."""
-    frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(tuple(PACKAGE))][::-1][:2]
-    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames) or "outside"
+    frame, found = sys._getframe(1), []
+    while frame and len(found) < 2:
+        code = frame.f_code
+        if code.co_filename.startswith(PACKAGE):
+            found.append(f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}")
+        frame = frame.f_back
+    return " < ".join(found) or "outside"
 
 
 class OnCard(torch.Tensor):
