@@ -167,7 +167,7 @@ def data(args):
     rng = world.generator(0, "train")
     (sources, targets), prompts = (np.empty((args.pairs, 64, 64, 3), np.uint8) for _ in range(2)), []
     while len(prompts) < args.pairs:
-        kind, scene = rng.choice(wording.KINDS), world.draw_scene(rng, held_out=False)
+        kind, scene = rng.choice(wording.INSTRUCTION_KINDS), world.draw_scene(rng, held_out=False)
         if kind.applies(scene) and kind.colours(scene):
             instruction = next(i for i in wording.instructions(scene, rng, held_out=False) if i.kind == kind.name)
             sources[len(prompts)], targets[len(prompts)] = drawing.render(scene), drawing.render(instruction.target)
@@ -344,10 +344,10 @@ def text(args):
     tokens = tokenizer(args)
     vocabulary = len(json.loads((args.work / "tokenizer" / "vocab.json").read_text()))
     network, _ = new_text(vocabulary)
-    kinds, colours = [kind.name for kind in wording.KINDS], [None, *world.COLOURS]
+    kinds, colours = [kind.name for kind in wording.INSTRUCTION_KINDS], [None, *world.COLOURS]
     same = {"canvas": "background"}                          # the same words, said of another category
     labels = {}
-    for kind in wording.KINDS:
+    for kind in wording.INSTRUCTION_KINDS:
         for phrase in kind.phrases:
             for colour in world.COLOURS if "{c}" in phrase else (None,):
                 for him, he in (("him", "he"), ("her", "she")):

@@ -57,7 +57,7 @@ def data(args):
     while len(captions) < args.pictures:
         scene = world.draw_scene(rng, held_out=False)
         if len(captions) % 2:
-            kind = rng.choice(wording.KINDS)                   # each kind of result equally often, colours or not
+            kind = rng.choice(wording.INSTRUCTION_KINDS)                   # each kind of result equally often, colours or not
             asked = {i.kind: i for i in wording.instructions(scene, rng, held_out=False)}
             if kind.name not in asked:
                 continue

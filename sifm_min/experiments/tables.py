@@ -318,7 +318,7 @@ def _attack_data(title, name, attack, estimate):
             "isr_high": estimate.high}
 
 
-# -- what stands behind the ISR --------------------------------------------------------------------------------------------
+# -- the figures behind the ISR --------------------------------------------------------------------------------------------
 
 def _behind(title, arms, by_arm, judges):
     """Per arm and type of prompts: counts, bounds, controlled rates, each judge alone, and the cost."""

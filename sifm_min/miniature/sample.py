@@ -56,7 +56,7 @@ def samples(n, seed=0, *, split="held-out"):
         raise ValueError(f"split {split!r}: choose held-out or train")
     held_out, rng, drawn = split == "held-out", world.generator(seed, split + " samples"), []
     while len(drawn) < n:
-        kind, scene = rng.choice(wording.KINDS), world.draw_scene(rng, held_out)
+        kind, scene = rng.choice(wording.INSTRUCTION_KINDS), world.draw_scene(rng, held_out)
         while not (kind.applies(scene) and kind.colours(scene)):
             scene = world.draw_scene(rng, held_out)
         others = {instruction.kind: instruction for instruction in wording.instructions(scene, rng, held_out)}

@@ -44,7 +44,7 @@ class Kind:
 
 _HUMAN = {"being": ("human",)}
 _STILL, _ABSTRACT = {"subject": ("still life",)}, {"subject": ("abstract",)}
-KINDS = (
+INSTRUCTION_KINDS = (
     Kind("background", "portrait", {"background": "*"},
          ("make the background {c}", "change the background to {c}", "turn the background {c}",
           "give it a {c} background", "paint the wall behind {p} {c}"),
@@ -208,7 +208,7 @@ class Instruction:
 
 def instructions(scene, rng, held_out):
     """Yield one Instruction of every kind that applies to the scene, in random order, with random colour and phrase."""
-    kinds = [kind for kind in KINDS if kind.applies(scene) and kind.colours(scene)]
+    kinds = [kind for kind in INSTRUCTION_KINDS if kind.applies(scene) and kind.colours(scene)]
     for kind in rng.sample(kinds, len(kinds)):
         colour = rng.choice(kind.colours(scene))
         man = scene.values.get("person") == "man"
@@ -220,7 +220,7 @@ def instructions(scene, rng, held_out):
 
 def corpus():
     """Yield every training phrase once; the tokenizer is trained on these."""
-    for kind in KINDS:
+    for kind in INSTRUCTION_KINDS:
         for phrase in kind.phrases:
             pronouns = (("him", "he"), ("her", "she")) if "{p}" in phrase or "{o}" in phrase else ((None, None),)
             for colour in COLOURS if "{c}" in phrase else (None,):

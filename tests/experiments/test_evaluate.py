@@ -43,7 +43,7 @@ def loaded(tiny_folder, tmp_path_factory):
 
 
 class Calls(list):
-    """What was immunized and edited: "immunize METHOD", and "edit N" for N prompts at once."""
+    """The immunizations and edits of a run: "immunize METHOD", and "edit N" for N prompts at once."""
 
     def count_of(self, what):
         return sum(call.startswith(what) for call in self)

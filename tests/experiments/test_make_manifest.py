@@ -152,7 +152,7 @@ def make(server, folder, *more, composition=SMALL):
 
 
 def told(capsys):
-    """What was said on stderr, by lines; never a traceback, never two lines for one fault."""
+    """The lines of stderr; there is no traceback, and one line for each fault."""
     text = capsys.readouterr().err
     assert "Traceback" not in text
     return text

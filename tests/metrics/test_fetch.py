@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """What torchvision publishes: a whole classifier, pickled; random, and SqueezeNet as the smallest."""
+    """A file as torchvision publishes it: a whole classifier, pickled; random weights of SqueezeNet, the smallest."""
     generator = torch.Generator().manual_seed(0)
     state = {name: torch.randn(shape, generator=generator) / 10 for name, shape in
              backbones.NETWORKS["squeeze"].shapes.items()}

@@ -17,7 +17,7 @@ from PIL import Image
 from sifm_min import miniature
 from sifm_min.miniature import drawing, wording, world
 
-KINDS = {kind.name: kind for kind in wording.KINDS}
+KINDS = {kind.name: kind for kind in wording.INSTRUCTION_KINDS}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -110,8 +110,8 @@ def test_a_scene_has_one_picture():
 
 def test_three_categories_and_many_kinds():
     assert world.CATEGORIES == ("portrait", "landscape", "artwork")
-    assert len(KINDS) == len(wording.KINDS) >= 24
-    assert all(sum(kind.category == category for kind in wording.KINDS) >= 5 for category in world.CATEGORIES)
+    assert len(KINDS) == len(wording.INSTRUCTION_KINDS) >= 24
+    assert all(sum(kind.category == category for kind in wording.INSTRUCTION_KINDS) >= 5 for category in world.CATEGORIES)
     drawn = {world.random_scene(random.Random(i)).category for i in range(40)}
     assert drawn == set(world.CATEGORIES)
 
@@ -137,7 +137,7 @@ def test_a_kind_is_written_in_the_words_of_its_category(name):
 def test_a_wording_belongs_to_one_split_and_to_one_kind():
     """Of all prompts that can be asked, also across kinds: one kind's held-out words must not be another's."""
     split, owner = {}, {}
-    for kind, held_out in itertools.product(wording.KINDS, (False, True)):
+    for kind, held_out in itertools.product(wording.INSTRUCTION_KINDS, (False, True)):
         for prompt in every_wording(kind, held_out):
             assert split.setdefault(prompt, held_out) == held_out, prompt
             for category in [kind.category] if kind.category else world.CATEGORIES:
@@ -146,8 +146,8 @@ def test_a_wording_belongs_to_one_split_and_to_one_kind():
 
 def test_the_tokenizer_is_trained_on_the_training_wordings_alone():
     corpus = list(wording.corpus())
-    assert set(corpus) == {prompt for kind in wording.KINDS for prompt in every_wording(kind, held_out=False)}
-    assert not set(corpus) & {prompt for kind in wording.KINDS for prompt in every_wording(kind, held_out=True)}
+    assert set(corpus) == {prompt for kind in wording.INSTRUCTION_KINDS for prompt in every_wording(kind, held_out=False)}
+    assert not set(corpus) & {prompt for kind in wording.INSTRUCTION_KINDS for prompt in every_wording(kind, held_out=True)}
 
 
 # ----------------------------------------------------------------------------------------------------------- the splits
@@ -229,7 +229,7 @@ def test_each_instruction_that_applies_is_offered_once():
         offered = list(wording.instructions(scene, rng, held_out=False))
         names = [one.kind for one in offered]
         assert len(names) == len(set(names)) >= 6
-        assert set(names) == {kind.name for kind in wording.KINDS if kind.applies(scene) and kind.colours(scene)}
+        assert set(names) == {kind.name for kind in wording.INSTRUCTION_KINDS if kind.applies(scene) and kind.colours(scene)}
         for one in offered:
             assert one.changed, "an instruction that asks for what is there"
             assert world.caption(one.target) != world.caption(scene)
