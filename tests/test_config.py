@@ -1,4 +1,4 @@
-"""models/config.py: five networks' config.json read by one rule. Each key or value that could change the numbers is refused in
+"""models/config.py: six networks' config.json read by one rule. Each key or value that could change the numbers is refused in
 a sentence that names file, key and value; each key that changes nothing is taken."""
 
 import json
@@ -11,6 +11,7 @@ from sifm_min.models import config
 from sifm_min.models.clip import CLIPTextConfig
 from sifm_min.models.mmdit import MMDiTConfig
 from sifm_min.models.t5 import T5Config
+from sifm_min.models.tiny_vae import TinyVAEConfig
 from sifm_min.models.unet import UNetConfig
 from sifm_min.models.vae import VAEConfig
 
@@ -21,6 +22,8 @@ BASES = {
                  "cross_attention_dim": 8, "attention_head_dim": 2, "norm_num_groups": 4, "layers_per_block": 1},
     VAEConfig: {"block_out_channels": [8, 16], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4,
                 "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2},
+    TinyVAEConfig: {"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8], "num_encoder_blocks": [1, 2],
+                    "num_decoder_blocks": [2, 1], "latent_channels": 4},
     MMDiTConfig: {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "joint_attention_dim": 8,
                   "caption_projection_dim": 16, "pooled_projection_dim": 8, "pos_embed_max_size": 4},
     CLIPTextConfig: {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -117,6 +120,14 @@ REFUSED = [
     (T5Config, {"model_type": "umt5"}, "model_type to 'umt5'"),
     (T5Config, {"is_decoder": True}, "is_decoder"),
     (T5Config, {"feed_forward_proj": "gated-silu"}, "feed_forward_proj to 'gated-silu'; implemented are gated-gelu and relu"),
+    (TinyVAEConfig, {"encoder_block_out_channels": [8, 16]}, r"encoder_block_out_channels to \[8, 16\]; implemented is one"),
+    (TinyVAEConfig, {"decoder_block_out_channels": []}, r"decoder_block_out_channels to \[\]; implemented is one width"),
+    (TinyVAEConfig, {"num_decoder_blocks": [1, 1, 1]}, "2 values in decoder_block_out_channels and 3 in num_decoder_blocks"),
+    (TinyVAEConfig, {"num_encoder_blocks": [1], "encoder_block_out_channels": [8]}, "1 resolutions in the encoder and 2"),
+    (TinyVAEConfig, {"num_encoder_blocks": [1, -1]}, "sets num_encoder_blocks to"),
+    (TinyVAEConfig, {"scaling_factor": 0}, "scaling_factor to 0"),
+    (TinyVAEConfig, {"use_midblock_gn": "yes"}, "use_midblock_gn to 'yes'"),
+    (TinyVAEConfig, {"norm_num_groups": 4}, "sets norm_num_groups, which the tiny VAE here does not implement"),
     (T5Config, {"feed_forward_proj": ["relu"]}, "feed_forward_proj"),
     (T5Config, {"dense_act_fn": "gelu"}, "dense_act_fn to 'gelu'"),
     (T5Config, {"feed_forward_proj": "relu", "is_gated_act": True}, "is_gated_act to True"),
@@ -140,6 +151,9 @@ HARMLESS = [
                   "upcast_attention": [None, None], "norm_num_groups": [4, 4]}),
     (VAEConfig, {"sample_size": [512, 256], "force_upcast": False, "_class_name": "AutoencoderKL", "_manifest": {},
                  "shift_factor": None, "latents_mean": None, "act_fn": "silu"}),
+    (TinyVAEConfig, {"block_out_channels": [8, 8], "force_upcast": False, "latent_magnitude": 3, "latent_shift": 0.5,
+                     "act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2, "shift_factor": None,
+                     "_class_name": "AutoencoderTiny"}),
     (MMDiTConfig, {"sample_size": 128, "qk_norm": None, "dual_attention_layers": [], "_class_name": "any", "_manifest": {}}),
     (CLIPTextConfig, {"projection_dim": 8, "dropout": 0.5, "torch_dtype": "float16", "top_k": 50, "num_beams": 1,
                       "transformers_version": "4.0", "attn_implementation": "sdpa"}),
