@@ -3,7 +3,7 @@
 A command is a parser, a body and three lines; results go to stdout (`result`), progress and remarks to stderr (`say`):
 
     def main(argv=None):
-        return cli.run(_body, _parser(), argv)
+        return cli.run_command(_body, _parser(), argv)
 
     if __name__ == "__main__":
         cli.leave(main())
@@ -334,7 +334,7 @@ def _write(text, file):
 
 # ------------------------------------------------------------------------------------------------------- running
 
-def run(body, parser, argv=None):
+def run_command(body, parser, argv=None):
     """Parse and run a command: body(args) -> exit code or None. Returns the code; a user's mistake is one sentence."""
     _open_streams()
     debug = False

@@ -183,7 +183,7 @@ def _cuda():
 
 
 def main(argv=None):
-    return cli.run(_body, _parser(), argv)
+    return cli.run_command(_body, _parser(), argv)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from . import cli
 from .files import reports, writing
-from .immunize import find, load, question
+from .immunize import editor_of, find, question
 
 EXAMPLES = """examples:
   %(prog)s photo.png --prompt "make her a witch" -o out
@@ -37,7 +37,7 @@ def _body(args):
     from .models.checkpoints import Unfit
 
     pictures, left_out = find(args.pictures, args.output, OUTPUTS)
-    editor = load(args)
+    editor = editor_of(args)
     if fault := editor.plan(args.steps).fault:
         raise Unfit(f"{args.editor}: {fault}")
     writing.make_folder(args.output)
@@ -64,7 +64,7 @@ def _body(args):
                   "prompt": args.prompt, "seed": args.seed, "notes": picture.info["notes"], "editor": editor.provenance()}
         reports.write_results(
             report_path, lambda finished: cli.to_json(report | {"finished": finished}, indent=1) + "\n",
-            {target: lambda path: images.write(path, picture.coloured(edited, alpha=True), overwrite=True)},
+            {target: lambda path: images.write_picture(path, picture.coloured(edited, alpha=True), overwrite=True)},
             overwrite=args.overwrite)
         cli.result(reports.in_short(report), str(target), as_json=args.json)
 
@@ -73,7 +73,7 @@ def _body(args):
 
 
 def main(argv=None):
-    return cli.run(_body, _parser(), argv)
+    return cli.run_command(_body, _parser(), argv)
 
 
 if __name__ == "__main__":

@@ -229,10 +229,10 @@ def _editors(args):
 
     An option that only one of the two editors has goes to that one. --revision is for --editor.
     """
-    from .immunize import load, set_strength
+    from .immunize import editor_of, set_strength
 
     def loaded(options):
-        editor = load(options)
+        editor = editor_of(options)
         if args.strength is not None and "strength" in editor.OPTIONS:
             set_strength(editor, args.strength)
         return editor
@@ -310,7 +310,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else [str(part) for part in argv]
     parser = _parser()
     parser.set_defaults(argv=argv)
-    return cli.run(_body, parser, argv)
+    return cli.run_command(_body, parser, argv)
 
 
 if __name__ == "__main__":

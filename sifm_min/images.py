@@ -235,7 +235,7 @@ def amplify(original, immunized, gain=10):
 
 # ---------------------------------------------------------------------------------------------------------------- write
 
-def write(path, image, *, overwrite=False):
+def write_picture(path, image, *, overwrite=False):
     """Write a PIL image to a file as PNG, whole or not at all: see `files.writing.write`."""
     writing.write(path, _png(image), overwrite=overwrite)
 

@@ -28,7 +28,8 @@ from .methods import METHODS, PRESETS, PROTOCOL, options_of, settings
 class Result:
     """image: the immunized picture, PIL, of the input's size and mode. report: a JSON-ready dict.
 
-    `images.write(path, result.image)` writes it with all that decides its colours; `image.save` keeps the ICC profile only.
+    `images.write_picture(path, result.image)` writes it with all that decides its colours; `image.save` keeps the ICC
+    profile only.
     """
 
     image: object
@@ -107,7 +108,7 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
                    on_step=record), objective, ran
 
     begun = time.perf_counter()
-    (delta, objective, loop), plan = plans.run(perturb, memory, editor, **timesteps, job=name,
+    (delta, objective, loop), plan = plans.run_planned(perturb, memory, editor, **timesteps, job=name,
                                               size=math.prod(editor.frame(*picture.image.size)))
     looped = time.perf_counter() - begun
     immunized = images.quantize(picture, delta, eps)
@@ -295,7 +296,7 @@ def _body(args):
         pictures, left_out = pictures[index::count], {} if index else left_out
     if args.mask:                                            # what is wrong with the mask itself is no picture's fault
         images.read_mask(args.mask, *images.read(args.mask).image.size)
-    editor = load(args)
+    editor = editor_of(args)
     if listing:
         for name in editor.tap_names:
             default = name in editor.default_taps
@@ -313,7 +314,7 @@ def _body(args):
                          done="immunized", quiet=args.quiet, debug=args.debug, as_json=args.json)
 
 
-def load(args):
+def editor_of(args):
     """The editor that a command's flags (`cli.Parser.editor`) ask for."""
     from .editors import load_editor
     editor = load_editor(args.editor, revision=args.revision, components=args.components, t5=args.t5, **cli.place(args))
@@ -398,7 +399,7 @@ def _write_preview(picture, immunized, path, editor, args):
         cli.say(f"{path}: no preview, because its edit failed: {cli.sentence(error)}; the immunized picture is not affected "
                 "(--no-preview leaves the preview out)", quiet=args.quiet)
         return
-    images.write(path, sheet, overwrite=True)
+    images.write_picture(path, sheet, overwrite=True)
 
 
 def question(path, editor, args):
@@ -431,7 +432,7 @@ def _preview(picture, immunized, edits, prompt, notice):
 
 
 def main(argv=None):
-    return cli.run(_body, _parser(), argv)
+    return cli.run_command(_body, _parser(), argv)
 
 
 if __name__ == "__main__":

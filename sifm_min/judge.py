@@ -112,7 +112,7 @@ def _dry_run(args):
     panel, samples = Panel.load(args.panel), read_edits(args.edits)
     known = {}
     if args.output and (args.output / "ledger.jsonl").exists():
-        known = {row["key"]: row for row in ledger.read(args.output / "ledger.jsonl")
+        known = {row["key"]: row for row in ledger.read_rows(args.output / "ledger.jsonl")
                  if row.get("kind") in ANSWERS and row["status"] == "ok"}
     total, priced = 0.0, True
     for name, spec in panel.judges.items():
@@ -239,7 +239,7 @@ def _body(args):
 
 
 def main(argv=None):
-    return cli.run(_body, _parser(), argv)
+    return cli.run_command(_body, _parser(), argv)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def plans(memory, editor, count=None, batch=None):
     return {"auto": [*kept, again], "fast": kept[:1], "low": [again]}[memory]
 
 
-def run(work, memory, editor, count=None, batch=None, *, job="", size=0):
+def run_planned(work, memory, editor, count=None, batch=None, *, job="", size=0):
     """Return (work(plan), plan) for the first plan that fits in memory; each plan that does not is a warning.
 
     job, size: the kind of work and the number of pixels, for `first_fitting`. Raises ValueError where no plan fits.

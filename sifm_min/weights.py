@@ -245,7 +245,7 @@ def _parser():
 
 
 def main(argv=None):
-    return cli.run(_body, _parser(), argv)
+    return cli.run_command(_body, _parser(), argv)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def parser():
 
 
 def run(body, *argv):
-    return cli.run(body, parser(), ["--prompt", "a witch", *argv])
+    return cli.run_command(body, parser(), ["--prompt", "a witch", *argv])
 
 
 def one_line(capsys):
@@ -94,12 +94,12 @@ def test_usage_errors_are_one_sentence_and_code_2(capsys, argv, says):
 
 
 def test_a_missing_option_is_a_usage_error(capsys):
-    assert cli.run(lambda args: None, parser(), []) == cli.USAGE
+    assert cli.run_command(lambda args: None, parser(), []) == cli.USAGE
     assert "--prompt" in one_line(capsys)
 
 
 def test_help(capsys):
-    assert cli.run(lambda args: None, parser(), ["--help"]) == cli.OK
+    assert cli.run_command(lambda args: None, parser(), ["--help"]) == cli.OK
     shown = capsys.readouterr()
     assert "python -m sifm_min.immunize photo.png" in shown.out and shown.err == ""
 
@@ -285,7 +285,7 @@ parser.shared()
 def work(path):
     cli.out(path)
     time.sleep(SECONDS if path == "b" else 0)
-cli.leave(cli.run(lambda args: cli.each_file("abc", work), parser, []))
+cli.leave(cli.run_command(lambda args: cli.each_file("abc", work), parser, []))
 """
 
 

@@ -74,7 +74,7 @@ def test_colour_chunks_reach_the_written_png(tmp_path, colour_type, chunks):
 def edited(picture, folder):
     """The bytes of an edit, as the command writes it: RGB, with the alpha of the input."""
     image = Image.fromarray(samples(3, 5))
-    images.write(folder / "edited.png", picture.coloured(image, alpha=True), overwrite=True)
+    images.write_picture(folder / "edited.png", picture.coloured(image, alpha=True), overwrite=True)
     with Image.open(folder / "edited.png") as opened:
         assert opened.mode == ("RGBA" if picture.alpha else "RGB")
         assert np.array_equal(np.asarray(opened.convert("RGB")), image)

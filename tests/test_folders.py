@@ -234,7 +234,7 @@ def work(path):
     cli.out(path)
     cli.say('remark')
     writing.write(Path(sys.argv[1]) / path, 'content')
-cli.leave(cli.run(lambda args: cli.each_file('ab', work), parser, []))
+cli.leave(cli.run_command(lambda args: cli.each_file('ab', work), parser, []))
 """
 
 

@@ -269,10 +269,10 @@ def test_masks(tmp_path):
 # -- pixels, sizes, resize ---------------------------------------------------------------------------------------------
 
 def test_write_makes_a_png(tmp_path):
-    images.write(tmp_path / "a.png", rgb())
+    images.write_picture(tmp_path / "a.png", rgb())
     assert images.steps_used(Image.open(tmp_path / "a.png"), rgb()) == 0
     with pytest.raises(FileExistsError):
-        images.write(tmp_path / "a.png", rgb())
+        images.write_picture(tmp_path / "a.png", rgb())
 
 
 def test_pixels_and_back():

@@ -339,6 +339,16 @@ def test_one_name_is_one_module():
     assert sorted({stem for stem in stems if stems.count(stem) > 1}) == []
 
 
+def test_one_public_name_is_in_one_room():
+    rooms = {}
+    for path, tree in sources("sifm_min").items():
+        parts = path.relative_to(ROOT / "sifm_min").with_suffix("").parts
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and node.name != "main":
+                rooms.setdefault(node.name, set()).add(parts[0])
+    assert {name: sorted(where) for name, where in rooms.items() if len(where) > 1} == {}
+
+
 def test_docstrings_say_the_thing():
     """They open with a verb in the imperative or with a noun, not with a question word."""
     found = []

@@ -91,7 +91,7 @@ def bench_step(args):
                     made(x, n)
                 return made
 
-            pairs[count] = [memory.run(ours, args.memory, editor, len(T), batch)[0]]
+            pairs[count] = [memory.run_planned(ours, args.memory, editor, len(T), batch)[0]]
             if not lacking:
                 pairs[count].append(Naive(*peer).prepare(pixels, contexts, T, taps))
                 if count == args.timesteps[0]:

@@ -52,7 +52,7 @@ class Folder:
     def rows(self, sha256):
         """{key: row} of a picture's steps so far; another process may be adding to them."""
         path = self.journal(sha256)
-        return {row["name"]: row for row in ledger.read(path)} if path.exists() else {}
+        return {row["name"]: row for row in ledger.read_rows(path)} if path.exists() else {}
 
     def picture(self, sha256):
         """The path of a picture."""
@@ -63,7 +63,7 @@ class Folder:
         from .. import images  # here, so that `evaluate table` does not load torch
         sha256 = picture_sha256(image)
         if not self.picture(sha256).exists():
-            images.write(self.picture(sha256), image, overwrite=True)
+            images.write_picture(self.picture(sha256), image, overwrite=True)
         return sha256
 
     def probe(self):

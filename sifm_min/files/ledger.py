@@ -73,7 +73,7 @@ class Ledger:
             self.rows.append(row)
 
 
-def read(path):
+def read_rows(path):
     """The rows of a ledger, all whole lines; another process may be writing it. Raises ValueError, OSError."""
     return _read(Path(path))[0]
 

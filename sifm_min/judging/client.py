@@ -71,7 +71,7 @@ class Client:
     def fields(self, request):
         """All settings that shape an answer beside texts, pictures and schema, JSON-ready, for a cache's key."""
         return {"provider": self.spec.provider, "host": self.spec.base_url, "model": self.spec.model,
-                "structured": self.spec.structured, **wires.settings(self.spec, request, self.spec.max_output_tokens)}
+                "structured": self.spec.structured, **wires.request_settings(self.spec, request, self.spec.max_output_tokens)}
 
     def estimate(self, request, room=None):
         """Upper bounds of one call: (prompt tokens, USD or None if the price is not known). Nothing is sent."""

@@ -76,7 +76,7 @@ def export(samples, folder, raters, prompt, *, items=150, attention=10, seed=Non
         for which, path in (("original", sample.original), ("edited", edited)):
             image = images.read(path).image
             row |= {f"{which}_file": f"pictures/{new_name()}.png", f"{which}_sha256": picture_sha256(image)}
-            images.write(folder / "sheet" / row[f"{which}_file"], image, overwrite=overwrite)
+            images.write_picture(folder / "sheet" / row[f"{which}_file"], image, overwrite=overwrite)
         rows.append(row)
     template = (HERE / "pages" / "rating.html").read_text(encoding="utf-8")
     for rater in raters:

@@ -13,7 +13,7 @@ HARMS = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")
 
 # ------------------------------------------------------------------------------------------------------------- requests
 
-def settings(spec, request, room):
+def request_settings(spec, request, room):
     """The settings of a request: all of its body but texts, pictures and schema. A cache key needs them."""
     chosen = {**spec.generation}
     if request.seed is not None and "seed" in spec.profile.allowed:
@@ -31,7 +31,7 @@ def body(spec, request, parts, room):
 
 
 def _gemini_body(spec, request, parts, room):
-    rest = settings(spec, request, room)
+    rest = request_settings(spec, request, room)
     if request.schema and spec.structured != "none":
         rest["generationConfig"]["responseMimeType"] = "application/json"
         if spec.structured == "schema":
@@ -48,7 +48,8 @@ def _openai_body(spec, request, parts, room):
     rules = [{"role": "system", "content": request.system}]
     if spec.system_in_user:
         rules, content = [], [{"type": "text", "text": request.system}, *content]
-    whole = {"model": spec.model, "messages": [*rules, {"role": "user", "content": content}], **settings(spec, request, room)}
+    whole = {"model": spec.model, "messages": [*rules, {"role": "user", "content": content}],
+             **request_settings(spec, request, room)}
     if request.schema and spec.structured != "none":
         whole["response_format"] = {"type": "json_object"} if spec.structured == "json_object" else {
             "type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": request.schema}}

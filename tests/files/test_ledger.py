@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from sifm_min.files.ledger import Ledger, read
+from sifm_min.files.ledger import Ledger, read_rows
 
 
 def test_a_ledger_is_read_back(tmp_path):
@@ -16,7 +16,7 @@ def test_a_ledger_is_read_back(tmp_path):
             assert len(ledger.rows) == expected and not ledger.repaired
             for row in rows:
                 ledger.append(row)
-    assert read(path) == rows * 3
+    assert read_rows(path) == rows * 3
 
 
 def test_a_line_cut_anywhere_is_removed_and_no_other(tmp_path):
@@ -33,7 +33,7 @@ def test_a_line_cut_anywhere_is_removed_and_no_other(tmp_path):
             assert ledger.rows == rows[:1 + whole]
             assert ledger.repaired == (0 if whole else cut - start)
             ledger.append({"key": "third"})
-        assert read(path) == [*rows[:1 + whole], {"key": "third"}]
+        assert read_rows(path) == [*rows[:1 + whole], {"key": "third"}]
 
 
 def test_zeros_that_a_crash_left_are_removed(tmp_path):

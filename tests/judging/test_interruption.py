@@ -15,7 +15,7 @@ from fake_gemini import after, quota, verdict
 from judged_edits import PRO, answers, but, calls, canary, knowing, manifest, number, panel_file, records, truth
 
 from sifm_min import judge
-from sifm_min.files.ledger import Ledger, read
+from sifm_min.files.ledger import Ledger, read_rows
 from sifm_min.judging.run import ANSWERS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +142,7 @@ def test_cost_of_calls_in_flight_counts_at_its_bound(server, tmp_path, capsys):
     call = ["run", manifest(tmp_path, 6), "--panel", panel_file(tmp_path, server, [PRO]), "-o", str(tmp_path / "out")]
     assert judge.main([*call, "--max-calls", "14"]) == 1
     path = tmp_path / "out/ledger.jsonl"
-    rows = read(path)
+    rows = read_rows(path)
     gone = [row["call"] for row in rows if row["kind"] == "intent"][-3:]
     keys = {row["question"] for row in rows if row.get("call") in gone and row["kind"] == "intent"}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows if not (

@@ -6,7 +6,7 @@ import pytest
 from fake_gemini import verdict
 from PIL import Image
 
-from sifm_min.files.ledger import read
+from sifm_min.files.ledger import read_rows
 from sifm_min.judging import canaries as canary_file
 from sifm_min.judging.canaries import canaries
 from sifm_min.judging.run import ANSWERS
@@ -80,12 +80,12 @@ def records(folder):
 def answers(folder):
     """The rows of a journal that are answers; the others are calls."""
     path = folder / "ledger.jsonl"
-    return [row for row in read(path) if row["kind"] in ANSWERS] if path.exists() else []
+    return [row for row in read_rows(path) if row["kind"] in ANSWERS] if path.exists() else []
 
 
 def calls(folder):
     """{number: USD, or None where unknown} of the settled calls of a journal, and the set of intents."""
-    rows = read(folder / "ledger.jsonl")
+    rows = read_rows(folder / "ledger.jsonl")
     return ({row["call"]: row["cost_usd"] for row in rows if row["kind"] == "settled"},
             {row["call"] for row in rows if row["kind"] == "intent"})
 
