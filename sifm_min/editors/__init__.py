@@ -1,6 +1,7 @@
 """Editors: networks, scheduler and text encoders that turn a picture and an instruction into an edited picture.
 
     base.py               `Editor`: sizes, encoding, plans and the edit itself, for all editors
+    autoencoders.py       the autoencoder that a folder's vae/ holds
     guidance.py           classifier-free guidance, over the text or over text and picture
     instruct_pix2pix.py   InstructPix2Pix and HQ-Edit
     sd3.py                Stable Diffusion 3 by img2img, and UltraEdit

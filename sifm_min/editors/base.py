@@ -44,8 +44,8 @@ class Editor:
     An editor of your own derives from this class and has `context`, `features`, `predict`, `tap_names` and `default_taps`;
     the rest has defaults. `check` says what is missing.
 
-    vae: encodes pixels in [-1,1] to (mean, log variance), as `models.vae.AutoencoderKL` does; None where the editor has
-      `encode` and `decode` of its own.
+    vae: encodes pixels in [-1,1] to (mean, log variance), as `models.vae.AutoencoderKL` does, or to (latent,), as
+      `models.tiny_vae.AutoencoderTiny` does; None where the editor has `encode` and `decode` of its own.
     scheduler: of `models.schedulers`. defaults: see `Defaults`. notice: a sentence that belongs beside every result.
     checkpoint: the source of the weights, which reports name.
     kind: "instruct" where the denoiser sees the image latent beside a latent of pure noise, "img2img" where the image
@@ -160,7 +160,7 @@ class Editor:
         return self.posterior(pixels)[0]
 
     def posterior(self, pixels):
-        """Mean and log variance of the VAE's posterior, (B,C,h,w) each.
+        """Mean and log variance of the VAE's posterior, (B,C,h,w) each; of a tiny autoencoder the latent alone, (latent,).
 
         Only the network itself runs in its dtype: budget and gradients are summed in float32.
         """

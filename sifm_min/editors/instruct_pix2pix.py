@@ -13,7 +13,7 @@ from ..models.clip import CLIPText
 from ..models.clip_tokenizer import CLIPTokenizer
 from ..models.lean import frozen
 from ..models.unet import UNet
-from ..models.vae import AutoencoderKL
+from .autoencoders import load_autoencoder
 from .base import Defaults, Editor, on
 from .precision import in_dtype
 from .text import warn_if_cut
@@ -49,7 +49,7 @@ class InstructPix2Pix(Editor):
         if not isinstance(scheduler, schedulers.Scheduler):
             raise ValueError(f"{name}: scheduler_config.json is of rectified flow, which an InstructPix2Pix does not sample by")
         return cls(unet=checkpoint.load(UNet, "unet", device=device, dtype=dtype, lazily=True),
-                   vae=checkpoint.load(AutoencoderKL, "vae", device=device, dtype=vae_dtype, lazily=True),
+                   vae=load_autoencoder(checkpoint, device=device, dtype=vae_dtype),
                    text_encoder=checkpoint.load(CLIPText, "text_encoder", device=device, dtype=dtype, lazily=True),
                    tokenizer=CLIPTokenizer.from_folder(checkpoint.path("tokenizer")),
                    scheduler=scheduler, name=name, device=device, dtype=dtype, checkpoint=checkpoint, **more)

@@ -7,7 +7,7 @@ import torch
 from ..models import mmdit, schedulers
 from ..models.lean import frozen
 from ..models.mmdit import MMDiT
-from ..models.vae import AutoencoderKL
+from .autoencoders import load_autoencoder
 from .base import Defaults, Editor, on
 from .precision import in_dtype
 from .text import TextEncoders
@@ -24,7 +24,7 @@ class StableDiffusion3(Editor):
     KNOWN = {"sd3": DEFAULTS}
 
     def __init__(self, *, checkpoint, name, device, dtype, vae_dtype=torch.float32, defaults=None, notice=""):
-        super().__init__(name=name, vae=checkpoint.load(AutoencoderKL, "vae", device=device, dtype=vae_dtype, lazily=True),
+        super().__init__(name=name, vae=load_autoencoder(checkpoint, device=device, dtype=vae_dtype),
                          scheduler=checkpoint.parsed("scheduler/scheduler_config.json", schedulers.load),
                          device=device, dtype=dtype, defaults=defaults or self.DEFAULTS, notice=notice, checkpoint=checkpoint)
         self.config = config = checkpoint.check(MMDiT, "transformer")
@@ -117,9 +117,10 @@ class StableDiffusion3(Editor):
 
     def start(self, pixels, plan, seeds):
         # The published pipeline does not take the posterior's mean, as the methods do, but draws from the posterior.
-        mean, logvar = self.posterior(pixels)
+        # A tiny autoencoder has none: then the latent is taken as it is, and nothing is drawn for it.
+        mean, *logvar = self.posterior(pixels)
         draw = self.draws(seeds, mean.shape[1:])
-        drawn = mean + (0.5 * logvar).exp() * draw(mean.dtype)
+        drawn = mean + (0.5 * logvar[0]).exp() * draw(mean.dtype) if logvar else mean
         return mean, self.first_latent(drawn, draw(), plan), draw
 
     def first_latent(self, image_latent, noise, plan):
