@@ -22,6 +22,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from fractions import Fraction
@@ -391,6 +392,11 @@ class Signals:
         return self
 
     def _receive(self, number, frame):
+        if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+            # An exception that passes through torch's C++ while it is imported aborts the process: try again soon.
+            again = threading.Timer(0.1, signal.raise_signal, [number])
+            again.daemon = True
+            return again.start()
         self.received = self.received or number
         raise KeyboardInterrupt
 

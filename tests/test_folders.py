@@ -1,7 +1,7 @@
 """Folders as users have them: nothing is passed over in silence, nothing is lost, and each run knows what is its own."""
 
 import errno
-import importlib
+import importlib.machinery
 import json
 import os
 import signal
@@ -283,6 +283,23 @@ def test_signal_at_any_moment_has_its_code(editor, tmp_path, number, code, delay
     if process.returncode == code:
         assert err.endswith("error: interrupted; what is finished is whole\n") and "Traceback" not in err
     assert not list(tmp_path.glob("out/.*.part")) and not list(tmp_path.glob("out/*.png"))
+
+
+def test_signal_while_torch_is_imported_waits_for_it(monkeypatch):
+    """C++ code of torch that is passed by an exception at that time aborts the process."""
+    module = type(sys)("torch")
+    module.__spec__ = importlib.machinery.ModuleSpec("torch", None)
+    module.__spec__._initializing = True
+    monkeypatch.setitem(sys.modules, "torch", module)
+
+    def imported():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)                                      # in C++, as it were: nothing may be raised here
+        module.__spec__._initializing = False
+        time.sleep(5)
+        pytest.fail("the signal was lost")
+
+    assert cli.guard(imported) == 143
 
 
 def test_error_that_follows_from_a_signal_is_no_error(capsys):
