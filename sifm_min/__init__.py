@@ -17,7 +17,7 @@ from pathlib import Path as _Path
 from sys import modules as _modules
 from types import ModuleType as _ModuleType
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 PROGRAM = f"python -m {__name__}"                            # commands as messages name them, also where we are vendored
 
 # models/ lies beside this folder in a checkout, but is installed as sifm_min.models: a top-level package called `models`
