@@ -233,7 +233,7 @@ class Checkpoint:
         except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
             raise Unfit(f"{where} does not describe a {network_class.__name__}: {error}") from error
         headers, places = self._stored(component)
-        found = _match(network, headers, places, f"{self.source}/{component}")
+        found = _match(network, headers, places, self._label(component))
         for file in headers:
             self._hashes.setdefault(file, None)
         return network, found
@@ -304,11 +304,15 @@ class Checkpoint:
         """The name of a small file in errors."""
         return self.path(relative)
 
+    def _label(self, component):
+        """The name of a component's weights in errors."""
+        return f"{self.source}/{component}"
+
     def _stored(self, component):
-        """({file: its header}, {name in them: its places}) of a component's weights."""
+        """({file: its header}, {file: {name in it: its places}}) of a component's weights."""
         files = [self.folder / file for file in layout.in_folder(self.folder, [component], self.source) if is_weights(file)]
         headers = {file: header(file) for file in files}
-        return headers, {name: (Place(name),) for found in headers.values() for name in found}
+        return headers, {file: {name: (Place(name),) for name in found} for file, found in headers.items()}
 
     def hashes(self, digest=None):
         """SHA-256 of every weight file that was loaded, {relative path: hexadecimal}, each computed once.
@@ -368,7 +372,7 @@ class SingleFile(Checkpoint):
         file, prefix, held = self._parts[component]
         known = single_files.places(component, {name: shape for name, (shape, _) in held.items()})
         headers = {file: {prefix + name: found for name, found in held.items()}}
-        return headers, {prefix + name: tuple(place.below(prefix) for place in known[name]) for name in held}
+        return headers, {file: {prefix + name: tuple(place.below(prefix) for place in known[name]) for name in held}}
 
     def hashes(self, digest=None):
         return dict(sorted((super().hashes(digest) | (self._others.hashes(digest) if self._others else {})).items()))
@@ -439,7 +443,7 @@ def _match(network, headers, places, where):
     expected = network.state_dict()
     found, origin, unexpected, wrong = {file: {} for file in headers}, {}, [], []
     entries = [(file, stored, shape, kind, place) for file, header in headers.items()
-               for stored, (shape, kind) in header.items() for place in places[stored]]
+               for stored, (shape, kind) in header.items() for place in places[file][stored]]
     for file, stored, shape, kind, place in entries:
         shape = place.shape(shape)
         if (name := rename(place.name)) is None:

@@ -36,8 +36,10 @@ def is_offline():
     return constants.HF_HUB_OFFLINE
 
 
-def snapshot(hub_id, revision):
+def snapshot(hub_id, revision, main=MAIN):
     """The folder in the cache that holds a repository at this revision, or None; no request is made.
+
+    main: the file without which the repository does not count as held.
 
     A cache that was filled by hand may have a newline after the commit in refs/main. Without refs nothing says which snapshot
     is `main`: see `absence`.
@@ -48,7 +50,7 @@ def snapshot(hub_id, revision):
         if ref.is_file():
             commit = ref.read_text(encoding="utf-8", errors="replace").strip()
         folder = place / "snapshots" / commit
-        return folder if re.fullmatch(r"[\w.-]+", commit) and (folder / MAIN).is_file() else None
+        return folder if re.fullmatch(r"[\w.-]+", commit) and (folder / main).is_file() else None
     except OSError as error:
         raise Unavailable(f"{hub_id} in the cache {cache()} cannot be read: {error.strerror}") from None
 
@@ -59,14 +61,14 @@ def snapshots(hub_id):
     return sorted(folder.name for folder in place.iterdir() if folder.is_dir()) if place.is_dir() else []
 
 
-def absence(hub_id, revision):
+def absence(hub_id, revision, main=MAIN):
     """A sentence that says why `snapshot` found nothing, and what the cache holds instead."""
     held, ref = snapshots(hub_id), _place(hub_id) / "refs" / revision
     if not held:
         return f"{hub_id} is not in the cache {cache()}"
     commit = ref.read_text(encoding="utf-8", errors="replace").strip() if ref.is_file() else revision
     if commit in held:
-        return f"{hub_id} is not complete in the cache {cache()} ({MAIN} is not in its snapshots/{commit})"
+        return f"{hub_id} is not complete in the cache {cache()} ({main} is not in its snapshots/{commit})"
     wanted = f"revision {revision}" + (f", which its refs/{revision} says is {commit[:40]!r}" if ref.is_file() else "")
     return (f"{hub_id} is in the cache {cache()}, but not at {wanted}; its snapshots/ has {' and '.join(held[:3])}, which "
             f"--revision {held[0]} would use")
@@ -76,12 +78,13 @@ def _place(hub_id):
     return Path(cache()) / f"models--{hub_id.replace('/', '--')}"
 
 
-def fetch(hub_id, revision, choose, last):
+def fetch(hub_id, revision, choose, last, main=MAIN):
     """Fetch what is missing of a repository into the cache; its snapshot folder.
 
     choose(names, read) -> the files wanted, of the names that there are; read(name) gives the path of one of them, now
     fetched. The files for which last(name) is true come last. One listing, then file by file. Files that are complete
-    are never fetched again; a connection that breaks is taken up where it broke, by huggingface_hub.
+    are never fetched again; a connection that breaks is taken up where it broke, by huggingface_hub. main: the file without
+    which it is not the right repository.
     """
     def listed(revision):
         timeout = constants.HF_HUB_ETAG_TIMEOUT
@@ -93,9 +96,10 @@ def fetch(hub_id, revision, choose, last):
 
     try:
         commit, sizes = listed(revision)            # first, as it fails at once where a download retries for long
-        if MAIN not in sizes:
-            raise Unavailable(f"{hub_id} has no {MAIN}: it is not a pipeline in the diffusers layout; give one that is")
-        folder = get(MAIN, revision).parent         # writes down, in the cache, which commit a branch stands for
+        if main not in sizes:
+            kind = "a pipeline in the diffusers layout; give one that is" if main == MAIN else "laid out as expected"
+            raise Unavailable(f"{hub_id} has no {main}: it is not {kind}")
+        folder = get(main, revision).parent         # writes down, in the cache, which commit a branch stands for
         if folder.name != commit:                   # it moved between the two requests
             commit, sizes = listed(folder.name)
         files = choose(sizes.keys(), lambda name: get(name, commit))

@@ -1,4 +1,4 @@
-"""List, download and verify the weights of the editors and of LPIPS, with their licences.
+"""List, download and verify the weights of the editors, of the latent spaces and of LPIPS, with their licences.
 
 `python -m sifm_min.weights list|download|verify`, a thin command over `models/checkpoints.py` and `metrics/fetch.py`.
 What is fetched lies in the standard Hugging Face cache, that of LPIPS beside it (`HF_HOME`/sifm_min), where every command
@@ -8,12 +8,16 @@ of this package finds it without a network.
 import hashlib
 import os
 import re
+import secrets
+import shutil
 
 from . import cli
 from .metrics import backbones
-from .models import checkpoints
+from .models import checkpoints, latent_spaces
 from .models.checkpoints import EDITORS, MAIN, Unavailable
 
+LATENTS = {"latents": tuple(latent_spaces.SPACES.values()),
+           **{space.command: (space,) for space in latent_spaces.SPACES.values()}}
 LPIPS = {"lpips": tuple(backbones.NETWORKS), **{f"lpips-{name}": (name,) for name in backbones.NETWORKS}}
 
 EXAMPLES = """examples:
@@ -22,6 +26,8 @@ EXAMPLES = """examples:
   %(prog)s download sd3 --no-t5
   %(prog)s download some-owner/some-editor --revision v1.0
   %(prog)s verify miniature instruct-pix2pix path/to/a/folder
+  %(prog)s download latents
+  %(prog)s download latents --weights path/to/a/folder
   %(prog)s download lpips-alex
   %(prog)s download lpips-vgg --weights vgg16-397923af.pth
 
@@ -31,6 +37,11 @@ list      makes no request. An editor is shipped with this package, or absent, p
 download  says licence and size, fetches what is missing (files that are complete stay), then verifies
 verify    hashes every file and compares with the published checksum, the one by which the cache knows the file, and
           the SHA256SUMS of its folder
+
+latents-sd1, latents-sdxl, latents-sd3, latents-flux1 and latents-flux2 are the tiny autoencoders of five latent spaces, 10 MB
+each, latents is all five; `--editor latents` uses those that are there. On a machine without a network, --weights takes a
+folder that has them, as taesd_encoder.safetensors and taesd_decoder.safetensors, as taef2.safetensors, or as diffusers writes
+them; they are copied to HF_HOME/sifm_min/latents.
 
 lpips-alex, lpips-vgg and lpips-squeeze are the backbones of the metric LPIPS, lpips is all three; `compare` uses alex.
 torchvision's file is fetched, its convolutions are kept (alex: 10 of 244 MB), in HF_HOME/sifm_min/lpips, and it is
@@ -128,8 +139,13 @@ def _size(size):
 
 def _list(names, args):
     records = []
-    for name in names or (*EDITORS, *(f"lpips-{network}" for network in backbones.NETWORKS)):
-        records += [_lpips_status(network) for network in LPIPS[name]] if name in LPIPS else [status(checkpoints.find(name))]
+    for name in names or (*EDITORS, "latents", *(f"lpips-{network}" for network in backbones.NETWORKS)):
+        if name in LATENTS:
+            records += [_latents_status(space) for space in LATENTS[name]]
+        elif name in LPIPS:
+            records += [_lpips_status(network) for network in LPIPS[name]]
+        else:
+            records.append(status(checkpoints.find(name)))
     rows = [("NAME", "STATE", "SIZE", "REVISION", "ACCESS", "FROM", "LICENCE")]
     for record in records:
         revision = (record["revision"] or "-")[:12] if record["pinned"] else "unpinned"
@@ -152,7 +168,12 @@ def _check(name, args):
                 f"licence: {source.licence}", quiet=args.quiet)
     checkpoint = _open(source, t5=not args.no_t5, revision=args.revision, offline=None if download else True)
     published = source.files if checkpoint.revision == source.revision else {}
-    files = verify(checkpoint, published)
+    return _report(name, source, checkpoint, verify(checkpoint, published), args)
+
+
+def _report(name, source, checkpoint, files, args):
+    """Print the result of `verify`; an exit code."""
+    download = args.action == "download"
     for file in files:
         mark = {True: "ok", False: "BAD", None: "unknown"}[file["ok"]]
         if not args.json and not (download and file["ok"]):
@@ -169,6 +190,87 @@ def _check(name, args):
     cli.say(f"{name}{at}: {len(files)} files in {checkpoint.folder}, {f'{bad} BAD' if bad else 'none damaged'}",
             quiet=args.quiet)
     return cli.SOME_FAILED if bad else cli.OK
+
+
+def _latents_status(space):
+    problem = None
+    try:
+        checkpoint = latent_spaces.find(space)
+    except Unavailable as error:
+        checkpoint, problem = None, str(error)
+    here = latent_spaces.is_here(space)
+    size = sum((checkpoint.folder / file).stat().st_size for file in checkpoint.files) if checkpoint else space.size
+    return {"name": space.command, "state": "complete" if checkpoint else "partial" if here else "absent", "missing": problem,
+            "bytes": size, "source": checkpoint.source if checkpoint else space.hub_id, "pinned": True,
+            "revision": space.revision, "gated": False, "licence": latent_spaces.LICENCE}
+
+
+def _check_latents(name, args):
+    """`_check` for the latent spaces: an exit code."""
+    spaces = LATENTS[name]
+    if args.weights:
+        if not args.weights.is_dir():
+            raise ValueError(f"--weights {args.weights} is not a folder; the latent spaces are files in one")
+        given = _latents_in(args.weights, spaces)
+        spaces = [checkpoint.space for checkpoint in given]
+        for checkpoint in given:
+            _keep_latents(checkpoint)
+    if args.action == "verify" and len(spaces) > 1:
+        spaces = latent_spaces.at_hand() or spaces
+    code = cli.OK
+    for space in spaces:
+        if args.action == "download" and not args.weights:
+            cli.say(f"{space.command}: {space.title}, about {_size(space.size)} from {space.hub_id} at {space.revision}, "
+                    f"licence: {latent_spaces.LICENCE}", quiet=args.quiet)
+        checkpoint = latent_spaces.find(space) if args.weights or args.action == "verify" else latent_spaces.fetch(space)
+        if args.weights:
+            cli.say(f"{space.command}: {space.title}, copied from {args.weights}, licence: {latent_spaces.LICENCE}",
+                    quiet=args.quiet)
+        checkpoint.fit()
+        source = checkpoints.Source(name=space.command, licence=latent_spaces.LICENCE, hub_id=space.hub_id)
+        files = verify(checkpoint, space.files if checkpoint.revision else {})
+        code = max(code, _report(space.command, source, checkpoint, files, args))
+    return code
+
+
+def _latents_in(folder, spaces):
+    """The checkpoints of those among the spaces that a folder holds, at least one."""
+    given, unfit = [], None
+    for space in spaces:
+        if not (names := latent_spaces.files_in(folder, space)):
+            continue
+        try:
+            given.append(latent_spaces.open_folder(folder, space))
+        except checkpoints.Unfit as error:
+            if len(spaces) == 1 or space.stem in names[0]:
+                raise
+            unfit = error                                    # files whose names do not say which space they are of
+    if not given:
+        raise unfit or Unavailable(latent_spaces.absence(folder, spaces[0]))
+    return given
+
+
+def _keep_latents(checkpoint):
+    """Copy the files of a latent space, which fit its network, to their place beside the hub's cache."""
+    checkpoint.fit()
+    kept = checkpoint.space.kept
+    if os.path.realpath(checkpoint.folder) == os.path.realpath(kept):
+        return
+    written = kept.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        written.mkdir(parents=True)
+        for file in checkpoint.files:
+            shutil.copyfile(checkpoint.folder / file, written / file)
+        (written / "SHA256SUMS").write_text("".join(
+            f"{checkpoints.sha256(written / file)}  {file}\n" for file in checkpoint.files), encoding="utf-8")
+        if kept.exists():
+            shutil.rmtree(kept)
+        written.rename(kept)
+    except OSError as error:
+        raise Unavailable(f"{error.filename or kept} cannot be written ({error.strerror or error}): make room or make it "
+                          "writable, or point HF_HOME to another folder") from error
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
 
 
 def _lpips_status(network):
@@ -211,10 +313,11 @@ def _check_lpips(name, args):
 
 
 def _body(args):
-    if args.weights and (args.action != "download" or [len(LPIPS.get(name, ())) for name in args.names] != [1]):
-        raise ValueError(f"--weights is for download of one of {', '.join(list(LPIPS)[1:])}")
-    if (args.revision or args.no_t5) and any(name in LPIPS for name in args.names):
-        raise ValueError("--revision and --no-t5 are for editors; the files of LPIPS are pinned by their hash")
+    if args.weights and (args.action != "download" or not (
+            all(name in LATENTS for name in args.names) or [len(LPIPS.get(name, ())) for name in args.names] == [1])):
+        raise ValueError(f"--weights is for download of one of {', '.join(list(LPIPS)[1:])}, or of {', '.join(LATENTS)}")
+    if (args.revision or args.no_t5) and any(name in LPIPS or name in LATENTS for name in args.names):
+        raise ValueError("--revision and --no-t5 are for editors; the files of LPIPS and of the latent spaces are pinned")
     if args.revision and args.action == "list":
         raise ValueError("--revision is for download and verify; list shows the revision that is used by default")
     if args.no_t5 and args.action == "list":
@@ -222,24 +325,26 @@ def _body(args):
     if args.action == "list":
         return _list(args.names, args)
     if not args.names:
-        raise ValueError(f"{args.action} needs a name: {', '.join((*EDITORS, *LPIPS))}, a folder, or a hub id")
+        raise ValueError(f"{args.action} needs a name: {', '.join((*EDITORS, *LATENTS, *LPIPS))}, a folder, or a hub id")
     if args.quiet:
         from huggingface_hub.utils import disable_progress_bars, logging
         disable_progress_bars()
         logging.set_verbosity_error()                        # its remarks on retries are remarks too
-    return max([_check_lpips(name, args) if name in LPIPS else _check(name, args) for name in args.names])
+    check = {**dict.fromkeys(LPIPS, _check_lpips), **dict.fromkeys(LATENTS, _check_latents)}
+    return max([check.get(name, _check)(name, args) for name in args.names])
 
 
 def _parser():
-    parser = cli.Parser("weights", "List, fetch and verify the weights of the editors and of LPIPS.", EXAMPLES)
+    parser = cli.Parser("weights", "List, fetch and verify the weights of editors, latent spaces and LPIPS.", EXAMPLES)
     parser.add_argument("action", choices=("list", "download", "verify"))
     parser.add_argument("names", nargs="*", metavar="NAME",
-                        help="a known editor, lpips, a folder, or a hub id (list: default all known ones)")
+                        help="a known editor, latents, lpips, a folder, or a hub id (list: default all known ones)")
     parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub id instead of the pinned one")
     parser.add_argument("--no-t5", action="store_true",
                         help="leave out Stable Diffusion 3's T5 text encoder, 9.5 GB that it can do without")
-    parser.add_argument("--weights", type=cli.path, metavar="FILE",
-                        help="torchvision's file of an LPIPS network, fetched elsewhere: no request is made")
+    parser.add_argument("--weights", type=cli.path, metavar="FILE-OR-FOLDER",
+                        help="fetched elsewhere, so no request is made: torchvision's file of an LPIPS network, or the folder "
+                             "of the latent spaces' files")
     parser.shared()
     return parser
 

@@ -97,6 +97,7 @@ def test_sd3_is_the_published_pipeline(scale, img2img):
 def test_gradient_reaches_the_picture_in_every_dtype(dtype, instruct):
     folder = instruct("as published")[1].checkpoint.folder
     exact, editor = (load_editor(folder, device="cpu", dtype=torch.float32, vae_dtype=kind) for kind in (torch.float64, dtype))
+    assert editor.vae_dtype == dtype
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     true, found = (torch.autograd.grad(one.encode(pixels).square().mean(), pixels)[0] for one in (exact, editor))
     assert (true.sign() == found.sign()).double().mean() > {torch.float32: 0.999, torch.float16: 0.97}.get(dtype, 0.9)

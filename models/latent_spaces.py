@@ -1,0 +1,230 @@
+"""The latent spaces of five families of editors, each by its published tiny autoencoder: find the files, load the network.
+
+The files lie in any of three layouts: diffusers' (config.json and diffusion_pytorch_model.safetensors), one file with
+diffusers' names and no config (taef2.safetensors), or the author's two files (taesd_encoder.safetensors,
+taesd_decoder.safetensors). They are looked for in the folder that `weights download --weights` fills, then in the cache of the
+hub. All are by Ollin Boer Bohan, under the MIT licence; none of them ships with this package.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants
+from safetensors import safe_open
+
+from .. import PROGRAM
+from . import hub
+from .checkpoints import Checkpoint, header
+from .hub import Unavailable
+from .layout import Unfit, is_weights
+from .single_files import Place
+
+LICENCE = "MIT (Ollin Boer Bohan)"
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+HALVES = ("encoder", "decoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """A latent space and the tiny autoencoder that stands for it.
+
+    marks: the first biases of the encoder's last layer, by which the files of one space are told from those of another of the
+    same shapes. files: those that are fetched -> their published SHA-256, None where it is not known.
+    """
+
+    name: str
+    title: str
+    stem: str                                       # the author's name of the autoencoder
+    channels: int
+    revision: str
+    size: int                                       # bytes to fetch, the config aside
+    files: Mapping[str, str | None]
+    marks: tuple[float, ...]
+
+    @property
+    def hub_id(self):
+        return f"madebyollin/{self.stem}"
+
+    @property
+    def main(self):
+        """The file that says that the cache holds this autoencoder: the first that is fetched."""
+        return next(iter(self.files))
+
+    @property
+    def command(self):
+        return f"latents-{self.name}"
+
+    @property
+    def kept(self):
+        """The folder of files that were fetched by other means: beside the hub's cache, so HF_HOME moves both."""
+        return Path(constants.HF_HOME) / "sifm_min" / "latents" / self.stem
+
+
+def _diffusers(sha256=None):
+    return {CONFIG: None, WEIGHTS: sha256}
+
+
+SPACES = {space.name: space for space in (
+    Space(name="sd1", title="Stable Diffusion 1.x and 2.x, InstructPix2Pix, HQ-Edit", stem="taesd", channels=4,
+          revision="931366cc24b8bc15d6f682fa2e0352f1deec397b", size=9_793_292,
+          files=_diffusers("d7956d561b1efbd861ad9b03fd8f01510f9e87eddc07bdfd20837009433f6ee5"),
+          marks=(0.1074, 0.0193, 0.0240, -0.0150)),
+    Space(name="sdxl", title="Stable Diffusion XL", stem="taesdxl", channels=4,
+          revision="a496ca9481f06f84a0399a38c3b6e683fa02da01", size=9_793_292, files=_diffusers(),
+          marks=(-0.1113, 0.0486, -0.0605, -0.0417)),
+    Space(name="sd3", title="Stable Diffusion 3 and 3.5, UltraEdit", stem="taesd3", channels=16,
+          revision="d58dcaccd2b36fcb7a6b9e93c1cc507acab5a778", size=9_848_636,
+          files=_diffusers("6f79c1397cb9ce1dac363722dbe70147aee0ccca75e28338f8482fe515891399"),
+          marks=(0.0042, -0.0315, -0.0308, -0.0184)),
+    Space(name="flux1", title="FLUX.1 and FLUX.1 Kontext", stem="taef1", channels=16,
+          revision="b1b2d00e9e440cfbf3dedb34266864da86016ceb", size=9_848_636,
+          files=_diffusers("47a6c2bff850da04b267cab70fe3553fef57255eb9a8e76852baa0a87850e54d"),
+          marks=(0.0219, 0.0061, -0.0309, -0.0211)),
+    Space(name="flux2", title="FLUX.2", stem="taef2", channels=32,
+          revision="bd244ebfe4398c84fbf312a2f1c868c676b500e3", size=10_700_000, files={"taef2.safetensors": None},
+          marks=(0.0791, 0.0410, 0.0014, 0.0291)),
+)}
+
+
+class TinyCheckpoint(Checkpoint):
+    """The files of one tiny autoencoder, read as if they were the `vae/` of an editor: `load(AutoencoderTiny, "vae")`.
+
+    space: the `Space` that they must be of. Raises `Unfit` where they are of another.
+    """
+
+    def __init__(self, folder, source, revision, files, space):
+        super().__init__(folder, source, revision, files)
+        self.space = space
+        self._headers = {self.folder / file: header(self.folder / file) for file in self.files if is_weights(file)}
+        self._places = {file: {name: _place(file, name) for name in found} for file, found in self._headers.items()}
+        self._check_marks()
+
+    def network(self, *, device="cpu", dtype=None):
+        """The network, frozen."""
+        from .tiny_vae import AutoencoderTiny  # not at the top: it needs torch, for which `weights list` need not wait
+        return self.load(AutoencoderTiny, "vae", device=device, dtype=dtype)
+
+    def fit(self):
+        """Raise `Unfit` where the files do not fit the network; no tensor is read."""
+        from .tiny_vae import AutoencoderTiny
+        self.check(AutoencoderTiny, "vae")
+
+    def text(self, relative):
+        if relative != f"vae/{CONFIG}":
+            return super().text(relative)
+        if CONFIG in self.files:
+            return super().text(CONFIG)
+        pool = any(".pool." in name for found in self._headers.values() for name in found)
+        return f'{{"latent_channels": {self.space.channels}, "use_midblock_gn": {str(pool).lower()}}}'
+
+    def _where(self, relative):
+        return self.folder / CONFIG if relative == f"vae/{CONFIG}" else super()._where(relative)
+
+    def _label(self, component):
+        return " and ".join(str(file) for file in self._headers)
+
+    def _stored(self, component):
+        return self._headers, self._places
+
+    def _check_marks(self):
+        """Compare the biases that tell one space from another, where they are at hand."""
+        for file, places in self._places.items():
+            stored = next((name for name, (place,) in places.items() if place.name == LAST_BIAS), None)
+            if stored is None:
+                continue
+            with safe_open(file, framework="pt") as opened:
+                found = opened.get_tensor(stored).float().flatten().tolist()
+            other = next((space for space in SPACES.values() if _is_marked(found, space)), None)
+            if len(found) != self.space.channels or other not in (None, self.space):
+                of = f"of {other.stem}, which is the latent space of {other.title}" if other else f"of {len(found)} channels"
+                raise Unfit(f"{file} is the file {of}; {self.space.stem} has {self.space.channels} channels and is of "
+                            f"{self.space.title}: give the right file, or fetch it with download {self.space.command}")
+
+
+LAST_BIAS = "encoder.layers.14.bias"
+
+
+def _is_marked(biases, space):
+    """True if these are the space's biases, to the precision of any 16-bit float."""
+    return len(biases) == space.channels and all(
+        abs(found - mark) <= 0.02 * abs(mark) + 2e-4 for found, mark in zip(biases, space.marks, strict=False))
+
+
+def _place(file, name):
+    """The places of a tensor: by its name in diffusers' layout, which the author's files lack the half in front of."""
+    from .tiny_vae import AutoencoderTiny
+    half = next((half for half in HALVES if file.name.endswith(f"_{half}.safetensors")), None)
+    return (Place(AutoencoderTiny.original_name(half, name) if half else name),)
+
+
+def files_in(folder, space):
+    """The files of a space that a folder holds, relative to it, or None: in the author's layout, as one file, or diffusers'."""
+    for names in ([f"{space.stem}_{half}.safetensors" for half in HALVES], [f"{space.stem}.safetensors"],
+                  *([f"{inner}{name}" for name in (CONFIG, WEIGHTS)] for inner in (f"{space.stem}/", ""))):
+        if all((folder / name).is_file() for name in names):
+            return names
+    return None
+
+
+def open_folder(folder, space):
+    """The `TinyCheckpoint` of a space whose files lie in a folder; `Unavailable` where they do not."""
+    names = files_in(folder, space)
+    if names is None:
+        raise Unavailable(absence(folder, space))
+    inner = folder / Path(names[0]).parent
+    return TinyCheckpoint(inner, str(inner), None, [Path(name).name for name in names], space)
+
+
+def absence(folder, space):
+    """A sentence that says which files of a space a folder lacks."""
+    return (f"{folder} has no {space.stem}: neither {space.stem}_encoder.safetensors and {space.stem}_decoder.safetensors, nor "
+            f"{space.stem}.safetensors, nor {CONFIG} and {WEIGHTS}")
+
+
+def find(space):
+    """The `TinyCheckpoint` of a space on this machine, without any request; `Unavailable` where it is not here."""
+    if files_in(space.kept, space):
+        return open_folder(space.kept, space)
+    folder = hub.snapshot(space.hub_id, space.revision, space.main)
+    if folder is None or not all((folder / file).is_file() for file in space.files):
+        raise Unavailable(f"the latent space {space.name} is not on this machine: run `{PROGRAM}.weights download "
+                          f"{space.command}` once, about {space.size / 1e6:.0f} MB")
+    return TinyCheckpoint(folder, space.hub_id, space.revision, space.files, space)
+
+
+def fetch(space):
+    """The `TinyCheckpoint` of a space, fetched from the hub where it is not on this machine."""
+    try:
+        return find(space)
+    except Unfit:
+        raise
+    except Unavailable as missing:
+        if hub.is_offline():
+            raise Unavailable(f"{missing}; HF_HUB_OFFLINE is set, so nothing is fetched now: unset it, or give a folder with "
+                              "--weights") from None
+
+    def choose(names, get):
+        if absent := [file for file in space.files if file not in names]:
+            raise Unavailable(f"{space.hub_id} at {space.revision} has no {absent[0]}: try again later, or give a folder with "
+                              "--weights")
+        return list(space.files)
+
+    hub.fetch(space.hub_id, space.revision, choose, last=is_weights, main=space.main)
+    return find(space)
+
+
+def at_hand():
+    """The spaces that are on this machine, in the order of `SPACES`."""
+    return [space for space in SPACES.values() if is_here(space)]
+
+
+def is_here(space):
+    """True if the files of a space are on this machine, be they damaged or not."""
+    try:
+        find(space)
+    except Unfit:
+        return True
+    except Unavailable:
+        return False
+    return True
