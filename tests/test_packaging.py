@@ -109,7 +109,7 @@ def probe(executable, cwd, path=None, package="sifm_min"):
     done = run(executable, PROBE.format(package=package), cwd, path)
     assert not done.returncode, done.stderr
     code, networks, version, search = json.loads(done.stdout)
-    assert version == "0.1.0"
+    assert version == "0.2.0"
     assert search == [str(Path(code).parent)], "the parent folder stayed on the package's path"
     return Path(code).parent, Path(networks).parent
 
@@ -216,8 +216,8 @@ def shipped(project):
 
 def test_the_wheel_holds_the_two_folders_and_nothing_else(target, project):
     assert files(target / "sifm_min", "**/*") == shipped(project)
-    assert sorted(path.name for path in target.iterdir()) == ["sifm_min", "sifm_min-0.1.0.dist-info"]
-    licences = list(target.glob("sifm_min-0.1.0.dist-info/**/LICENSE"))                      # where, setuptools decides
+    assert sorted(path.name for path in target.iterdir()) == ["sifm_min", "sifm_min-0.2.0.dist-info"]
+    licences = list(target.glob("sifm_min-0.2.0.dist-info/**/LICENSE"))                      # where, setuptools decides
     assert [licence.read_text() for licence in licences] == [(ROOT / "LICENSE").read_text()]
 
 
