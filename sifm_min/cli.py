@@ -8,7 +8,7 @@ A command is a parser, a body and three lines; results go to stdout (`result`), 
     if __name__ == "__main__":
         cli.leave(main())
 
-The exit code says whose fault it was. An option's value is checked before any input is touched: a ValueError there is a
+The exit code says what failed. An option's value is checked before any input is touched: a ValueError there is a
 usage error (2). One that `each_file` meets while it works on a file belongs to that file (1), and the next file goes on.
 Weights that cannot be had end the run (3). Importing this file loads neither torch nor the hub: --help is instant.
 """

@@ -53,7 +53,7 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
       same.
     on_step(step, loss, terms): called after each step, and from the first again where a memory plan did not fit.
 
-    Raises ValueError, in one sentence, for whatever the caller can mend.
+    Raises ValueError, in one sentence, for every error that the caller can correct.
     """
     import torch
 
@@ -289,7 +289,7 @@ def _body(args):
     if not listing and not (args.pictures and args.prompt and args.output):
         raise ValueError("give at least one picture or folder, --prompt TEXT and -o DIR (--help shows examples)")
     if not listing:
-        settings(args.method, args.preset, **_given(args))   # an option that the method has not is told before any work
+        settings(args.method, args.preset, **_given(args))   # an unknown option is an error before any work
     if not listing:
         pictures, left_out = find(args.pictures, args.output, OUTPUTS)
         index, count = cli.rank(os.environ)
@@ -326,7 +326,7 @@ def editor_of(args):
 
 
 def set_strength(editor, strength):
-    """Every edit by this editor of img2img is at this strength; too little of too few steps is a ValueError now."""
+    """Set the strength of every edit by this img2img editor; ValueError if this leaves no denoising step."""
     editor.plan(strength=strength)
     editor.defaults = replace(editor.defaults, strength=strength)
 

@@ -1,6 +1,6 @@
 """Memory plans: how many timesteps a method runs at once, and whether activations are kept or computed again.
 
-Whatever the plan, the same gradients meet in the same latent: results agree up to the order in which floats are added.
+Every plan adds the same gradients; only the order of the additions differs, and with it the rounding of the results.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Projected gradient descent on the pixels of a picture, under an L-infinity budget. It knows nothing about diffusion.
+"""Projected gradient descent on the pixels of a picture, under an L-infinity budget. No diffusion code here.
 
 One loop for every method: what is minimised is an argument, and so are start, step, mask and generator. The budget here
 is on real numbers; `images.quantize` carries it over to the saved file.
@@ -26,7 +26,7 @@ def pgd(pixels, objective, eps, *, steps, step_size, schedule="constant", init="
     mask: (1,1,H,W) of zeros and ones; delta is zero where it is zero.
     on_step(step, loss, terms) is called after each step with the loss before it, a float.
 
-    Raises ValueError where an argument is out of range, where the first gradient is zero (that would be no run) and where
+    Raises ValueError where an argument is out of range, where the first gradient is zero (nothing would change) and where
     a gradient is not finite.
     """
     _check(pixels, eps, steps, step_size, schedule, init, mask, generator)

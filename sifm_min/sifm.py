@@ -1,15 +1,15 @@
 """SIFM, the paper's method: Algorithm 1 of arXiv 2512.14320, in its symbols.
 
     phi_t(x, c)  =  the tapped activations of the denoiser on the noisy latent of picture x, prompt c, timestep t   (Eq. 3)
-    L_t  =  ||phi_t(x_imu, c)||_1  -  lam * Dist(phi_t(x_imu, c), phi_t(x_orig, c))                                 (Eq. 6)
+    L_t  =  ||phi_t(x_imu, c)||_1 (Eq. 5)  -  lam * MSE(phi_t(x_imu, c), phi_t(x_orig, c)) (Eq. 4)                  (Eq. 6)
     g    =  mean over t in T of the gradient of L_t by x_imu;   delta <- clip(delta - alpha sign(g), -eps, eps)     (Eq. 7)
 
-This file is phi and L; `pgd.py` is the loop. The distance drives the features from the original edit's trajectory
-(semantic mismatch), the norm starves them (perceptual degradation). Departures of the defaults from the printed algorithm:
+E is the VAE encoder's latent, eta the noise, z_t the noisy latent; `pgd.py` is the loop. A larger distance moves the features
+away from the original's (semantic mismatch), a smaller norm weakens them (perceptual degradation). The defaults depart in:
 
-- Scale (Eq. 6): each term is a fraction of the original's own norm, and the distance counts in tenths, so that at lam = 0.1
-  both weigh alike. The paper gives lam but no scale. `reduction="literal"` is Eq. 6 as printed.
-- Taps (Eq. 3): the loss is averaged over the taps, not the activations, whose shapes differ in a U-Net.
+- Scale (Eq. 6): the norm is divided by the original's L1 norm, the squared distance by the original's squared L2 norm and
+  multiplied by 10: at lam = 0.1 both weigh alike. The paper gives lam but no scale. "literal" is Eq. 6 as printed.
+- Taps (Eq. 3): each tap has its own loss, and these are averaged. Eq. 3 averages activations, but their shapes differ.
 - Start: delta begins at random in the budget, not at zero, where the distance has no gradient (see `pgd.py`).
 """
 
@@ -31,8 +31,8 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
       "balanced" (default: the same, the distance in tenths), "literal" (L1 sum and MSE mean as printed; at lam 0.1 the
       distance is then about 1e-6 of the norm), or "mean" (both means).
     aggregate: "loss-mean" (default) or "feature-mean", Eq. 3 to the letter, for taps of one shape.
-    noisy: "paper" noises the immunized picture's latent; "deploy" the original's, because what an instruction editor
-      denoises never contains delta: there it enters through the image latent alone.
+    noisy: "paper" noises the immunized picture's latent; "deploy" the original's, as in a real edit: an instruction
+      editor starts from pure noise, so delta reaches the denoiser through the image latent alone.
     resample: draw new noise at every step (the same for both pictures) instead of one bank for all.
     batch: timesteps run at once (None: all). Cost per step: one VAE encode and backward, |T| forwards and backwards of the
       denoiser up to its last tap. Raises ValueError for unknown options and taps.
@@ -58,12 +58,11 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
     def phi(*, E, t, time, eta, text):
         """Eq. 3 before the mean over taps: activations (t, ...) in float32. time: timestep t as the denoiser wants it."""
         z_t = editor.noise_latent((E if noisy == "paper" else E_orig).expand(len(t), -1, -1, -1), eta, t)
-        L = [a.float() for a in editor.features(E.expand(len(t), -1, -1, -1), z_t, time, text, taps=taps).values()]
-        if aggregate == "loss-mean":
-            return L
-        if len({a.shape for a in L}) > 1:
+        tapped = editor.features(E.expand(len(t), -1, -1, -1), z_t, time, text, taps=taps)
+        activations = [a.float() for a in tapped.values()]
+        if aggregate == "feature-mean" and len({a.shape for a in activations}) > 1:
             raise ValueError(f"aggregate 'feature-mean' averages activations of one shape; {', '.join(taps)} differ")
-        return [torch.stack(L).mean(0)]
+        return activations if aggregate == "loss-mean" else [torch.stack(activations).mean(0)]
 
     bank, Phi_orig = draw(), {}                              # prompt -> per batch of T, computed once
 
@@ -78,12 +77,12 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
             with torch.no_grad():
                 Phi_orig[n] = [phi(E=E_orig, **at) for at in inputs]
         E = editor.encode(editor.resize(x_imu))
-        E_imu, norm, dist, g = E.detach().requires_grad_(True), 0.0, 0.0, torch.zeros_like(E)
+        E_imu, norm, dist, g_E = E.detach().requires_grad_(True), 0.0, 0.0, torch.zeros_like(E)
         for at, phi_orig in zip(inputs, Phi_orig[n], strict=True):
             norm_t, dist_t = (term.sum() / len(T) for term in terms(phi(E=E_imu, **at), phi_orig, reduction))
-            g = g + torch.autograd.grad(norm_t - lam * dist_t, E_imu)[0]         # the gradients of all of T meet in E
+            g_E = g_E + torch.autograd.grad(norm_t - lam * dist_t, E_imu)[0]     # by E; the last line takes it to x_imu
             norm, dist = norm + norm_t.detach(), dist + dist_t.detach()
-        loss = norm - lam * dist + ((E - E.detach()) * g).sum()          # the loss's value, and g through E: one VAE backward
+        loss = norm - lam * dist + ((E - E.detach()) * g_E).sum()            # its value, with the gradient g_E: see pgd.py
         return loss, {"norm": norm, "dist": dist}
 
     def passes(steps):

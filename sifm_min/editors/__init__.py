@@ -5,7 +5,7 @@
     guidance.py           classifier-free guidance, over the text or over text and picture
     instruct_pix2pix.py   InstructPix2Pix and HQ-Edit
     sd3.py                Stable Diffusion 3 by img2img, and UltraEdit
-    half.py               gradients through a network that runs in float16
+    precision.py          gradients through a network that runs in float16
     text.py               text contexts and Stable Diffusion 3's text encoders
     loading.py            `load_editor`
 """

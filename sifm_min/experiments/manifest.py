@@ -150,7 +150,7 @@ def read_manifest(path):
 
 
 def text(items, path=FILE_NAME):
-    """The text of a manifest file. Items that `read` would refuse raise ValueError, which names the path."""
+    """The text of a manifest file. Items that `read_manifest` would refuse raise ValueError, which names the path."""
     lines, seen = [], set()
     for item in items:
         try:

@@ -21,8 +21,8 @@ from .store import Folder
 
 class Left(NamedTuple):
     """todo: (step, what) -> the number of missing steps. kept: (step, what) -> [seconds] of the steps that are there.
-    finished: the number of pictures that lack nothing but a panel's verdicts. what: a method, an attack, or the editor of an
-    edit."""
+    finished: the number of pictures that are complete, except for a panel's verdicts. what: a method, an attack, or the
+    editor of an edit."""
 
     todo: dict
     kept: dict

@@ -1,8 +1,8 @@
-"""Reports beside results: a JSON file says which question they answer, so that no run mistakes or loses them.
+"""Reports beside results: a JSON file says which question they answer, so that no run reuses or overwrites the wrong result.
 
 A report holds "asked", all that decides the result (the picture's bytes, the weights, every option), and "finished". It is
-written first, unfinished, and so claims the names; then the results; then itself once more, finished. The same question may
-be answered again over what lies there, be it after a kill or by two runs at once; another question never is without leave.
+written first, unfinished, and so claims the names; then the results; then itself once more, finished. Files of the
+same "asked" may be replaced, after a kill or by two runs at once; files of another "asked" only with `overwrite`.
 """
 
 import contextlib

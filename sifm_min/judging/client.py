@@ -8,8 +8,8 @@
 An Answer has a `status` of STATUSES. Only "ok" carries `data`, the object of the schema, so a call that failed can never
 be read as a verdict. Stop ends a model's run (REASONS): the key is refused, the day's quota is spent, another model answers.
 
-The same request is repeated where the service fails for a moment, and where an answer is unusable (REASKS). Only an answer
-that was cut off is asked for with twice the room. All calls are listed in `attempts`. The key goes into one header, to one
+The same request is repeated where the service fails for a moment, and where an answer is unusable (REASKS). If an answer
+was cut off, the next call allows twice as many tokens. All calls are listed in `attempts`. The key goes into one header, to one
 host, and redirects are not followed.
 
 `sifm_min.gemini` is another name of this file.

@@ -49,7 +49,7 @@ def swap_test(differences):
 def holm(ps):
     """Holm's adjusted p of a family, in its order: the i-th smallest is max_{j <= i} min(1, (n - j + 1) p_j).
 
-    Rejecting what is at most 0.05 keeps the chance of any false rejection in the family at 5 %, whatever depends on what
+    Rejecting what is at most 0.05 keeps the chance of any false rejection in the family at 5 %, for any dependence of the tests
     (Holm, Scandinavian Journal of Statistics 6, 1979, 65-70).
     """
     if not all(0 <= p <= 1 for p in ps):
