@@ -16,8 +16,6 @@ Weights that cannot be had end the run (3). Importing this file loads neither to
 import argparse
 import contextlib
 import errno
-import json
-import math
 import os
 import re
 import signal
@@ -30,6 +28,7 @@ from pathlib import Path
 from unicodedata import category
 
 from . import PROGRAM, memory
+from .files.json_text import to_json
 from .files.listing import EARLIER
 
 OK, SOME_FAILED, USAGE, UNAVAILABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
@@ -293,19 +292,6 @@ def sentence(error):
         text = f"{error.filename}: " if error.filename is not None else ""
         text += error.strerror[:1].lower() + error.strerror[1:] + REMEDIES.get(error.errno, "")
     return " ".join(text.split()) or type(error).__name__
-
-
-def to_json(record, indent=None):
-    """JSON text; numbers that JSON does not have become the strings "inf", "-inf" and "nan", and paths their names."""
-    def plain(value):
-        if isinstance(value, dict):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, float) and not math.isfinite(value):
-            return str(float(value))
-        return str(value) if isinstance(value, Path) else value
-    return json.dumps(plain(record), indent=indent)
 
 
 def progress(iterable=None, *, total=None, what="", unit="step", quiet=False):

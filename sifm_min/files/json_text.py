@@ -1,6 +1,7 @@
-"""Read text and JSON strictly. Errors are ValueErrors of one sentence that names the file."""
+"""Read text and JSON strictly, and write JSON. Errors of reading are ValueErrors of one sentence that names the file."""
 
 import json
+import math
 from pathlib import Path
 
 
@@ -38,3 +39,16 @@ def read_object(path, absent=None):
     if not isinstance(value, dict):
         raise ValueError(f"{path}: is no JSON object")
     return value
+
+
+def to_json(record, indent=None):
+    """JSON text; numbers that JSON does not have become the strings "inf", "-inf" and "nan", and paths their names."""
+    def plain(value):
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(float(value))
+        return str(value) if isinstance(value, Path) else value
+    return json.dumps(plain(record), indent=indent)
