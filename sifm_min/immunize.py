@@ -109,7 +109,7 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
 
     begun = time.perf_counter()
     (delta, objective, loop), plan = plans.run_planned(perturb, memory, editor, **timesteps, job=name,
-                                              size=math.prod(editor.frame(*picture.image.size)))
+                                                       size=math.prod(editor.frame(*picture.image.size)))
     looped = time.perf_counter() - begun
     immunized = images.quantize(picture, delta, eps)
     seconds = {"seconds": round(time.perf_counter() - started, 3), "loop_seconds": round(looped, 3)}
@@ -290,7 +290,6 @@ def _body(args):
         raise ValueError("give at least one picture or folder, --prompt TEXT and -o DIR (--help shows examples)")
     if not listing:
         settings(args.method, args.preset, **_given(args))   # an unknown option is an error before any work
-    if not listing:
         pictures, left_out = find(args.pictures, args.output, OUTPUTS)
         index, count = cli.rank(os.environ)
         pictures, left_out = pictures[index::count], {} if index else left_out
