@@ -483,7 +483,14 @@ def _unavailable():
 
 @contextlib.contextmanager
 def _plain_warnings():
-    """Print a warning as a remark of one sentence, without the line of code that gave it."""
+    """Print a warning as a remark of one sentence, once in a run, without the line of code that gave it."""
+    printed = set()
+
+    def remark(message, *where, **how):
+        if (text := sentence(message)) not in printed:
+            printed.add(text)
+            say(f"note: {text}")
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *where, **how: say(f"note: {sentence(message)}")
+        warnings.showwarning = remark
         yield

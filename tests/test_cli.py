@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -322,3 +323,15 @@ def test_a_full_disk_behind_stdout_is_one_sentence():
 def test_a_name_that_the_terminal_cannot_show_is_escaped():
     process = python("from sifm_min import cli; cli.out('caf\\udce9.png')", PYTHONIOENCODING="ascii")
     assert process.communicate() == ("caf\\udce9.png\n", "")
+
+
+def test_warning_is_one_remark_in_a_run(capsys):
+    """The same sentence comes from every picture of a folder."""
+    def work(path):
+        with warnings.catch_warnings():                      # as libraries do, after which Python forgets what it has shown
+            warnings.simplefilter("always")
+            warnings.warn("the prompt is cut", stacklevel=1)
+        warnings.warn(f"about {path}", stacklevel=1)
+
+    assert cli.guard(lambda: cli.each_file("ab", work)) == cli.OK
+    assert capsys.readouterr().err == "note: the prompt is cut\nnote: about a\nnote: about b\n"
