@@ -10,11 +10,12 @@ from .files import ledger, writing
 from .files.digests import picture_sha256
 from .judging import panels, ratings, summary
 from .judging.agreement import consistency, prediction
+from .judging.answers import ANSWERS
 from .judging.canaries import canaries
 from .judging.edits import read_edits
 from .judging.panels import Panel
 from .judging.question import Stop
-from .judging.run import ANSWERS, UNAVAILABLE, Judge, now, read_picture, run
+from .judging.run import UNAVAILABLE, Judge, now, read_picture, run
 from .judging.summary import estimated, percent
 
 COVERAGE = 0.98                                              # below this share of judged samples a rate is doubtful

@@ -34,7 +34,7 @@ def left(folder, plan, cases, *, again=True):
 
     again: True counts failed steps as missing. Otherwise they are over, and so are the steps that would follow them.
     """
-    todo, kept, finished = {}, {}, 0
+    todo, kept, finished, answers = {}, {}, 0, folder.answers(plan)
     for case in cases:
         record = case.record
         if record["sha256"] is None:
@@ -45,7 +45,7 @@ def left(folder, plan, cases, *, again=True):
             continue
         failed = {key for key, row in rows.items() if "failed" in row}
         rows = {key: row for key, row in rows.items() if key not in failed}
-        steps = dict.fromkeys(_steps(plan, record, rows, () if again else failed))
+        steps = dict.fromkeys(_steps(plan, record, rows, answers, () if again else failed))
         for step, what, key in steps:
             if key not in rows:
                 todo[step, what] = todo.get((step, what), 0) + 1
@@ -56,8 +56,11 @@ def left(folder, plan, cases, *, again=True):
     return Left(todo, kept, finished)
 
 
-def _steps(plan, case, rows, failed):
-    """Yield (step, what, key) of all steps of a picture but the failed ones and those that follow them, some twice."""
+def _steps(plan, case, rows, answers, failed):
+    """Yield (step, what, key) of all steps of a picture but the failed ones and those that follow them, some twice.
+
+    Verdicts that a panel has given are left out too.
+    """
     def made(step, what, key):
         """The SHA-256 of the picture that a step made, a stand-in if the step is missing, None if it failed."""
         if key in failed:
@@ -85,7 +88,8 @@ def _steps(plan, case, rows, failed):
                     made("metrics", target, metrics_key(edited, reference))
                     if plan["lpips"].get("sha256"):
                         made("lpips", target, lpips_key(edited, reference, plan["lpips"]["sha256"]))
-                made("verdict", target, verdict_key(plan, arm, case, prompt, edited))
+                if not answers.complete(case["sha256"], edited, prompt["instruct"]):
+                    made("verdict", target, verdict_key(plan, arm, case, prompt, edited))
         yield from steps
 
 
@@ -103,8 +107,11 @@ def collect(path):
     return [_collected(folder, plans) for plans in groups.values()]
 
 
-def cells(folder, plan, case):
-    """Yield a dict per edit of one picture (the record of a Case) that was made or failed; see `collect`."""
+def cells(folder, plan, case, answers):
+    """Yield a dict per edit of one picture (the record of a Case) that was made or failed; see `collect`.
+
+    answers: `Folder.answers(plan)`.
+    """
     try:
         rows = folder.rows(case["sha256"]) if case["sha256"] else {}
     except (ValueError, OSError):                            # a damaged journal: the run has reported it
@@ -113,12 +120,13 @@ def cells(folder, plan, case):
         immunized = _immunized(plan, case, arm, rows)
         for seed in plan["seeds"]:
             for prompt in prompts_of(plan, case):
-                if cell := _cell(plan, case, arm, rows, immunized, prompt, seed):
+                if cell := _cell(plan, case, arm, rows, answers, immunized, prompt, seed):
                     yield cell
 
 
 def _collected(folder, plans):
     cells, immunized, arms, missing, journals, damaged = {}, {}, {}, set(), {}, {}
+    answers = folder.answers(plans[-1])                      # all plans of a table have the same judges
     for plan in plans:
         for case in plan["cases"]:
             sha256 = case["sha256"]
@@ -138,7 +146,7 @@ def _collected(folder, plans):
                 for seed in plan["seeds"]:
                     for prompt in prompts_of(plan, case):
                         edit = (*place, case["id"], prompt["id"], seed)
-                        cell = _cell(plan, case, arm, rows, row, prompt, seed)
+                        cell = _cell(plan, case, arm, rows, answers, row, prompt, seed)
                         if cell is None:
                             missing.add(edit)
                         else:
@@ -157,7 +165,7 @@ def _immunized(plan, case, arm, rows):
     return rows.get(immunize_key(plan, case, arm))
 
 
-def _cell(plan, case, arm, rows, immunized, prompt, seed):
+def _cell(plan, case, arm, rows, answers, immunized, prompt, seed):
     """One edit as a dict, None if it is missing."""
     cell = {"target": arm["target"], "source": arm["source"], "arm": arm["name"], "image_id": case["id"],
             "attack": (arm["attack"] or {}).get("name"), "method": arm["method"], "category": case["category"],
@@ -191,5 +199,6 @@ def _cell(plan, case, arm, rows, immunized, prompt, seed):
             cell["metrics"] |= {key: None if value is None else float(value) for key, value in measured["values"].items()}
             cell["absent"] |= measured["absent"]
     cell["verdict"] = verdict_key(plan, arm, case, prompt, row["sha256"])
-    verdict = rows.get(cell["verdict"]) or {"judges": None}
+    said = answers.findings(case["sha256"], row["sha256"], prompt["instruct"])
+    verdict = {"judges": said} if said else rows.get(cell["verdict"]) or {"judges": None}
     return {**cell, "failed": verdict["failed"]} if "failed" in verdict else {**cell, "judges": verdict["judges"]}

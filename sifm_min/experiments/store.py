@@ -3,19 +3,20 @@
   DIR/plans/*.json       the plans
   DIR/steps/*.jsonl      the journal of one picture: its steps in the order in which they were finished; one writer at a time
   DIR/pictures/*.png     every picture that a step made, named by the SHA-256 of its pixels
+  DIR/verdicts/*/        what a panel answered; the folders of `judging.run`, one for each panel and share of the pictures
 
 Several processes, on one machine or on many, may work into one folder. Each takes the journal of a picture, works on that
 picture, and gives it back.
 """
 
 import os
-import time
 from pathlib import Path
 
 from .. import cli
 from ..files import ledger, writing
 from ..files.digests import digest, picture_sha256
-from ..files.ledger import Busy, Ledger
+from ..files.ledger import Ledger
+from ..judging.answers import Answers
 
 REMEMBERED = 24                                              # decoded pictures of a journal: the edits of two arms
 
@@ -53,6 +54,13 @@ class Folder:
         """{key: row} of a picture's steps so far; another process may be adding to them."""
         path = self.journal(sha256)
         return {row["name"]: row for row in ledger.read_rows(path)} if path.exists() else {}
+
+    def answers(self, plan):
+        """The `Answers` of the plan's panel. The oracles have none: their verdicts are steps in the journals."""
+        panel = {name: value for name, value in plan["judge"].items() if name != "kind"}
+        if plan["judge"]["kind"] == "oracle":
+            return Answers({"judges": [], "votes": 1}, [])
+        return Answers(panel, sorted(path.parent for path in (self.path / "verdicts").glob("*/run.json")))
 
     def picture(self, sha256):
         """The path of a picture."""
@@ -125,14 +133,3 @@ class Journal:
         self._images[sha256] = image
         while len(self._images) > REMEMBERED:
             del self._images[next(iter(self._images))]
-
-
-def keep_verdict(folder, sha256, key, answers):
-    """Write the answers of judges (`runner.answers_of`) on one edit into the journal of its original; wait while it is busy."""
-    while True:
-        try:
-            with Journal(folder, sha256) as journal:
-                journal.add(key, "verdict", judges=answers)
-            return
-        except Busy:
-            time.sleep(0.5)

@@ -36,11 +36,11 @@ from ..files.digests import digest, picture_sha256
 from ..files.ledger import Ledger
 from ..miniature.verdict import NoVerdict, Verdict
 from . import summary
+from .answers import ANSWERS, finding, majority, take_newest
 from .canaries import PASS, canaries
 from .panels import findings
 from .records import Record
 
-ANSWERS = ("verdict", "canary")                              # kinds of a ledger's rows; the others are calls
 PASSING = ("http_error", "timeout", "model_mismatch")        # no answer of this judge: asked again by the next run
 CANARY_HOURS = 20                                            # hours for which canaries count
 UNAVAILABLE = ("credential", "request", "model", "unreachable", "tls", "redirect")      # reasons of Stop: no service
@@ -90,20 +90,6 @@ def identity(panel, members=None):
     """The hash of all that shapes a panel's answers. members: its judges by name, made here if not given."""
     return digest({"id": panel.id, "votes": panel.votes,
                    "judges": {name: judge.fields(0) for name, judge in (members or judges(panel)).items()}})
-
-
-def majority(votes):
-    """The majority of an odd number of votes, each (mismatch, degradation, status), in the same form.
-
-    A finding is what more than half of all votes say. Votes without an answer count for neither side.
-    """
-    result = []
-    for answers in zip(*(vote[:2] for vote in votes), strict=True):
-        yes, no = answers.count(True), answers.count(False)
-        result.append(True if 2 * yes > len(votes) else False if 2 * no > len(votes) else None)
-    if result == [None, None]:
-        return None, None, next((status for _, _, status in votes if status != "ok"), "votes_tied")
-    return *result, "ok"
 
 
 def _said(answer):
@@ -301,9 +287,11 @@ class _Run:
         self._take(row)
 
     def _take(self, row):
-        """Keep the newest answer to a question; one with a verdict is never replaced by one without."""
-        if row["kind"] == "canary" or row["status"] == "ok" or self.best.get(row["key"], row)["status"] != "ok":
+        """Keep the newest answer to a question, see `take_newest`. Of canaries it is the last one, whatever it says."""
+        if row["kind"] == "canary":
             self.best[row["key"]] = row
+        else:
+            take_newest(self.best, row["key"], row)
 
     def _vouched(self, judge, needed):
         """True if a judge's canaries allow it to go on. Their result is written into the run."""
@@ -348,9 +336,9 @@ class _Run:
         return [self.best.get(key) for key in self._keys(sample, judge)]
 
     def _record(self, sample, judge):
-        votes = [(row["semantic_mismatch"], row["perceptual_degradation"], row["status"]) if row else (None, None, "not_asked")
-                 for row in self._votes(sample, judge)] or [(None, None, "bad_input")]
-        return Record(sample.sample_id, sample.image_id, sample.prompt_id, sample.arm, judge.name, *majority(votes))
+        votes = self._votes(sample, judge)
+        found = finding(votes) if votes else (None, None, "bad_input")
+        return Record(sample.sample_id, sample.image_id, sample.prompt_id, sample.arm, judge.name, *found)
 
     def _flips(self):
         """{judge: share of pairs of votes on one sample that differ in success}."""

@@ -25,7 +25,7 @@ import sifm_min
 from sifm_min import cli, editors, evaluate, judge, miniature
 from sifm_min.experiments import estimate, figures, manifest, plan, results, robustness, runner, store, suites, workers
 from sifm_min.files.digests import picture_sha256
-from sifm_min.files.ledger import Busy
+from sifm_min.files.ledger import Busy, Ledger, read_rows
 from sifm_min.judging import canaries as canary_file
 from sifm_min.judging.edits import read_edits
 from sifm_min.models.checkpoints import Unavailable
@@ -561,21 +561,88 @@ def test_people_and_judges_are_compared_on_rated_edits(run, capsys, loaded):
     assert "| Human to human |" not in theirs and "evaluate table DIR --people RATINGS" in theirs
 
 
-def test_a_panel_judges_after_the_edits_and_buys_nothing_twice(run, calls, capsys, monkeypatch, tmp_path):
+@pytest.fixture
+def panel(monkeypatch, run):
+    """A fake service, and panel.json with two of its models, which find a semantic mismatch in every edit."""
     monkeypatch.setattr(canary_file, "SIZE", 48)
     monkeypatch.setenv("JUDGE_KEY", "AQ.sentinel-0123456789")
     with FakeGemini() as server:
         serve_panel(server, "panel.json")
-        assert run("ablation", "--panel", "panel.json", "--images", "1") == cli.OK
-        asked = len(server.calls)
-        edits = {row["sha256"] for row in steps()["edit"]}
-        assert len(steps()["verdict"]) == len(edits) and asked == 2 * (10 + len(edits))
-        assert run("ablation", "--panel", "panel.json", "--images", "1") == cli.OK
-        assert len(server.calls) == asked and calls == []
+        yield server
+
+
+def panel_answers(folder="out"):
+    """The answers on edits in the ledgers of panels."""
+    paths = Path(folder, "verdicts").glob("*/ledger.jsonl")
+    return [row for path in paths for row in read_rows(path) if row["kind"] == "verdict"]
+
+
+def test_a_panel_judges_after_the_edits_and_buys_nothing_twice(run, calls, capsys, panel):
+    ours = ("ablation", "--panel", "panel.json", "--images", "1")
+    assert run(*ours) == cli.OK
+    asked = len(panel.calls)
+    edits = {row["sha256"] for row in steps()["edit"]}
+    assert len(panel_answers()) == 2 * len(edits) and asked == 2 * (10 + len(edits))
+    assert "verdict" not in steps()                          # the answers are in one place
+    assert run(*ours) == cli.OK
+    assert len(panel.calls) == asked and calls == []
     text = table(capsys)
     assert "Judged by panel test (2026-11-21): gemini-2.5-pro, gemini-2.5-flash" in text and "| SIFM | " in text
     (group,) = results.collect("out")
     assert all(said == [True, False, "ok"] for cell in group["cells"] for said in cell["judges"].values())
+
+
+def test_answers_before_a_kill_are_in_the_table_and_stay_bought(run, loaded, capsys, panel, monkeypatch):
+    ours, append, done = ("white-box", "--panel", "panel.json", "--images", "1"), Ledger.append, []
+
+    def interrupted(ledger, row):
+        append(ledger, row)
+        if row.get("kind") == "verdict":
+            done.append(row)
+            if len(done) == 3:
+                raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "append", interrupted)
+        assert run(*ours) == 130
+    (group,) = results.collect("out")
+    told = {(cell["edited"], judge): said[2] for cell in group["cells"] for judge, said in (cell["judges"] or {}).items()}
+    kept = {(row["image_sha256"][1], row["judge"]) for row in panel_answers()}
+    assert {question for question, status in told.items() if status == "ok"} == kept and len(kept) == len(done) == 3
+    assert "| noise (control) | " in table(capsys)
+
+    edits, editor = {row["sha256"] for row in steps()["edit"]}, next(iter(loaded))
+    capsys.readouterr()
+    evaluate.main(["run", ours[0], *ours[1:], "--editor", editor, "--jobs", "1", *QUICK, "-o", "out"])
+    whole = sum({(edit, "gemini-2.5-pro"), (edit, "gemini-2.5-flash")} <= kept for edit in edits)
+    assert f"to do: nothing; 1 pictures done, and then {len(edits) - whole} verdicts" in capsys.readouterr().err
+    answers = [(row["image_sha256"][1], row["judge"]) for row in panel_answers()]
+    assert len(answers) == len(set(answers)) == 2 * len(edits)
+
+
+def test_verdicts_that_an_older_version_copied_still_print(run, capsys, panel):
+    ours = ("white-box", "--panel", "panel.json", "--images", "1")
+    assert run(*ours) == cli.OK
+    text = table(capsys)
+    (group,) = results.collect("out")
+    (journal,) = Path("out", "steps").glob("*.jsonl")
+    with Ledger(journal) as ledger:                          # as it wrote them
+        for key, judges in {cell["verdict"]: cell["judges"] for cell in group["cells"]}.items():
+            ledger.append({"name": key, "step": "verdict", "judges": judges})
+    shutil.rmtree("out/verdicts")
+    assert table(capsys) == text
+    asked = len(panel.calls)
+    assert run(*ours) == cli.OK and len(panel.calls) == asked
+
+
+def test_answers_of_two_shares_are_one_table(run, panel):
+    ours = ("white-box", "--panel", "panel.json")
+    for share in ("0/2", "1/2"):
+        assert run(*ours, "--shard", share) == cli.OK
+    asked = len(panel.calls)
+    (group,) = results.collect("out")
+    assert len(list(Path("out", "verdicts").iterdir())) == 2 and len({cell["image_id"] for cell in group["cells"]}) == 2
+    assert all(said[2] == "ok" for cell in group["cells"] for said in cell["judges"].values())
+    assert run(*ours) == cli.OK and len(panel.calls) == asked
 
 
 def test_the_estimate_counts_and_times_every_kind_of_step(loaded, tmp_path, capsys, monkeypatch):

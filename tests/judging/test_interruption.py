@@ -16,7 +16,7 @@ from judged_edits import PRO, answers, but, calls, canary, knowing, manifest, nu
 
 from sifm_min import judge
 from sifm_min.files.ledger import Ledger, read_rows
-from sifm_min.judging.run import ANSWERS
+from sifm_min.judging.answers import ANSWERS
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("small_canaries")

@@ -29,12 +29,13 @@ from sifm_min.files.ledger import Ledger
 from sifm_min.judging import panels
 from sifm_min.judging import run as run_file
 from sifm_min.judging.agreement import consistency
+from sifm_min.judging.answers import majority
 from sifm_min.judging.client import Budget
 from sifm_min.judging.edits import read_edits
 from sifm_min.judging.panels import Panel, Prompt
 from sifm_min.judging.rates import success_rate
 from sifm_min.judging.records import Edit, Record, ask, by_arm
-from sifm_min.judging.run import judges, majority, run
+from sifm_min.judging.run import judges, run
 from sifm_min.judging.summary import describe
 from sifm_min.miniature.verdict import Verdict
 

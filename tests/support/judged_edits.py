@@ -8,8 +8,8 @@ from PIL import Image
 
 from sifm_min.files.ledger import read_rows
 from sifm_min.judging import canaries as canary_file
+from sifm_min.judging.answers import ANSWERS
 from sifm_min.judging.canaries import canaries
-from sifm_min.judging.run import ANSWERS
 
 SECRET = "AQ.sentinel-0123456789"
 PRO, FLASH = "gemini-2.5-pro", "gemini-2.5-flash"
