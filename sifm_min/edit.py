@@ -2,6 +2,7 @@
 
 from . import cli
 from .files import reports, writing
+from .files.weight_digests import hash_weights
 from .immunize import editor_of, find, question
 
 EXAMPLES = """examples:
@@ -41,6 +42,8 @@ def _body(args):
     if fault := editor.plan(args.steps).fault:
         raise Unfit(f"{args.editor}: {fault}")
     writing.make_folder(args.output)
+    if pictures:
+        hash_weights(editor, args.output)
     cli.say_editor(editor, quiet=args.quiet)
 
     def one(path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from . import PROGRAM, cli
 from .experiments import suites
+from .files.weight_digests import hash_weights
 from .immunize import PRESETS
 from .judging import panels
 
@@ -124,6 +125,8 @@ def _run(args):
     arms, remarks = suites.arms(args.suite, editors, methods, moving=panel is not None)
     for remark in remarks:
         cli.say(remark, quiet=args.quiet)
+    for editor in editors.values():                          # the plan states them
+        hash_weights(editor, args.output)
     edit = {"steps": args.edit_steps, "guidance": args.guidance, "image_guidance": args.image_guidance}
     planned = plan.make_plan(
         args.suite, {name: plan.about_editor(editor) for name, editor in editors.items()}, cases, arms,
@@ -236,6 +239,11 @@ def _editors(args):
         if args.strength is not None and "strength" in editor.OPTIONS:
             set_strength(editor, args.strength)
         return editor
+
+    def loaded_again(options):
+        editor = loaded(options)
+        hash_weights(editor, args.output)
+        return editor
     editors, again, known = {}, {}, set()
     for source in filter(None, (args.editor, args.other)):
         name = source.rstrip("/").rpartition("/")[2]
@@ -246,7 +254,7 @@ def _editors(args):
             options.revision = None
         if args.other and not Path(source).is_file():        # --components are those of a single file
             options.components = None
-        again[name] = functools.partial(loaded, options)
+        again[name] = functools.partial(loaded_again, options)
         editor = editors[name] = loaded(options)
         known |= editor.OPTIONS
         if editor.notice:

@@ -19,7 +19,7 @@ from pathlib import Path
 from . import cli, methods
 from .files import listing as listing_of
 from .files import reports, writing
-from .files.weight_digests import Digests
+from .files.weight_digests import hash_weights
 from .memory import in_words
 from .methods import METHODS, PRESETS, PROTOCOL, options_of, settings
 
@@ -306,8 +306,8 @@ def _body(args):
     if unknown := [name for name in args.taps or () if name not in editor_taps]:
         raise ValueError(f"--taps {unknown[0]}: this editor has no such activation; --taps list prints those it has")
     writing.make_folder(args.output)
-    if pictures and getattr(editor, "checkpoint", None):     # which a report states: gigabytes are read once for all runs
-        editor.checkpoint.hashes(Digests(args.output))
+    if pictures:
+        hash_weights(editor, args.output)
     cli.say_editor(editor, quiet=args.quiet)
     return cli.each_file(pictures, lambda path: _immunize_file(path, editor, args), output=args.output, left_out=left_out,
                          done="immunized", quiet=args.quiet, debug=args.debug, as_json=args.json)

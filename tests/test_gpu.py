@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,9 @@ from PIL import Image
 from pretended_gpu import PretendedGPU
 
 import sifm_min
-from sifm_min import cli, images, immunize, memory
+from sifm_min import cli, edit, evaluate, images, immunize, memory
 from sifm_min.editors import precision
+from sifm_min.experiments import workers
 from sifm_min.files import weight_digests
 from sifm_min.models import checkpoints
 
@@ -301,23 +303,53 @@ def test_a_plan_that_did_not_fit_is_not_tried_again(gpu, tiny_folder):
 
 # ------------------------------------------------------------------------------------------------------------------- digests
 
-def test_large_weights_are_hashed_once_for_all_runs(tmp_path, tiny_folder, monkeypatch):
-    hashed = []
+@pytest.fixture
+def hashed(monkeypatch):
+    """The files that are hashed, those under 64 MiB too."""
+    files = []
     monkeypatch.setattr(weight_digests, "LARGE", 0)
-    monkeypatch.setattr(weight_digests, "sha256", lambda file: hashed.append(file) or checkpoints.sha256(file))
+    for module in (weight_digests, checkpoints):
+        monkeypatch.setattr(module, "sha256", lambda file, real=checkpoints.sha256: files.append(Path(file)) or real(file))
+    return files
+
+
+@pytest.mark.parametrize("command", [immunize, edit])
+def test_large_weights_are_hashed_once_for_all_runs(tmp_path, tiny_folder, hashed, command):
     picture().save(tmp_path / "a.png")
-    command = [str(tmp_path / "a.png"), "--prompt", "night", "-o", str(tmp_path / "out"), "--editor", str(tiny_folder),
-               "--steps", "1", "--device", "cpu"]
-    assert immunize.main(command) == 0 and len(hashed) == len(set(hashed)) == 3
-    report = json.loads((tmp_path / "out" / "a.json").read_text())
+    out = tmp_path / "out"
+    argv = [str(tmp_path / "a.png"), "--prompt", "night", "-o", str(out), "--editor", str(tiny_folder), "--steps", "1",
+            "--device", "cpu"]
+
+    def weights():
+        return [file for file in hashed if file.suffix == ".safetensors"]
+    assert command.main(argv) == 0 and len(weights()) == len(set(weights())) == 3
+    report = json.loads((out / ("a.json" if command is immunize else "a_edited.json")).read_text())
     assert {checkpoints.sha256(tiny_folder / name): name for name in report["editor"]["weights"]} == {
         digest: name for name, digest in report["editor"]["weights"].items()}
-    assert immunize.main(command) == 0 and len(hashed) == 3                  # nothing to do, and nothing hashed
+    hashed.clear()
+    assert command.main(argv) == 0 and weights() == []                         # nothing to do, and nothing hashed
     file = next(tiny_folder.glob("unet/*.safetensors"))
-    os.utime(file, ns=(1, 1))                                # touched: it may be another
-    assert immunize.main(command) == 0 and len(hashed) == 4
-    (tmp_path / "out" / weight_digests.NAME).write_text("{")
-    assert weight_digests.Digests(tmp_path / "out")(file) == checkpoints.sha256(file)
+    os.utime(file, ns=2 * (time.time_ns(),))                 # touched: it may be another
+    assert command.main(argv) == 0 and [path.name for path in weights()] == [file.name]
+    (out / weight_digests.NAME).write_text("{")
+    assert weight_digests.Digests(out)(file) == checkpoints.sha256(file)
+
+
+def test_a_rank_without_pictures_hashes_no_weights(tmp_path, tiny_folder, hashed, monkeypatch):
+    picture().save(tmp_path / "a.png")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert immunize.main([str(tmp_path / "a.png"), "--prompt", "night", "-o", str(tmp_path / "out"), "--device", "cpu",
+                          "--editor", str(tiny_folder)]) == 0 and hashed == []
+
+
+def test_an_experiment_hashes_weights_once_for_all_runs(tmp_path, tiny_folder, hashed, monkeypatch):
+    argv = ["run", "white-box", "--editor", str(tiny_folder), "--images", "1", "--methods", "photoguard-encoder",
+            "--steps", "1", "--edit-steps", "2", "--jobs", "1", "-o", str(tmp_path / "out"), "--quiet"]
+    monkeypatch.setattr(workers, "rounds", lambda suite, editors: list(editors))     # an editor that is loaded twice
+    assert evaluate.main(argv) == 0 and len(hashed) == len(set(hashed)) == 3
+    assert evaluate.main(argv) == 0 and len(hashed) == 3
+    assert evaluate.main([*argv[:-3], "-o", str(tmp_path / "other"), "--quiet"]) == 0 and len(hashed) == 6
 
 
 def test_processes_that_start_together_hash_once(tmp_path):

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from ..models.checkpoints import sha256
+from . import writing
 
 try:
     import fcntl
@@ -17,6 +18,13 @@ except ImportError:                                          # Windows: each pro
 
 NAME = ".weights.json"
 LARGE = 64 << 20                                             # smaller files take less than a second
+
+
+def hash_weights(editor, folder):
+    """Compute the hashes of an editor's weights, which its `provenance` states; `folder` keeps those of large files."""
+    checkpoint = getattr(editor, "checkpoint", None)
+    if checkpoint:
+        checkpoint.hashes(Digests(folder))
 
 
 class Digests:
@@ -30,6 +38,7 @@ class Digests:
         if status.st_size < LARGE:
             return sha256(file)
         name, state = os.path.realpath(file), [status.st_size, status.st_mtime_ns]
+        writing.make_folder(self.path.parent)
         with self.path.open("a+", encoding="utf-8") as kept:
             if fcntl:
                 fcntl.flock(kept, fcntl.LOCK_EX)             # released when the file is closed
