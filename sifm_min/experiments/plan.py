@@ -132,38 +132,38 @@ def edit_options(plan, editor):
 # -- the keys of steps -------------------------------------------------------------------------------------------------
 # case: the record of a Case. sha256: of the pixels of a picture.
 
-def step_key(step, **inputs):
-    """The key of a step's result: the hash of all that decides it."""
-    return digest({"step": step, "code": [__version__, STEPS[step]], **inputs})
+def step_key(plan, step, **inputs):
+    """The key of a step's result: the hash of all that decides it, with the version of sifm_min that made the plan."""
+    return digest({"step": step, "code": [plan["version"], STEPS[step]], **inputs})
 
 
 def immunize_key(plan, case, arm):
     if arm["method"] == NOISE:                               # needs no editor, so one result serves all of them
-        return step_key("immunize", picture=case["sha256"], method=NOISE, eps=plan["eps"], seed=plan["seed"])
-    return step_key("immunize", picture=case["sha256"], method=arm["method"], eps=plan["eps"], seed=plan["seed"],
+        return step_key(plan, "immunize", picture=case["sha256"], method=NOISE, eps=plan["eps"], seed=plan["seed"])
+    return step_key(plan, "immunize", picture=case["sha256"], method=arm["method"], eps=plan["eps"], seed=plan["seed"],
                     settings=arm["settings"], editor=plan["editors"][arm["source"]]["identity"],
                     prompt=words(plan, arm["source"], case["prompts"][0]))
 
 
 def attack_key(plan, arm, sha256):
     used = arm["attack"]["editor"]
-    return step_key("attack", picture=sha256, attack=arm["attack"]["name"], seed=plan["seed"],
+    return step_key(plan, "attack", picture=sha256, attack=arm["attack"]["name"], seed=plan["seed"],
                     editor=used and plan["editors"][used]["identity"])
 
 
 def edit_key(plan, arm, sha256, prompt, seed):
-    return step_key("edit", picture=sha256, editor=plan["editors"][arm["target"]]["identity"],
+    return step_key(plan, "edit", picture=sha256, editor=plan["editors"][arm["target"]]["identity"],
                     options=edit_options(plan, arm["target"]), prompt=words(plan, arm["target"], prompt), seed=seed)
 
 
-def metrics_key(sha256, reference):
-    return step_key("metrics", pictures=[sha256, reference])
+def metrics_key(plan, sha256, reference):
+    return step_key(plan, "metrics", pictures=[sha256, reference])
 
 
-def lpips_key(sha256, reference, weights):
-    return step_key("lpips", pictures=[sha256, reference], weights=weights)
+def lpips_key(plan, sha256, reference):
+    return step_key(plan, "lpips", pictures=[sha256, reference], weights=plan["lpips"]["sha256"])
 
 
 def verdict_key(plan, arm, case, prompt, sha256):
-    return step_key("verdict", judge=plan["judge"], kind=plan["editors"][arm["target"]]["kind"], original=case["sha256"],
+    return step_key(plan, "verdict", judge=plan["judge"], kind=plan["editors"][arm["target"]]["kind"], original=case["sha256"],
                     prompt=prompt["instruct"], truth=prompt["truth"], edited=sha256)

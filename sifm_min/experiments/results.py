@@ -85,9 +85,9 @@ def _steps(plan, case, rows, answers, failed):
                 if edited is None or reference is None:
                     continue
                 if sha256 != clean:
-                    made("metrics", target, metrics_key(edited, reference))
+                    made("metrics", target, metrics_key(plan, edited, reference))
                     if plan["lpips"].get("sha256"):
-                        made("lpips", target, lpips_key(edited, reference, plan["lpips"]["sha256"]))
+                        made("lpips", target, lpips_key(plan, edited, reference))
                 if not answers.complete(case["sha256"], edited, prompt["instruct"]):
                     made("verdict", target, verdict_key(plan, arm, case, prompt, edited))
         yield from steps
@@ -190,9 +190,9 @@ def _cell(plan, case, arm, rows, answers, immunized, prompt, seed):
             return {**cell, "failed": edit["failed"]} if edit else None
     cell |= {"immunized": sha256, "edited": row["sha256"], "edited_original": reference["sha256"]}
     if sha256 != clean:
-        keys = [metrics_key(row["sha256"], reference["sha256"])]
+        keys = [metrics_key(plan, row["sha256"], reference["sha256"])]
         if plan["lpips"].get("sha256"):
-            keys.append(lpips_key(row["sha256"], reference["sha256"], plan["lpips"]["sha256"]))
+            keys.append(lpips_key(plan, row["sha256"], reference["sha256"]))
         for measured in filter(None, map(rows.get, keys)):
             if "failed" in measured:
                 return {**cell, "failed": measured["failed"]}

@@ -188,10 +188,10 @@ class Runner:
     def _distances(self, journal, case, arm, edited, reference):
         """Measure the missing distances between the edits of the immunized picture and those of the original."""
         pairs = list(zip(edited, reference, strict=True))
-        for step, names, weights in (("metrics", PIXEL_METRICS, None), ("lpips", ("lpips",), self.lpips)):
+        for step, names, key in (("metrics", PIXEL_METRICS, metrics_key), ("lpips", ("lpips",), lpips_key)):
             if step == "lpips" and self.lpips is None:
                 continue
-            keys = {pair: metrics_key(*pair) if step == "metrics" else lpips_key(*pair, weights.sha256) for pair in pairs}
+            keys = {pair: key(self.plan, *pair) for pair in pairs}
             missing = [pair for pair in keys if not journal.get(keys[pair])]
             if missing:
                 self._step(journal, case, arm, step, [keys[pair] for pair in missing], self._measure, journal, keys, missing,

@@ -190,6 +190,16 @@ def _absent(network, file):
     raise Unavailable("there are none")
 
 
+def test_the_table_of_another_version_still_prints(run, calls, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "__version__", "0.0.1")
+        assert run("white-box", "--images", "1") == cli.OK
+        text = table(capsys)
+    assert table(capsys) == text and "sifm_min 0.0.1" in text
+    assert run("white-box", "--images", "1") == cli.OK and calls.edits > 0      # nothing is taken for this version's
+    assert [group["missing"] for group in results.collect("out")] == [0, 0]
+
+
 def test_a_lost_picture_is_made_again(run, calls):
     run("white-box")
     lost = steps()["edit"][0]["sha256"]
