@@ -145,7 +145,7 @@ def asked(server, rng, provider):
     def sleep(seconds):
         now[0] += seconds
     model = "gemini-2.5-pro" if provider == "gemini" else "qwen"
-    spec = Spec.from_json({"provider": provider, "model": model, "base_url": server.url(provider), "timeout": 0.5,
+    spec = Spec.from_json({"provider": provider, "model": model, "base_url": server.base_url(provider), "timeout": 0.5,
                            "price": {"input": 1, "output": 10}})
     notices, budget = [], Budget(max_calls=12)
     client = Client(spec, Key(SECRET, "test"), budget=budget, notify=notices.append, clock=lambda: now[0], sleep=sleep)

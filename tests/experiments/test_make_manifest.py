@@ -4,14 +4,13 @@ import hashlib
 import importlib.util
 import io
 import json
-import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import fake_gemini
 import pytest
+from local_server import Answers, LocalServer
 from PIL import Image
 
 from sifm_min import images, miniature
@@ -34,15 +33,13 @@ def encoded(number, format="JPEG"):
 
 # -------------------------------------------------------------------------------------------------------------- the server
 
-class Rows(ThreadingHTTPServer):
+class Rows(LocalServer):
     """The rows endpoint and the pictures it points to. `faults[part]`, for paths (with query) that contain it, is a list of
     functions (handler) -> True if it answered; the last one repeats, and None stands for a sound answer."""
 
-    daemon_threads = True
-
     def __init__(self, total=250):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url, self.total, self.log, self.faults = f"http://127.0.0.1:{self.server_address[1]}", total, [], {}
+        super().__init__(Handler)
+        self.total, self.log, self.faults = total, [], {}
         self.rows, self.headers = [self.row(number) for number in range(total)], []
 
     def row(self, number):
@@ -52,14 +49,6 @@ class Rows(ThreadingHTTPServer):
                 "original_image": {"src": f"{self.url}/pictures/{number}?Signature=x", "height": 16, "width": 24},
                 "edited_image": {"src": f"{self.url}/other/{number}", "height": 16, "width": 24}}
 
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
-
     def pages(self):
         return [path for path in self.log if "length=100" in path]
 
@@ -67,9 +56,7 @@ class Rows(ThreadingHTTPServer):
         return [path for path in self.log if path.startswith("/pictures/")]
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
+class Handler(Answers):
     def do_GET(self):
         self.server.log.append(self.path)
         self.server.headers.append(dict(self.headers))
@@ -89,33 +76,19 @@ class Handler(BaseHTTPRequestHandler):
         body = {"features": [], "rows": rows, "num_rows_total": self.server.total, "num_rows_per_page": 100, "partial": False}
         return self.reply(200, json.dumps(body).encode())
 
-    def reply(self, code, body, **headers):
-        self.send_response(code)
-        for name, value in {"Content_Length": len(body), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        self.wfile.write(body)
-        return True
-
-    def log_message(self, *_):
-        pass
-
 
 def answers(code, body=b"", **headers):
     return lambda handler: handler.reply(code, body, **headers)
 
 
 def cuts(handler):
-    """Announces more than it sends."""
+    """Announce more than is sent."""
     handler.close_connection = True
     return handler.reply(200, b'{"rows": [', Content_Length=5000)
 
 
 def hangs_up(handler):
-    handler.close_connection = True
-    handler.connection.close()
-    handler.wfile = io.BytesIO()
-    return True
+    return handler.hang_up()
 
 
 def changes(**cells):
@@ -542,7 +515,7 @@ def model(tmp_path, monkeypatch):
     with fake_gemini.FakeGemini() as server:
         server.script("gemini-2.5-pro", lambda call: written(len(server.calls)))
         (tmp_path / "judge.json").write_text(json.dumps({
-            "provider": "gemini", "model": "gemini-2.5-pro", "base_url": server.url("gemini"), "key_env": "JUDGE_KEY"}))
+            "provider": "gemini", "model": "gemini-2.5-pro", "base_url": server.base_url("gemini"), "key_env": "JUDGE_KEY"}))
         yield server
 
 

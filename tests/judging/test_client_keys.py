@@ -15,7 +15,7 @@ from sifm_min.judging import payload
 
 def test_nobody_answers(bench):
     with FakeGemini() as gone:
-        url = gone.url("openai")
+        url = gone.base_url("openai")
     stop, calls = bench.stop([], "openai", base_url=url)
     assert (stop.reason, calls, bench.time.slept) == ("unreachable", 0, [])
     assert f"nothing answers at {url}: start the server there (ollama serve" in str(stop)
@@ -24,8 +24,8 @@ def test_nobody_answers(bench):
 def test_a_local_server_needs_no_key_and_no_proxy(bench, monkeypatch):
     with FakeGemini() as proxy:
         for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY"):
-            monkeypatch.setenv(name, proxy.url())
-        spec = Spec.from_json({"provider": "openai", "model": "m", "base_url": bench.server.url("openai")})
+            monkeypatch.setenv(name, proxy.base_url())
+        spec = Spec.from_json({"provider": "openai", "model": "m", "base_url": bench.server.base_url("openai")})
         assert Key.find(spec) is None and Client(spec).ask(ask()).ok
         assert proxy.calls == []
 

@@ -52,7 +52,7 @@ def test_22_a_connection_that_is_closed_between_calls(bench):
 
 
 def test_22_an_untrusted_connection_is_fatal(bench):
-    stop, _ = bench.stop([verdict(True, True)], base_url=bench.server.url().replace("http:", "https:"))
+    stop, _ = bench.stop([verdict(True, True)], base_url=bench.server.base_url().replace("http:", "https:"))
     assert stop.reason == "tls" and bench.server.calls == []
 
 
@@ -60,10 +60,10 @@ def test_22_an_untrusted_connection_is_fatal(bench):
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
 def test_23_redirects_are_not_followed(bench, provider, code):
     with FakeGemini() as second:
-        stop, calls = bench.stop([redirect(code, second.url() + "/models/x:generateContent")], provider)
+        stop, calls = bench.stop([redirect(code, second.base_url() + "/models/x:generateContent")], provider)
         assert (stop.reason, calls, second.calls) == ("redirect", 1, [])
         assert "127.0.0.1" in str(stop)
-    assert bench.stop([redirect(code, bench.server.url(provider))], provider)[1] == 1
+    assert bench.stop([redirect(code, bench.server.base_url(provider))], provider)[1] == 1
 
 
 def test_24_bodies_without_measure(bench):

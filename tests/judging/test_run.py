@@ -177,7 +177,7 @@ def test_a_judge_that_only_thinks_is_told_so(server, tmp_path, capsys):
     server.script("qwen", [says(None, thoughts={"reasoning_content": "{}"})])
     panel = tmp_path / "panel.json"
     panel.write_text(json.dumps({"id": "t", "date": "2026-11-21", "judges": [
-        {"provider": "openai", "model": "qwen", "base_url": server.url("openai"), "key_env": "JUDGE_KEY"}]}))
+        {"provider": "openai", "model": "qwen", "base_url": server.base_url("openai"), "key_env": "JUDGE_KEY"}]}))
     call = ["run", manifest(tmp_path, 2), "--panel", str(panel), "-o", str(tmp_path / "out")]
     assert judge.main(call) == 1
     told = capsys.readouterr().err
@@ -311,7 +311,7 @@ def test_a_newcomer_without_any_key(tmp_path, capsys, monkeypatch, server):
     server.server_close()                                    # its port is free, and nobody answers there
     shipped = json.loads((ROOT / "sifm_min/judging/panels/local-ollama.json").read_text())
     for spec in shipped["judges"]:
-        spec["base_url"] = server.url("openai")
+        spec["base_url"] = server.base_url("openai")
     (tmp_path / "local.json").write_text(json.dumps(shipped))
     assert judge.main(["run", path, "--panel", str(tmp_path / "local.json"), "-o", str(tmp_path / "a")]) == 3
     told = capsys.readouterr()

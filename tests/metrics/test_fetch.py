@@ -2,13 +2,12 @@
 
 import errno
 import json
-import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from huggingface_hub import constants
+from local_server import Answers, LocalServer
 from safetensors import safe_open
 
 from sifm_min import cli, metrics, weights
@@ -17,50 +16,33 @@ from sifm_min.models import checkpoints
 from sifm_min.models.checkpoints import Unavailable, Unfit
 
 
-class Server(ThreadingHTTPServer):
+class Server(LocalServer):
     """One file under its name. `faults`: what the next requests get, in order: a status, a number of bytes after which
     the connection is cut, other bytes, a place to go instead, or None. `log`: (path, Range header) of each request."""
 
-    daemon_threads = True
-
     def __init__(self, name, content):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        super().__init__(Handler)
         self.name, self.content, self.faults, self.log, self.ranges = name, content, [], [], True
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
+class Handler(Answers):
     def do_GET(self):
         server, asked = self.server, self.headers.get("Range")
         server.log.append((self.path, asked))
         fault = server.faults.pop(0) if server.faults else None
         if isinstance(fault, str):
-            return self.reply(302, b"", Location=fault)
+            return self.reply(302, Location=fault)
         if isinstance(fault, int) and fault < 0:
             return self.reply(-fault, b"a page that says what is wrong")
         if isinstance(fault, bytes):
             return self.reply(200, fault)
-        content = server.content
+        self.cut, content = fault, server.content
         if asked and server.ranges:
             start = int(asked.removeprefix("bytes=").removesuffix("-"))
             if start >= len(content):
-                return self.reply(416, b"")
-            about = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-            return self.reply(206, content[start:], cut=fault, **about)
-        return self.reply(200, content, cut=fault)
-
-    def reply(self, status, body, cut=None, **headers):
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body[:cut])
-        self.close_connection = cut is not None
-
-    def log_message(self, *_):
-        pass
+                return self.reply(416)
+            return self.reply(206, content[start:], Content_Range=f"bytes {start}-{len(content) - 1}/{len(content)}")
+        return self.reply(200, content)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +61,6 @@ def server(published, tmp_path, monkeypatch):
     _, path = published
     source = backbones.NETWORKS["squeeze"]
     with Server(source.file, path.read_bytes()) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         monkeypatch.setattr(backbones, "HOST", server.url)
         monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)      # whatever the environment says
@@ -88,7 +69,6 @@ def server(published, tmp_path, monkeypatch):
         for name, value in {"sha256": checkpoints.sha256(path), "size": len(server.content), "exact": True}.items():
             monkeypatch.setitem(source.__dict__, name, value)        # frozen, so around its own setattr
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
@@ -332,7 +312,7 @@ def test_download_takes_a_file(server, published, run):
 
     for option in (("--revision", "main"), ("--no-t5",)):
         code, _, err = run("download", "lpips-alex", *option)
-        assert code == cli.USAGE and "pinned by their hash" in err
+        assert code == cli.USAGE and "are for editors; the files of LPIPS and of the latent spaces are pinned" in err
 
 
 def test_faults_have_the_code_of_weights_that_cannot_be_had(server, run):

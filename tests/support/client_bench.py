@@ -44,7 +44,7 @@ class Bench:
         self.server, self.time, self.said, self.notices = server, Time(), [], []
 
     def client(self, provider="gemini", *, budget=None, **settings):
-        given = {"provider": provider, "model": MODELS[provider], "base_url": self.server.url(provider), "price": PRICE}
+        given = {"provider": provider, "model": MODELS[provider], "base_url": self.server.base_url(provider), "price": PRICE}
         client = Client(Spec.from_json({**given, **settings}), Key(SENTINEL, "JUDGE_KEY"), budget=budget,
                         notify=self.notices.append, clock=self.time.clock, sleep=self.time.sleep,
                         jitter=lambda low, high: high)

@@ -2,7 +2,7 @@
 
     with FakeGemini() as server:
         server.script("gemini-2.5-pro", [quota("2s"), verdict(True, False)])     # call by call; the last one repeats
-        spec = Spec.from_json({"provider": "gemini", "model": "gemini-2.5-pro", "base_url": server.url("gemini")})
+        spec = Spec.from_json({"provider": "gemini", "model": "gemini-2.5-pro", "base_url": server.base_url("gemini")})
 
 A step is a function of (handler, call); those below speak the wire that they are called on. Without a script every call
 is answered by verdict(False, False). A script may also be a function of the call that returns a step.
@@ -13,15 +13,13 @@ import base64
 import hashlib
 import io
 import json
-import socket
-import struct
 import threading
 import time
 import zlib
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from local_server import Answers, LocalServer
 from PIL import Image
 
 from sifm_min.judging import canaries
@@ -121,7 +119,7 @@ def sends(body, status=200, kind="application/json", **headers):
     """These bytes, this text, or this object as JSON."""
     def step(handler, call):
         content = body if isinstance(body, str | bytes) else json.dumps(body)
-        handler.reply(status, content, {"Content-Type": kind, **{k.replace("_", "-"): v for k, v in headers.items()}})
+        handler.reply(status, content, Content_Type=kind, **headers)
     return step
 
 
@@ -130,7 +128,7 @@ def error(code, status="", message="no", details=(), **headers):
     def step(handler, call):
         told = {"message": message, "type": status, "code": code} if call.openai else {
             "code": code, "status": status, "message": message, "details": list(details)}
-        handler.reply(code, json.dumps({"error": told}), {k.replace("_", "-"): v for k, v in headers.items()})
+        handler.reply(code, json.dumps({"error": told}), **headers)
     return step
 
 
@@ -157,7 +155,7 @@ def redirect(code, url):
 def after(seconds, step):
     """The same, later."""
     def late(handler, call):
-        handler.server.stopping.wait(seconds)
+        handler.pause(seconds)
         step(handler, call)
     return late
 
@@ -179,15 +177,14 @@ def serve_panel(server, path, rest=None):
     for model in models:
         server.script(model, knowing)
     Path(path).write_text(json.dumps({"id": "test", "date": "2026-11-21", "judges": [
-        {"provider": "gemini", "model": model, "base_url": server.url(), "key_env": "JUDGE_KEY"} for model in models]}))
+        {"provider": "gemini", "model": model, "base_url": server.base_url(), "key_env": "JUDGE_KEY"} for model in models]}))
 
 
 # ------------------------------------------------------------------------------------------------ steps: broken wires
 
 def silence(handler, call):
     """Take the request and never answer."""
-    handler.server.stopping.wait(30)
-    handler.close_connection = True
+    handler.hang()
 
 
 def drip(head="HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", each=0.05):
@@ -195,17 +192,14 @@ def drip(head="HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", each=0.05):
     def step(handler, call):
         handler.close_connection = True
         handler.write(head.encode())
-        while not handler.server.stopping.wait(each) and handler.write(b" "):
+        while not handler.pause(each) and handler.write(b" "):
             pass
     return step
 
 
 def reset(handler, call):
     """Break the connection off before anything is said."""
-    handler.close_connection = True
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    handler.connection.shutdown(socket.SHUT_RD)
-    handler.connection.close()
+    handler.hang_up(reset=True)
 
 
 def hang_up_after(step):
@@ -251,26 +245,13 @@ def bomb(megabytes):
 
 # ----------------------------------------------------------------------------------------------------------- the server
 
-class FakeGemini(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
+class FakeGemini(LocalServer):
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.calls, self.poured, self._scripts = [], 0, {}
-        self.lock, self.stopping = threading.Lock(), threading.Event()
+        super().__init__(Handler)
+        self.calls, self.poured, self._scripts, self.lock = [], 0, {}, threading.Lock()
 
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.stopping.set()
-        self.shutdown()
-        self.server_close()
-
-    def url(self, provider="gemini"):
-        return f"http://127.0.0.1:{self.server_address[1]}/{'v1beta' if provider == 'gemini' else 'v1'}"
+    def base_url(self, provider="gemini"):
+        return f"{self.url}/{'v1beta' if provider == 'gemini' else 'v1'}"
 
     def script(self, model, steps):
         self._scripts[model] = steps if callable(steps) else list(steps)
@@ -287,12 +268,8 @@ class FakeGemini(ThreadingHTTPServer):
                 return steps(call)
             return steps.pop(0) if len(steps) > 1 else steps[0]
 
-    def handle_error(self, request, client_address):
-        """A client that hangs up is no news."""
 
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Handler(Answers):
     wbufsize = -1                                            # head and body leave in one piece
     disable_nagle_algorithm = True
 
@@ -309,22 +286,6 @@ class Handler(BaseHTTPRequestHandler):
         self.server.calls.append(Call(self.path, dict(self.headers), b"", time.monotonic()))
         self.reply(200, "{}")
 
-    def reply(self, status, body, headers=None):
+    def reply(self, status, body=b"", **headers):
         body = body.encode() if isinstance(body, str) else body
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def write(self, content):
-        """Bytes as they are; False once nobody listens."""
-        try:
-            self.wfile.write(content)
-            self.wfile.flush()
-        except OSError:
-            return False
-        return True
-
-    def log_message(self, *_):
-        pass
+        return super().reply(status, body, **{"Content_Type": "application/json", **headers})

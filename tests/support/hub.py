@@ -9,36 +9,27 @@
 
 import hashlib
 import json
-import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from local_server import Answers, LocalServer
 
 LARGE = 200                                                         # bytes from which a file is stored by its SHA-256
 
 
 def status(code, error=None, message=None):
     """A fault: answer with this status and the hub's error headers."""
-    def answer(handler):
-        headers = {"X-Error-Code": error, "X-Error-Message": message}
-        handler.reply(code, b"", {name: value for name, value in headers.items() if value})
-        return True
-    return answer
+    return lambda handler: handler.reply(code, X_Error_Code=error, X_Error_Message=message)
 
 
 def text(body):
     """A fault: answer 200 with something else, as a login page does."""
-    def answer(handler):
-        handler.reply(200, body.encode(), {"Content-Type": "text/html"})
-        return True
-    return answer
+    return lambda handler: handler.reply(200, body.encode(), Content_Type="text/html")
 
 
 def hang(handler):
     """A fault: take the request and never answer."""
-    handler.server.stopping.wait(30)
-    handler.close_connection = True
-    return True
+    return handler.hang()
 
 
 def break_off(after, times=10**9):
@@ -49,7 +40,7 @@ def break_off(after, times=10**9):
         if handler.command == "HEAD" or left[0] <= 0:
             return False
         left[0] -= 1
-        handler.truncate = after
+        handler.cut = after
         return False
     return answer
 
@@ -59,23 +50,10 @@ def unless_token(token, fault):
     return lambda handler: handler.headers.get("Authorization") != f"Bearer {token}" and fault(handler)
 
 
-class Hub(ThreadingHTTPServer):
-    daemon_threads = True
-
+class Hub(LocalServer):
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        super().__init__(Handler)
         self.commits, self.refs, self.log, self.faults = {}, {}, [], {}
-        self.stopping = threading.Event()
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.stopping.set()
-        self.shutdown()
-        self.server_close()
 
     def add(self, repo, files, commit=None, branch="main"):
         commit = commit or hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
@@ -97,10 +75,7 @@ class Hub(ThreadingHTTPServer):
             del self.faults[part]
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    truncate = None
-
+class Handler(Answers):
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
         token = self.headers.get("Authorization")
@@ -113,10 +88,10 @@ class Handler(BaseHTTPRequestHandler):
             repo, _, rest = path.removeprefix("/").partition("/resolve/")
             revision, _, name = rest.partition("/")
         if not any(known == repo for known, _ in self.server.refs):
-            return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
+            return self.reply(404, X_Error_Code="RepoNotFound")
         commit = self.server.refs.get((repo, revision or "main"))
         if commit is None:
-            return self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
+            return self.reply(404, X_Error_Code="RevisionNotFound")
         files = self.server.commits[repo, commit]
         if path.startswith("/api/"):
             siblings = [{"rfilename": name, "size": len(content), "blobId": git_hash(content)} | (
@@ -124,33 +99,19 @@ class Handler(BaseHTTPRequestHandler):
                 if len(content) >= LARGE else {}) for name, content in files.items()]
             body = {"_id": "0", "id": repo, "modelId": repo, "sha": commit, "siblings": siblings, "tags": [],
                     "private": False, "gated": False, "downloads": 0, "likes": 0}
-            return self.reply(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+            return self.reply(200, json.dumps(body).encode(), Content_Type="application/json")
         if name not in files:
-            return self.reply(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+            return self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         content = files[name]
         etag = hashlib.sha256(content).hexdigest() if len(content) >= LARGE else git_hash(content)
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+        headers = {"X_Repo_Commit": commit, "ETag": f'"{etag}"', "Accept_Ranges": "bytes"}
         if asked := self.headers.get("Range"):
             start = int(asked.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            return self.reply(206, content[start:], headers)
-        return self.reply(200, content, headers)
+            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            return self.reply(206, content[start:], **headers)
+        return self.reply(200, content, **headers)
 
     do_HEAD = do_GET
-
-    def reply(self, code, body, headers):
-        self.send_response(code)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body[: self.truncate])
-        if self.truncate is not None:
-            self.truncate = None
-            self.close_connection = True
-
-    def log_message(self, *_):
-        pass
 
 
 def git_hash(content):

@@ -52,7 +52,7 @@ def but(step, wrong):
 
 
 def panel_file(folder, server, models=(PRO, FLASH), **rest):
-    listed = [{"provider": "gemini", "model": model, "base_url": server.url(), "key_env": "JUDGE_KEY",
+    listed = [{"provider": "gemini", "model": model, "base_url": server.base_url(), "key_env": "JUDGE_KEY",
                "price": {"input": 1, "output": 10, "date": "2026-11-21"}} for model in models]
     path = folder / "panel.json"
     path.write_text(json.dumps({"id": "test", "date": "2026-11-21", "judges": listed, **rest}))
