@@ -256,6 +256,8 @@ def _editors(args):
             options.components = None
         again[name] = functools.partial(loaded_again, options)
         editor = editors[name] = loaded(options)
+        if editor.kind == "encoders":
+            raise ValueError(f"{source} has encoders and no denoiser, and an experiment edits; immunize takes it")
         known |= editor.OPTIONS
         if editor.notice:
             cli.say(f"{name}: {editor.notice}", quiet=args.quiet)

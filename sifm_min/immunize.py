@@ -10,6 +10,7 @@ import inspect
 import math
 import os
 import platform
+import re
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -36,14 +37,15 @@ class Result:
     report: dict
 
 
-def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, seed=0, step_size=None,
+def immunize(image, editor, prompts=(), *, method=None, eps=0.03, steps=None, seed=0, step_size=None,
              schedule=None, init=None, preset="protocol", mask=None, memory="auto", on_step=None, **options):
     """Immunize a picture against one editor.
 
     image: a PIL picture, an `images.Picture`, or a path.
-    prompts: the edit to defeat, or several that the steps cycle through (Algorithm 1 has one).
-    method: a name in METHODS, a function, or "module:name" of one (see `methods`); options go to it (for SIFM: lam,
-      timesteps, taps, reduction, aggregate, noisy, resample, batch).
+    prompts: the edit to defeat, or several that the steps cycle through (Algorithm 1 has one); none for `latents`.
+    method: None is "sifm", or "latent" for `latents`; or a name in METHODS, a function, or
+      "module:name" of one (see `methods`); options go to it (for SIFM: lam, timesteps,
+      taps, reduction, aggregate, noisy, resample, batch).
     eps: the budget on [0,1]; no preset changes it.
     steps, step_size, schedule ("constant" or "linear" decay), init ("random" in the budget, or "zero"): of the PGD loop.
     preset: decides these and the options where they are not given; "protocol", the paper's (100 steps of 1/255, constant,
@@ -63,13 +65,14 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
     from .editors.precision import full_float32
     from .pgd import pgd
 
-    name, function = methods.find_method(method)
-    loop, options = settings(function, preset, steps=steps, step_size=step_size, schedule=schedule, init=init, **options)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise ValueError("immunize needs at least one prompt")
     if isinstance(editor, str | Path):
         raise ValueError(f"editor {str(editor)!r} is a name; load it first: load_editor({str(editor)!r})")
+    needs_prompt = getattr(editor, "needs_prompt", True)
+    name, function = methods.find_method(method or ("sifm" if needs_prompt else "latent"))
+    loop, options = settings(function, preset, steps=steps, step_size=step_size, schedule=schedule, init=init, **options)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if needs_prompt and not prompts:
+        raise ValueError("immunize needs at least one prompt")
     check(editor)
     methods.check_fit(name, options, editor)
     images.budget(eps)                                       # an impossible budget is refused before any work
@@ -113,13 +116,14 @@ def immunize(image, editor, prompts, *, method="sifm", eps=0.03, steps=None, see
     looped = time.perf_counter() - begun
     immunized = images.quantize(picture, delta, eps)
     seconds = {"seconds": round(time.perf_counter() - started, 3), "loop_seconds": round(looped, 3)}
+    measures = _measures(editor, picture, immunized, eps, region, seed)
     return Result(immunized, {
         "input": {"width": picture.image.width, "height": picture.image.height, "mode": picture.mode, **picture.info},
         "editor": editor.provenance(),
         "method": name, "note": getattr(objective, "note", ""), "prompts": prompts, "preset": _preset(name, preset),
         "options": {"eps": eps, **loop, "seed": seed, "mask": str(mask) if mask is not None else None,
                     **_spelled_out(name, function, editor, options)},
-        **_measured(picture, immunized, eps),
+        **_measured(picture, immunized, eps), **measures,
         "loss": curve, "passes": methods.counted_passes(objective, len(curve)), **seconds,
         "memory": {"asked": memory, **plan._asdict()}, "peak_memory_bytes": _peak(editor.device),
         "versions": {"sifm_min": import_module(__package__).__version__, "torch": torch.__version__,
@@ -147,6 +151,21 @@ def _measured(picture, immunized, eps):
     return {"linf_steps": images.steps_used(picture.image, immunized), "budget_steps": images.budget(eps),
             "psnr": metrics.psnr(after, before).item(),
             "ssim": metrics.ssim(after, before).item() if min(picture.image.size) >= 11 else None}
+
+
+def _measures(editor, picture, immunized, eps, region, seed):
+    """The measurements that the editor itself makes, beside uniform noise of the same budget and mask; {} of most editors."""
+    if not hasattr(editor, "measures"):
+        return {}
+    import torch
+
+    from . import images
+    from .pgd import pgd
+    before = images.to_pixels(picture.image)
+    noise = pgd(before[:, :picture.channels], None, eps, steps=0, step_size=1, mask=region,     # the random start as it is
+                generator=torch.Generator().manual_seed(seed))
+    noisy = images.quantize(picture, noise, eps)
+    return editor.measures(before, images.to_pixels(immunized), images.to_pixels(noisy))
 
 
 def _timesteps_of(method, options):
@@ -211,11 +230,12 @@ sys.modules[__name__].__signature__ = inspect.signature(immunize)
 EXAMPLES = """examples:
   %(prog)s photo.png --prompt "make her a witch" -o out
   %(prog)s photo.png --prompt "make her a witch" --editor instruct-pix2pix -o out
+  %(prog)s photo.png --editor latents -o out
   %(prog)s photos/ --prompt "turn him into a zombie" --prompt "make it night" --steps 200 -o out
 
-writes, per picture: NAME_immunized.png, NAME_preview.png (original, its edit, immunized, its edit, perturbation x10) and
-NAME.json (the report). A folder resumes where it stopped. Exit codes: 0 all done, 1 some pictures failed, 2 usage,
-3 weights unavailable, 130 or 143 interrupted."""
+writes, per picture: NAME_immunized.png, NAME_preview.png (original, its edit, immunized, its edit, perturbation x10; with
+--editor latents the decodings of each latent space in place of edits) and NAME.json (the report). A folder resumes
+where it stopped. Exit codes: 0 all done, 1 some pictures failed, 2 usage, 3 weights unavailable, 130 or 143 interrupted."""
 OUTPUTS = ("_immunized.png", "_preview.png", ".json")
 
 
@@ -228,7 +248,8 @@ def _parser():
     add("--prompt", action="append", type=cli.prompt, help="the edit to defeat; several take turns")
     add("-o", "--output", type=cli.path, metavar="DIR", help="where results go (created if absent)")
     parser.editor()
-    add("--method", default="sifm", type=_method, help=f"{', '.join(METHODS)}, or your own as MODULE:NAME (default: sifm)")
+    add("--method", type=_method,
+        help=f"{', '.join(METHODS)}, or your own as MODULE:NAME (default: sifm; of --editor latents: latent)")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, above all of your own")
     add("--eps", type=cli.eps, default=0.03, help="budget, as 0.03 or 8/255 (default: 0.03)")
     add("--preset", choices=PRESETS, default="protocol",
@@ -257,6 +278,7 @@ def _parser():
     own("--content", type=cli.prompt, metavar="TEXT", help="what to protect, as `man` (semantic-attack; default: the prompts)")
     own("--variant", help="which form of the loss: zero, grey (photoguard-encoder); eot, plain, released (editshield); minus, "
                           "plus (sds); fused, textural, semantic (mist); ace+, ace (ace); the first is the default")
+    own("--sizes", type=cli.commas(cli.count), help="long sides at which latents are moved, in turn (latent: 512,1024)")
     parser.memory()
     add("--no-preview", action="store_true", help="skip the preview and its two edits")
     parser.shared("device", "dtype", "vae-dtype", "seed", "overwrite")
@@ -270,7 +292,7 @@ def _method(text):
 
 
 OPTIONS = ("lam", "timesteps", "taps", "reduction", "aggregate", "noisy", "resample", "batch", "unroll", "repeats", "content",
-           "variant")
+           "variant", "sizes")
 
 
 def _given(args):
@@ -285,9 +307,11 @@ def _given(args):
 def _body(args):
     from . import images
 
-    listing = args.taps == ["list"]
-    if not listing and not (args.pictures and args.prompt and args.output):
-        raise ValueError("give at least one picture or folder, --prompt TEXT and -o DIR (--help shows examples)")
+    listing, latents = args.taps == ["list"], re.match("latents(:|$)", args.editor) is not None
+    args.method = args.method or ("latent" if latents else "sifm")
+    if not listing and not (args.pictures and (args.prompt or latents) and args.output):
+        prompt = "" if latents else ", --prompt TEXT"
+        raise ValueError(f"give at least one picture or folder{prompt} and -o DIR (--help shows examples)")
     if not listing:
         settings(args.method, args.preset, **_given(args))   # an unknown option is an error before any work
         pictures, left_out = find(args.pictures, args.output, OUTPUTS)
@@ -370,7 +394,7 @@ def _immunize_file(path, editor, args):
     else:
         steps = settings(args.method, args.preset, **_given(args))[0]["steps"]
         with cli.progress(total=steps, what=path.name, quiet=args.quiet) as bar:
-            result = immunize(picture, editor, args.prompt, method=args.method, eps=args.eps, seed=args.seed,
+            result = immunize(picture, editor, args.prompt or (), method=args.method, eps=args.eps, seed=args.seed,
                               preset=args.preset, mask=args.mask, memory=args.memory,
                               on_step=lambda step, loss, terms: bar.update(), **_given(args))
         immunized = result.image
@@ -381,7 +405,8 @@ def _immunize_file(path, editor, args):
             {immunized_path: lambda path: images.write_checked(path, immunized, picture, args.eps, overwrite=True)},
             overwrite=args.overwrite)
     cli.result(reports.in_short(report), f"{path} -> {immunized_path}: at most {report['linf_steps']}/255 per channel "
-               f"(budget {report['budget_steps']}/255), PSNR {report['psnr']:.1f} dB, {report['seconds']:.0f} s",
+               f"(budget {report['budget_steps']}/255), PSNR {report['psnr']:.1f} dB, {report['seconds']:.0f} s"
+               f"{_shifts(report)}",
                as_json=args.json)
     if not args.no_preview:
         _write_preview(picture, immunized, preview_path, editor, args)
@@ -392,8 +417,7 @@ def _write_preview(picture, immunized, path, editor, args):
     from . import images
     try:
         with in_words():
-            edits = _edits(picture, immunized, editor, args)
-            sheet = _preview(picture, immunized, edits, args.prompt[0], editor.notice)
+            sheet = _preview(picture, immunized, _shown(picture, immunized, editor, args), editor.notice)
     except (ValueError, RuntimeError) as error:
         cli.say(f"{path}: no preview, because its edit failed: {cli.sentence(error)}; the immunized picture is not affected "
                 "(--no-preview leaves the preview out)", quiet=args.quiet)
@@ -414,20 +438,30 @@ def question(path, editor, args):
     return {**values, "sha256": sha256(path), "mask": mask and sha256(mask), "weights": editor.provenance()["weights"]}
 
 
-def _edits(picture, immunized, editor, args):
-    """The edits of the original and of the immunized picture."""
+def _shown(picture, immunized, editor, args):
+    """The columns of a preview beside the original and beside the immunized picture: edits, or the spaces' decodings."""
+    if hasattr(editor, "decodings"):
+        return [[(f"{name} decodes", found) for name, found in editor.decodings(image.convert("RGB"))]
+                for image in (picture.image, immunized)]
     with cli.progress(total=2 * len(editor.plan().timesteps), what="preview", quiet=args.quiet) as bar:
-        return [editor.edit(image.convert("RGB"), args.prompt[0], seed=args.seed, on_step=lambda i, n: bar.update())
+        return [[(f"edited: {args.prompt[0]}", editor.edit(image.convert("RGB"), args.prompt[0], seed=args.seed,
+                                                           on_step=lambda i, n: bar.update()))]
                 for image in (picture.image, immunized)]
 
 
-def _preview(picture, immunized, edits, prompt, notice):
+def _preview(picture, immunized, shown, notice):
     from . import images
     from .files import contact_sheet
-    captions = ("original", f"edited: {prompt}", "immunized", f"edited: {prompt}", "perturbation x10")
     original = picture.put_together(picture.image)           # with its transparency, as the immunized one has it
-    pictures = (original, edits[0], immunized, edits[1], images.amplify(picture.image, immunized))
-    return picture.coloured(contact_sheet.sheet(list(zip(captions, pictures, strict=True)), footer=notice))
+    columns = [("original", original), *shown[0], ("immunized", immunized), *shown[1],
+               ("perturbation x10", images.amplify(picture.image, immunized))]
+    return picture.coloured(contact_sheet.sheet(columns, footer=notice))
+
+
+def _shifts(report):
+    """The shifts of a report in words, "" where it has none."""
+    return "".join(f"; {found['space']} at {max(found['size'])}: shift {found['shift']:.2f} (noise {found['noise']:.2f})"
+                   for found in report.get("shifts", ()))
 
 
 def main(argv=None):

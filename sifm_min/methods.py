@@ -17,7 +17,7 @@ class _Methods(Mapping):
 
     HOMES = {"sifm": "sifm"} | dict.fromkeys(
         ("photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack", "sds", "mist", "ace", "noise"),
-        "baselines")
+        "baselines") | {"latent": "editors.latents"}
 
     def __getitem__(self, name):
         if name in self.HOMES:
@@ -38,6 +38,7 @@ METHODS = _Methods()
 # The paper's protocol, which is the same for all methods; preset "native" runs a baseline as its original was run.
 PROTOCOL = {"steps": 100, "step_size": 1 / 255, "schedule": "constant", "init": "random"}
 PRESETS = ("protocol", "native")
+ENCODER_METHODS = ("latent", "photoguard-encoder", "editshield", "noise")     # which need no denoiser
 GIVEN = ("generator", "prompts")                             # keywords that are passed to a method, and no options of it
 TAKEN = (*PROTOCOL, "method", "eps", "seed", "preset", "mask", "memory", "on_step")      # arguments of `immunize`
 OPTION_TYPES = {"int": int, "float": float, "bool": bool, "str": str}
@@ -157,7 +158,15 @@ def _value(key, text, parameter):
 
 
 def check_fit(name, options, editor):
-    """Raise ValueError where an option of this method makes no sense for this kind of editor."""
+    """Raise ValueError where this method, or an option of it, makes no sense for this kind of editor."""
+    if editor.kind == "encoders":
+        if name in METHODS.HOMES and name not in ENCODER_METHODS or options.get("variant") == "released":
+            asks = f"{name}{' released' if name in ENCODER_METHODS else ''}"
+            raise ValueError(f"{asks} needs a denoiser, and {editor.name} has encoders alone: choose "
+                             f"{', '.join(ENCODER_METHODS)}, or another editor")
+    elif name == "latent":
+        raise ValueError("latent is for editors without a denoiser: latents, or for the autoencoder of one editor "
+                         "latents:FOLDER-OR-NAME")
     for (method, option, value), reason in INSTRUCT_ONLY.items():
         if (name, options.get(option)) == (method, value) and editor.kind != "instruct":
             raise ValueError(f"{option} {value} of {name} is for instruction editors, and {editor.name} edits by img2img: "

@@ -442,7 +442,7 @@ def test_the_draws_of_an_edit_are_gone_before_the_next(editor, contexts, x_orig)
 
 
 def test_nothing_is_left_on_the_weights(editor, contexts, x_orig):
-    for method in METHODS.keys() - {"noise", "sifm"}:
+    for method in METHODS.keys() - {"noise", "sifm", "latent"}:
         x = moved(x_orig).requires_grad_(True)
         loss_of(made(method, editor, x_orig, contexts[:1])(x, 0)).backward()
         assert x.grad.any(), method
@@ -588,7 +588,7 @@ def test_where_there_is_no_gradient_there_is_no_run(variant, editor, contexts, x
 
 def test_native_presets_name_loop_and_options_that_exist():
     from sifm_min import immunize
-    assert set(baselines.NATIVE) == METHODS.keys() - {"sifm", "noise"}
+    assert set(baselines.NATIVE) == METHODS.keys() - {"sifm", "noise", "latent"}
     for method, native in baselines.NATIVE.items():
         loop, own = immunize.settings(method, "native")
         assert {**loop, **own} == {**immunize.PROTOCOL, **native.settings}

@@ -35,7 +35,7 @@ PROMPT = "make it night"
 FEW = ("--steps", "2", "--timesteps", "2")
 ENDS = ("_immunized.png", "_preview.png", ".json")
 METHODS = ("sifm", "photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack", "sds", "mist", "ace",
-           "noise")
+           "noise", "latent")
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def test_options_reach_the_objective(run, editor):
                                   "denoiser_backward": 4}
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("method", METHODS[1:-1])
 def test_every_method_writes_its_picture_and_what_it_took(run, editor, method):
     original = photo("a.png")
     assert run("a.png", "--method", method, "--no-preview") == cli.OK

@@ -6,15 +6,17 @@
     instruct_pix2pix.py   InstructPix2Pix and HQ-Edit
     sd3.py                Stable Diffusion 3 by img2img, and UltraEdit
     precision.py          gradients through a network that runs in float16
+    latents.py            encoders without a denoiser, and the method for them
     text.py               text contexts and Stable Diffusion 3's text encoders
     loading.py            `load_editor`
 """
 
 from .base import Defaults, Editor, check
 from .instruct_pix2pix import InstructPix2Pix
+from .latents import Latents
 from .loading import DEFAULTS, EDITORS, load_editor
 from .sd3 import StableDiffusion3, UltraEdit
 from .text import Text, TextEncoders
 
-__all__ = ["DEFAULTS", "EDITORS", "Defaults", "Editor", "InstructPix2Pix", "StableDiffusion3", "Text", "TextEncoders",
-           "UltraEdit", "check", "load_editor"]
+__all__ = ["DEFAULTS", "EDITORS", "Defaults", "Editor", "InstructPix2Pix", "Latents", "StableDiffusion3", "Text",
+           "TextEncoders", "UltraEdit", "check", "load_editor"]

@@ -49,13 +49,15 @@ class Editor:
     scheduler: of `models.schedulers`. defaults: see `Defaults`. notice: a sentence that belongs beside every result.
     checkpoint: the source of the weights, which reports name.
     kind: "instruct" where the denoiser sees the image latent beside a latent of pure noise, "img2img" where the image
-      latent, noised, is what it denoises. OPTIONS: what `edit` takes besides steps and guidance.
+      latent, noised, is what it denoises, "encoders" where there is no denoiser. needs_prompt: False where no method reads a
+      prompt. OPTIONS: what `edit` takes besides steps and guidance.
     tap_names: all that `features` can return. default_taps: what SIFM perturbs. probs_names: the attention maps among the
       former, which cost memory. denoiser: the network whose activations may be computed again in the backward pass.
     """
 
     kind = "instruct"
     OPTIONS = frozenset({"image_guidance"})
+    needs_prompt = True
     probs_names = ()
     denoiser = None
     _checkpointing = False

@@ -12,6 +12,7 @@ from ..models.config import replaced
 from ..models.mmdit import MMDiT
 from .base import check
 from .instruct_pix2pix import InstructPix2Pix
+from .latents import is_latents, load_latents
 from .precision import half_dtype
 from .sd3 import StableDiffusion3, UltraEdit
 
@@ -23,7 +24,8 @@ DEFAULTS = {name: defaults for editor_class in EDITORS for name, defaults in edi
 def load_editor(source="miniature", *, device=None, dtype=None, vae_dtype=None, revision=None, offline=None, t5=True,
                 components=None):
     """Load the editor called `source`: a known name (`checkpoints.EDITORS`), a folder in the published (diffusers) layout,
-    a single file of Stable Diffusion 3, a hub id, or "module:name" of a class or function that returns an editor.
+    a single file of Stable Diffusion 3, a hub id, "latents" or "latents:ITEM,ITEM" (see `latents.load_latents`), or
+    "module:name" of a class or function that returns an editor.
 
     device: default cuda where there is one, else cpu.
     dtype: of denoiser and text encoders; default on cuda bfloat16, or float16 where the card has no bfloat16; else float32.
@@ -36,6 +38,10 @@ def load_editor(source="miniature", *, device=None, dtype=None, vae_dtype=None, 
     Raises `checkpoints.Unavailable` where the weights cannot be had and ValueError where they do not fit; both in one
     sentence.
     """
+    if is_latents(source):
+        if revision is not None or components is not None:
+            raise ValueError(f"revision and components are for one editor; {source} has encoders alone")
+        return load_latents(source, device=device, dtype=dtype, offline=offline)
     if re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", str(source)) and not Path(source).exists():
         return _outside(str(source), device=device, dtype=dtype, vae_dtype=vae_dtype, revision=revision, components=components)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,242 @@
+"""Latent spaces without an editor around them: every open diffusion editor looks at a picture through an autoencoder first.
+
+`load_editor("latents")` gives an editor without a denoiser, a list of encoders; `latent` is the method for it. A perturbation
+made here needs no prompt and no gigabytes. It moves a picture's latents; it does not know what an editor's denoiser makes of
+that, and a tiny autoencoder's answer is not that of the full one.
+"""
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from .. import PROGRAM, images
+from ..models import checkpoints, latent_spaces
+from ..models.latent_spaces import SPACES
+from .autoencoders import load_autoencoder
+from .base import Defaults, Editor
+from .precision import full_float32
+
+NAME = "latents"
+SIZES = (512, 1024)                                          # long sides, in pixels, that published editors work at
+NOTICE = ("Tiny autoencoders are distilled copies of the editors' own: how far this perturbation moves the full ones, and what "
+          "it does to an edit, is not measured here.")
+SMALLEST = 1e-12                                             # under the root of a shift, whose slope at 0 would be infinite
+
+
+@dataclass(frozen=True, eq=False)
+class LatentSpace:
+    """One autoencoder, its latents in the scale of the diffusion model, where each has a standard deviation near 1."""
+
+    name: str
+    network: torch.nn.Module
+    checkpoint: object
+    tiny: bool
+
+    def encode(self, pixels):
+        """Pixels (B,3,H,W) in [0,1], sides multiples of the factor -> latents (B,C,h,w), float32 or wider."""
+        latent = self.network.encode(2 * pixels - 1)[0]
+        latent = latent.to(torch.promote_types(latent.dtype, torch.float32))
+        return (latent - self.network.config.shift_factor) * self.network.config.scaling_factor
+
+    def decode(self, latent):
+        """The pixels (B,3,H,W) of latents, nominally in [0,1], not clipped."""
+        latent = latent / self.network.config.scaling_factor + self.network.config.shift_factor
+        return self.network.decode(latent) / 2 + 0.5
+
+
+def shift(latent, original):
+    """The RMS of a latent's change over the standard deviation of the original's latent: a scalar."""
+    return ((latent - original).square().mean() + SMALLEST).sqrt() / original.std().clamp(min=1e-6)
+
+
+class Latents(Editor):
+    """An editor without a denoiser: `spaces`, a list of `LatentSpace`. It encodes, and refuses to edit in a sentence.
+
+    loop_dtype: what encoders compute in while a perturbation is sought; measurements are in float32.
+    """
+
+    kind = "encoders"
+    OPTIONS = frozenset()
+    needs_prompt = False
+    tap_names = default_taps = ()
+    scheduler = SimpleNamespace(note="", config=None)        # there is nothing to sample
+
+    def __init__(self, spaces, *, device="cpu", loop_dtype=torch.float32):
+        if not spaces:
+            raise ValueError("latents needs at least one latent space")
+        self.spaces, self.device, self.loop_dtype = list(spaces), torch.device(device), loop_dtype
+        self.name, self.vae, self.checkpoint, self.dtype, self.defaults = NAME, None, None, torch.float32, Defaults()
+        self.notice = NOTICE if any(space.tiny for space in spaces) else ""
+
+    @property
+    def multiple(self):
+        return max(space.network.factor for space in self.spaces)
+
+    @property
+    def checkpointing(self):
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, value):
+        self._checkpointing = value
+        for space in self.spaces:
+            space.network.checkpointing = value
+
+    def provenance(self):
+        """As `Editor.provenance`; the weights of every space, below its name."""
+        weights = {f"{space.name}/{file}": digest for space in self.spaces
+                   for file, digest in space.checkpoint.hashes().items()}
+        return {"name": NAME, "source": None, "revision": None, "weights": weights, "scheduler": None, "scheduler_note": "",
+                "defaults": asdict(self.defaults), "dtype": str(self.loop_dtype).removeprefix("torch."), "vae_dtype": "float32",
+                "device": self.device.type, "notice": self.notice,
+                "spaces": {space.name: {"source": space.checkpoint.source, "revision": space.checkpoint.revision}
+                           for space in self.spaces}}
+
+    # -- encoding ------------------------------------------------------------------------------------------------------
+
+    def frames(self, width, height, sizes=SIZES):
+        """The (height, width) at which editors see a picture of this size: one for each of `sizes` that makes a difference."""
+        return sorted({self.frame(width, height, size) for size in sizes})
+
+    def encode_fast(self, space, pixels):
+        """The latents of one space; a tiny autoencoder computes in `loop_dtype`."""
+        with torch.autocast(self.device.type, self.loop_dtype, enabled=space.tiny and self.loop_dtype != torch.float32):
+            return space.encode(pixels)
+
+    def encode(self, pixels):
+        """The latents of all spaces in one row, (B, N), so weighted that the mean square of each space counts alike."""
+        pixels = pixels.to(self.device)
+        rows = [self.encode_fast(space, pixels).flatten(1) for space in self.spaces]
+        return torch.cat([row * row.shape[1] ** -0.5 for row in rows], 1) * max(row.shape[1] for row in rows) ** 0.5
+
+    def scaled(self, image_latent):
+        """The latents as they are: each space's are in the scale of its diffusion model already."""
+        return image_latent
+
+    def contexts(self, prompts):
+        """A place holder for each prompt: encoders read none."""
+        return [None] * len(prompts)
+
+    @torch.no_grad()
+    def measures(self, before, after, noisy):
+        """{"shifts": [{space, size, shift, noise}]}: the shift of each space at each working size, in float32.
+
+        before, after, noisy: pixels (1,3,H,W) of the original, the immunized picture, and of uniform noise of the same budget.
+        """
+        found = []
+        with full_float32():
+            for height, width in self.frames(before.shape[3], before.shape[2]):
+                seen = [images.resize(pixels.to(self.device), height, width) for pixels in (before, after, noisy)]
+                for space in self.spaces:
+                    original, *others = (space.encode(pixels) for pixels in seen)
+                    moved, noise = (shift(latent, original).item() for latent in others)
+                    found.append({"space": space.name, "size": [width, height], "shift": moved, "noise": noise})
+        return {"shifts": found}
+
+    @torch.no_grad()
+    def decodings(self, picture):
+        """[(name of the space, its decoding of a PIL picture)], at the working size."""
+        height, width = self.frame(*picture.size)
+        pixels = images.resize(images.to_pixels(picture).to(self.device), height, width)
+        with full_float32():
+            return [(space.name, images.to_image(space.decode(space.encode(pixels)))) for space in self.spaces]
+
+    # -- the missing denoiser -------------------------------------------------------------------------------------------
+
+    def _refuse(self, *args, **options):
+        raise ValueError("latents has encoders and no denoiser, so it neither edits nor shows activations; give an editor")
+
+    context = features = predict = decode = plan = edit = timesteps = noise_latent = noise_prediction = start = _refuse
+
+
+def latent(editor, x_orig, contexts, *, generator, sizes=SIZES):
+    """Encoder-max: move the latents of every space as far as possible. No prompt.
+
+        L = - sum over spaces of RMS(z(x') - z(x)) / std(z(x))
+
+    Ours. sizes: long sides at which the shift is measured, through the resize, those below the picture's own size; the steps
+    take turns. Every space is encoded and followed backwards for itself: the memory is that of one.
+    Cost: encoder 1F 1B a step and space.
+    """
+    frames = editor.frames(x_orig.shape[3], x_orig.shape[2], (sizes,) if isinstance(sizes, int) else sizes)
+    with torch.no_grad():
+        originals = {frame: [space.encode(images.resize(x_orig, *frame)) for space in editor.spaces] for frame in frames}
+
+    def objective(x_imu, step):
+        frame = frames[step % len(frames)]
+        pixels = images.resize(x_imu, *frame)
+        leaf = pixels.detach().requires_grad_()
+        shifts, g = {}, torch.zeros_like(leaf)
+        for space, original in zip(editor.spaces, originals[frame], strict=True):
+            shifts[space.name] = shift(editor.encode_fast(space, leaf), original)
+            g = g - torch.autograd.grad(shifts[space.name], leaf)[0]
+        return -sum(shifts.values()).detach() + ((pixels - leaf.detach()) * g).sum(), shifts
+
+    count = len(editor.spaces)
+    objective.passes = lambda steps: {"encoder_forward": count * (len(frames) + steps), "encoder_backward": count * steps,
+                                      "denoiser_forward": 0, "denoiser_backward": 0}
+    return objective
+
+
+# ---------------------------------------------------------------------------------------------------------------- loading
+
+def is_latents(source):
+    """True for "latents" and "latents:NAME,NAME"."""
+    return re.fullmatch(rf"{NAME}(:.*)?", str(source)) is not None
+
+
+def load_latents(source, *, device=None, dtype=None, offline=None):
+    """The `Latents` called "latents", all spaces on this machine, or "latents:ITEM,ITEM".
+
+    An item is a space (`SPACES`), a folder with files of tiny autoencoders, or an editor (a folder, a known name or a hub id),
+    of which the autoencoder alone is read. dtype: what the encoders compute in while a perturbation is sought (default:
+    bfloat16 on a CPU with units for it, else float32). Raises `Unavailable` where a space is not here.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    asked = str(source).partition(":")[2]
+    if asked:
+        items = [item.strip() for item in asked.split(",")]
+        found = [space for item in items for space in _spaces_of(item, device, offline)]
+    else:
+        found = [_tiny(latent_spaces.find(space), device) for space in latent_spaces.at_hand()]
+        if not found:
+            raise checkpoints.Unavailable(f"no latent space is on this machine: run `{PROGRAM}.weights download latents` once, "
+                                          "about 50 MB, or give the folder of an editor as latents:FOLDER")
+    names = [space.name for space in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{source} has the latent space {twice} twice; name each once")
+    return Latents(found, device=device, loop_dtype=dtype or (torch.bfloat16 if _has_bfloat16_units(device) else torch.float32))
+
+
+def _spaces_of(item, device, offline):
+    if item in SPACES:
+        return [_tiny(latent_spaces.find(SPACES[item]), device)]
+    folder = Path(item).expanduser()
+    if item and folder.is_dir() and not (folder / "vae").is_dir():
+        named = [space for space in SPACES.values() if latent_spaces.files_in(folder, space)]
+        if not named:
+            raise checkpoints.Unavailable(f"{folder} has neither an editor's vae/ nor files of a tiny autoencoder such as "
+                                          "taesd_encoder.safetensors and taesd_decoder.safetensors")
+        return [_tiny(latent_spaces.open_folder(folder, space), device) for space in named]
+    try:
+        checkpoint = checkpoints.open_checkpoint(item, ["vae"], offline=offline)
+    except checkpoints.Unavailable:
+        raise
+    except ValueError as error:
+        raise ValueError(f"latents: {item!r} is none of {', '.join(SPACES)}; as an editor, {error}") from None
+    network = load_autoencoder(checkpoint, device=device, dtype=torch.float32)
+    return [LatentSpace(folder.resolve().name if folder.exists() else item, network, checkpoint,
+                        type(network).__name__ == "AutoencoderTiny")]
+
+
+def _tiny(checkpoint, device):
+    return LatentSpace(checkpoint.space.name, checkpoint.network(device=device, dtype=torch.float32), checkpoint, True)
+
+
+def _has_bfloat16_units(device):
+    """True for a CPU that multiplies matrices of bfloat16 in hardware, which is several times as fast as float32 there."""
+    known = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+    return device.type == "cpu" and any(check() for check in known if check)

@@ -1,0 +1,249 @@
+"""The editor without a denoiser: `load_editor("latents")`, its method, its report and its preview.
+
+The autoencoders have random weights and the published shapes, except in the last tests, which read the published ones.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_latent_spaces import home, network, write_authors  # noqa: F401 (home is a fixture)
+
+import sifm_min
+from sifm_min import cli, edit, evaluate, images, immunize
+from sifm_min.editors import latents, load_editor
+from sifm_min.models.checkpoints import Unavailable
+from sifm_min.models.latent_spaces import SPACES
+
+NAMES = ("sd1", "sd3")
+
+
+def photo(width, height, seed=0):
+    colours = np.random.default_rng(seed).integers(0, 256, (6, 5, 3), np.uint8)
+    return Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the files of two spaces, in the author's layout."""
+    made = tmp_path_factory.mktemp("given")
+    for seed, name in enumerate(NAMES):
+        write_authors(made, SPACES[name], network(SPACES[name], seed))
+    return made
+
+
+@pytest.fixture(scope="module")
+def editor(folder):
+    return load_editor(f"latents:{folder}", device="cpu")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Runs a command in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(module, *argv):
+        code = module.main([str(word) for word in argv])
+        return code, *capfd.readouterr()
+    return command
+
+
+def shift_by_hand(space, one, other):
+    """RMS of the change over the standard deviation, of arrays."""
+    a, b = (space.encode(pixels).double().numpy() for pixels in (one, other))
+    return np.sqrt(((a - b) ** 2).mean()) / b.std(ddof=1)
+
+
+# ------------------------------------------------------------------------------------------------------------ the method
+
+def test_objective_is_the_sum_of_the_shifts(editor):
+    """Its value and its gradient, which is made space by space, against the formula written out and followed at once."""
+    x = images.to_pixels(photo(40, 32))
+    generator = torch.Generator().manual_seed(0)
+    objective = latents.latent(editor, x, [], generator=generator)
+    x_imu = (x + 0.03 * torch.randn(x.shape, generator=generator).sign()).clamp(0, 1).requires_grad_()
+    loss, terms = objective(x_imu, 0)
+    by_hand = [shift_by_hand(space, x_imu.detach(), x) for space in editor.spaces]
+    assert [*terms] == ["sd1", "sd3"] == [space.name for space in editor.spaces]
+    np.testing.assert_allclose([term.item() for term in terms.values()], by_hand, rtol=1e-4)
+    assert loss.item() == pytest.approx(-sum(by_hand), rel=1e-4)
+    (found,) = torch.autograd.grad(loss, x_imu)
+    whole = sum(((space.encode(x_imu) - (z := space.encode(x))).square().mean()).sqrt() / z.std() for space in editor.spaces)
+    (expected,) = torch.autograd.grad(-whole, x_imu)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    assert objective.passes(7) == {"encoder_forward": 16, "encoder_backward": 14, "denoiser_forward": 0, "denoiser_backward": 0}
+
+
+def test_steps_take_turns_between_the_sizes(editor, monkeypatch):
+    """A picture of 48 pixels: 16 and 32 are sizes below it, 64 and 128 are its own size, and that once."""
+    seen = []
+    monkeypatch.setattr(editor.spaces[0].network, "encode", lambda pixels: seen.append(tuple(pixels.shape[2:])) or (
+        type(editor.spaces[0].network).encode(editor.spaces[0].network, pixels)))
+    x = images.to_pixels(photo(48, 32))
+    objective = latents.latent(editor, x, [], generator=torch.Generator(), sizes=(16, 32, 64, 128))
+    assert editor.frames(48, 32, (16, 32, 64, 128)) == [(8, 16), (16, 32), (32, 48)]
+    seen.clear()
+    losses = [objective((x + 0.02).clamp(0, 1).requires_grad_(), step)[0].item() for step in range(4)]
+    assert seen == [(8, 16), (16, 32), (32, 48), (8, 16)] and losses[0] == losses[3] != losses[1]
+
+
+@pytest.mark.parametrize("method", ["latent", "photoguard-encoder", "editshield"])
+def test_methods_for_encoders_move_every_space(method, editor):
+    """More than noise of the same budget, or in PhotoGuard's case towards zero."""
+    picture = photo(48, 40)
+    result = sifm_min.immunize(picture, editor, method=method, steps=12, seed=1)
+    assert result.report["method"] == method and result.report["linf_steps"] <= 7 and result.report["prompts"] == []
+    before, after = images.to_pixels(picture), images.to_pixels(result.image)
+    for space, found in zip(editor.spaces, result.report["shifts"], strict=True):
+        assert (found["space"], found["size"]) == (space.name, [48, 40])
+        assert found["shift"] == pytest.approx(shift_by_hand(space, after, before), rel=1e-4)
+        assert 0 < found["noise"] < 1
+        if method == "photoguard-encoder":
+            assert space.encode(after).norm() < space.encode(before).norm()
+        else:
+            assert found["shift"] > 1.3 * found["noise"]
+    assert result.report["passes"]["denoiser_forward"] == 0
+
+
+def test_noise_beside_the_shift_is_the_noise_control(editor):
+    """Without steps the shift is that of the random start, which is the same uniform noise."""
+    result = sifm_min.immunize(photo(48, 40), editor, method="noise", seed=4)
+    for found in result.report["shifts"]:
+        assert found["shift"] == pytest.approx(found["noise"], rel=1e-6)
+
+
+def test_zero_start_and_grey_pictures(editor):
+    with pytest.raises(ValueError, match="no gradient at this picture"):
+        sifm_min.immunize(photo(32, 32), editor, steps=1, init="zero")
+    result = sifm_min.immunize(photo(32, 32).convert("L"), editor, steps=2)
+    assert result.image.mode == "L" and result.report["method"] == "latent"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (2100, 9)])
+def test_pictures_of_any_size(size, editor):
+    result = sifm_min.immunize(photo(*size), editor, steps=1)
+    assert result.image.size == size and result.report["linf_steps"] <= 7
+    assert len(result.report["shifts"]) == len(editor.frames(*size)) * 2
+    assert all(np.isfinite([found["shift"], found["noise"]]).all() for found in result.report["shifts"])
+
+
+def test_low_memory_gives_the_same_picture(editor):
+    picture = photo(48, 40)
+    fast, low = (sifm_min.immunize(picture, editor, steps=3, memory=memory).image for memory in ("fast", "low"))
+    assert np.array_equal(np.asarray(fast), np.asarray(low)) and not editor.checkpointing
+
+
+@pytest.mark.parametrize("method", ["sifm", "photoguard-diffusion", "semantic-attack", "sds", "mist", "ace"])
+def test_methods_with_a_denoiser_are_refused(method, editor):
+    with pytest.raises(ValueError, match=f"^{method} needs a denoiser, and latents has encoders alone: choose latent, photogu"):
+        sifm_min.immunize(photo(32, 32), editor, "a hat", method=method)
+
+
+def test_other_mistakes_are_sentences(editor, folder, run):
+    with pytest.raises(ValueError, match="editshield released needs a denoiser"):
+        sifm_min.immunize(photo(32, 32), editor, method="editshield", variant="released")
+    with pytest.raises(ValueError, match="has encoders and no denoiser, so it neither edits"):
+        editor.edit(photo(32, 32), "a hat")
+    with pytest.raises(ValueError, match="latent is for editors without a denoiser"):
+        sifm_min.immunize(photo(32, 32), load_editor("miniature", device="cpu"), "a hat", method="latent")
+    photo(32, 32).save("a.png")
+    for module, argv in ((edit, ("a.png", "--prompt", "a hat")), (immunize, ("a.png", "--method", "sifm")),
+                         (evaluate, ("run", "white-box", "--images", "1"))):
+        code, out, err = run(module, *argv, "--editor", f"latents:{folder}", "-o", "out", "--quiet")
+        assert code == 2 and out == "" and err.count("\n") == 1 and "denoiser" in err, err
+    code, _, err = run(immunize, "--editor", f"latents:{folder}", "-o", "out")
+    assert code == 2 and "give at least one picture or folder and -o DIR" in err
+
+
+# ----------------------------------------------------------------------------------------------------------- the command
+
+def test_command_needs_no_prompt_and_says_the_shifts(folder, run, editor):
+    photo(48, 40).save("a.png")
+    argv = ("a.png", "--editor", f"latents:{folder}", "-o", "out", "--steps", "5")
+    code, out, err = run(immunize, *argv)
+    report = json.loads(Path("out/a.json").read_text())
+    assert code == cli.OK and report["method"] == "latent" and len(report["loss"]) == 5
+    assert {*report["loss"][0]} == {"loss", "sd1", "sd3"} and report["options"]["sizes"] == [512, 1024]
+    for found in report["shifts"]:
+        assert f"{found['space']} at 48: shift {found['shift']:.2f} (noise {found['noise']:.2f})" in out
+    assert {*report["editor"]["weights"]} == {f"{name}/{SPACES[name].stem}_{half}.safetensors" for name in NAMES
+                                              for half in ("encoder", "decoder")}
+    assert "distilled copies" in err and "distilled copies" in report["editor"]["notice"]
+    immunized = Image.open("out/a_immunized.png")
+    assert np.abs(np.asarray(immunized, int) - np.asarray(photo(48, 40), int)).max() == report["linf_steps"] <= 7
+    assert "done before, skipped" in run(immunize, *argv)[2]
+
+
+def test_preview_shows_what_each_decoder_makes_of_both(folder, run, editor, monkeypatch):
+    from sifm_min.files import contact_sheet
+    seen, sheet = [], contact_sheet.sheet
+    monkeypatch.setattr(contact_sheet, "sheet", lambda columns, **more: seen.extend(columns) or sheet(columns, **more))
+    photo(48, 40).save("a.png")
+    assert run(immunize, "a.png", "--editor", f"latents:{folder}", "-o", "out", "--steps", "1")[0] == cli.OK
+    assert [caption for caption, _ in seen] == ["original", "sd1 decodes", "sd3 decodes", "immunized", "sd1 decodes",
+                                                "sd3 decodes", "perturbation x10"]
+    for start, name in ((1, "a.png"), (4, "out/a_immunized.png")):
+        pixels = images.to_pixels(Image.open(name))
+        for space, (_, found) in zip(editor.spaces, seen[start:start + 2], strict=True):
+            expected = space.network.decode(space.network.encode(2 * pixels - 1)[0]) / 2 + 0.5
+            assert np.abs(np.asarray(found, int) - np.asarray(images.to_image(expected), int)).max() <= 1
+    assert Image.open("out/a_preview.png").width > 6 * 384
+
+
+# --------------------------------------------------------------------------------------------------------------- loading
+
+def test_latents_are_the_spaces_on_this_machine():
+    with pytest.raises(Unavailable, match=r"no latent space is on this machine: run `.*weights download latents` once"):
+        load_editor("latents", device="cpu")
+    with pytest.raises(Unavailable, match="the latent space sd3 is not on this machine"):
+        load_editor("latents:sd3", device="cpu")
+    for name in ("flux2", "sd1"):
+        write_authors(SPACES[name].kept, SPACES[name], network(SPACES[name]))
+    assert [space.name for space in load_editor("latents", device="cpu").spaces] == ["sd1", "flux2"]
+    assert [space.name for space in load_editor("latents:flux2,sd1", device="cpu").spaces] == ["flux2", "sd1"]
+
+
+def test_an_editors_autoencoder_is_a_space(folder, tiny_folder, monkeypatch):
+    """By a folder and by a known name; of an editor nothing else is read."""
+    whole = load_editor(tiny_folder, device="cpu")
+    write_authors(SPACES["sd1"].kept, SPACES["sd1"], network(SPACES["sd1"]))
+    editor = load_editor(f"latents:sd1,{tiny_folder},miniature", device="cpu")
+    assert [space.name for space in editor.spaces] == ["sd1", tiny_folder.name, "miniature"]
+    assert [space.tiny for space in editor.spaces] == [True, False, False]
+    pixels = images.to_pixels(photo(32, 32))
+    torch.testing.assert_close(editor.spaces[1].encode(pixels), whole.scaled(whole.encode(pixels)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(editor.spaces[1].decode(whole.scaled(whole.encode(pixels))),
+                               whole.decode(whole.scaled(whole.encode(pixels))), rtol=0, atol=1e-5)
+    result = sifm_min.immunize(photo(32, 32), editor, steps=2)
+    assert [found["space"] for found in result.report["shifts"]] == ["sd1", tiny_folder.name, "miniature"]
+    assert not any(file.startswith(f"{tiny_folder.name}/unet") for file in result.report["editor"]["weights"])
+
+
+@pytest.mark.parametrize(("source", "kind", "words"), [
+    ("latents:sd9", ValueError, "latents: 'sd9' is none of sd1, sdxl, sd3, flux1, flux2; as an editor, 'sd9' is neither"),
+    ("latents:", Unavailable, "no latent space is on this machine"),
+    ("latents:miniature,", ValueError, "latents: '' is none of sd1"),
+    ("latents:miniature,miniature", ValueError, "has the latent space miniature twice"),
+    ("latents:{empty}", Unavailable, "has neither an editor's vae/ nor files of a tiny autoencoder"),
+])
+def test_wrong_items_are_sentences(source, kind, words, tmp_path):
+    with pytest.raises(kind, match=words) as caught:
+        load_editor(source.format(empty=tmp_path), device="cpu")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="revision and components are for one editor"):
+        load_editor("latents", revision="main")
+
+
+# ------------------------------------------------------------------------------------------------------- the real spaces
+
+def test_real_spaces_are_moved_far_beyond_noise(shared):
+    """A photograph at 128 pixels, five published spaces at once, 8 steps; figures of a longer run are 2 to 3 times noise."""
+    editor = load_editor(f"latents:{shared / 'data' / 'taesd'}", device="cpu")
+    assert [space.name for space in editor.spaces] == [*SPACES]
+    picture = Image.open(shared / "data" / "photos" / "astronaut.png").convert("RGB").crop((150, 20, 278, 148))
+    report = sifm_min.immunize(picture, editor, steps=8, step_size=2 / 255).report
+    for found in report["shifts"]:
+        assert found["shift"] > 1.3 * found["noise"] > 0.1, found
