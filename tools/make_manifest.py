@@ -20,7 +20,8 @@ category and caption.
 Unseen prompts, which no method is told, come from --unseen: JSON {"id or file name": ["text", or {"prompt", "caption"}]}, or
 CSV with a head, id,prompt and optionally caption, one line for each prompt. Or from a model: --gemini gemini-2.5-pro, or
 --gemini judge.json with one judge of a panel, SENDS EVERY PICTURE there with its prompt (tools/prompts/unseen-1.txt) and needs
-the key that the judge needs; answers are kept in unseen.jsonl and never asked for twice.
+the key that the judge needs. Answers are kept in unseen.jsonl and never asked for twice; only calls that were in flight at a
+kill are. --max-calls and --max-cost count every call of all runs into the folder.
 Exit codes: 0 all done, 1 some pictures failed (the manifest is then not written; --partial writes it), 2 usage, 3 the server
 cannot be reached, 130 interrupted.
 """
@@ -515,8 +516,8 @@ def ask_for_unseen(items, args):
 
     spec = Spec.from_json(_json(Path(args.gemini)) if args.gemini.endswith(".json") else
                           {"provider": "gemini", "model": args.gemini})
-    client = Client(spec, budget=Budget(max_cost=args.max_cost, max_calls=args.max_calls),
-                    notify=lambda text: cli.say(text, quiet=args.quiet))
+    budget = Budget(max_cost=args.max_cost, max_calls=args.max_calls)
+    client = Client(spec, budget=budget, notify=lambda text: cli.say(text, quiet=args.quiet))
     _, rules, user = re.split(r"^\[\w+\]\n", PROMPT.read_text(encoding="utf-8"), flags=re.M)
 
     def request(item):
@@ -531,7 +532,12 @@ def ask_for_unseen(items, args):
 
     failures, keys = [], {item.id: key(item) for item in items}
     with Ledger(args.output / "unseen.jsonl") as kept:
-        known = {row["key"]: row for row in kept.rows if row.get("status") == "ok"}
+        known = {row["key"]: row for row in kept.rows if "key" in row and row["status"] == "ok"}
+        budget.journal = kept
+        calls, _ = budget.resume([row.get("answer", row) for row in kept.rows])
+        if calls:
+            cli.say(f"{calls} calls were in flight when the last run ended: they count in the limits, and their questions are "
+                    "asked again", quiet=args.quiet)
         open_items = list({keys[item.id]: item for item in items if keys[item.id] not in known}.values())
         cli.say(f"asking {spec.model} for the unseen prompts of {len(open_items)} pictures"
                 + (f" (at most {sum(client.estimate(request(item))[1] for item in open_items):.2f} USD if each is asked once)"
@@ -665,8 +671,9 @@ def main(argv=None):
     source = more.add_mutually_exclusive_group()
     source.add_argument("--unseen", type=cli.path, metavar="FILE", help="JSON or CSV with unseen prompts")
     source.add_argument("--gemini", metavar="MODEL-OR-FILE", help="have a model write them: SENDS EVERY PICTURE there")
-    more.add_argument("--max-cost", type=cli.positive, metavar="USD", help="of --gemini; needs a price in its file")
-    more.add_argument("--max-calls", type=cli.count, help="of --gemini")
+    more.add_argument("--max-cost", type=cli.positive, metavar="USD",
+                      help="of --gemini, over all runs into the folder; needs a price in its file")
+    more.add_argument("--max-calls", type=cli.count, help="of --gemini, over all runs into the folder")
 
     command = commands.add_parser("world", parents=[shared], allow_abbrev=False, help="pictures of the miniature world")
     command.add_argument("-n", type=cli.count, default=100, help="how many pictures (default: 100)")

@@ -4,6 +4,10 @@ import hashlib
 import importlib.util
 import io
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -569,7 +573,44 @@ def test_a_limit_on_the_calls_is_kept(photos, tmp_path, model, monkeypatch, caps
     assert asked(photos, tmp_path, "--max-calls", "2", "--partial") == 1
     assert "the limit of 2 calls is reached" in told(capsys) and len(model.calls) == 2
     assert sorted(len(item.unseen_prompts) for item in manifest.read_manifest(tmp_path / "set")) == [0, 0, 5, 5]
+    assert asked(photos, tmp_path, "--max-calls", "2", "--partial", "--overwrite") == 1 and len(model.calls) == 2
     assert asked(photos, tmp_path, "--overwrite") == 0 and len(model.calls) == 4
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system kills otherwise")
+def test_calls_in_flight_at_a_kill_count_in_the_limits(photos, tmp_path, model, monkeypatch, capsys):
+    """One picture is answered and three calls hang: with a limit of six calls, two are left."""
+    monkeypatch.setenv("JUDGE_KEY", "a-secret-of-many-letters")
+    limit = ("--max-calls", "6", "--partial", "--overwrite")
+    model.script("gemini-2.5-pro", lambda call: written(1) if call is model.calls[0] else fake_gemini.after(60, written()))
+    command = [sys.executable, str(source), "folder", str(photos), "--prompt", "make it night", "-o", str(tmp_path / "set"),
+               "--gemini", str(tmp_path / "judge.json"), *limit]
+    process, until = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.monotonic() + 60
+    journal = tmp_path / "set" / "unseen.jsonl"
+    while len(model.calls) < 4 or '"prompts"' not in journal.read_text():
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    model.script("gemini-2.5-pro", lambda call: written(len(model.calls)))
+    assert tool.main(command[2:]) == 1 and len(model.calls) == 6
+    text = told(capsys)
+    assert "3 calls were in flight when the last run ended" in text and "the limit of 6 calls is reached" in text
+    assert tool.main(command[2:-len(limit)] + ["--partial", "--overwrite"]) == 0 and len(model.calls) == 7
+
+
+def test_calls_of_a_journal_without_intents_count_too(photos, tmp_path, model, monkeypatch, capsys):
+    monkeypatch.setenv("JUDGE_KEY", "a-secret-of-many-letters")
+    assert asked(photos, tmp_path) == 0 and len(model.calls) == 4
+    journal = tmp_path / "set" / "unseen.jsonl"
+    rows = [row for row in map(json.loads, journal.read_text().splitlines()) if "key" in row]
+    for row in rows:                                         # as an earlier version wrote them
+        for attempt in row["answer"]["attempts"]:
+            del attempt["call"]
+    journal.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (photos / "a-b.png").write_bytes(encoded(77, "PNG"))
+    assert asked(photos, tmp_path, "--overwrite", "--max-calls", "4") == 1 and len(model.calls) == 4
+    assert asked(photos, tmp_path, "--overwrite", "--max-calls", "5") == 0 and len(model.calls) == 5
 
 
 # ---------------------------------------------------------------------------------------------------------- the manifest file
