@@ -18,9 +18,9 @@ from .lean import Embedding
 
 PREFIX = "text_model."
 
-# Keys of a published config.json that are not fields of `CLIPTextConfig`: they change nothing at inference ...
+# Keys of a published config.json that are not fields of `CLIPTextConfig` and change nothing at inference.
 HARMLESS = TRANSFORMERS | {"tie_word_embeddings": "of a language model"}
-# ... or only these values are implemented.
+# Keys that are not fields, and their implemented values.
 IMPLEMENTED = {
     "model_type": ("clip_text_model",),
     "is_decoder": (False,),
@@ -70,7 +70,7 @@ class CLIPTextConfig(Config):
 
     @classmethod
     def translated(cls, given):
-        """Both classes of transformers write `projection_dim`; the class name says whether there is a projection."""
+        """Drop `projection_dim` for a class without projection: transformers writes the key for both classes."""
         kinds = given.get("architectures") or ["CLIPTextModel"]
         if kinds not in (["CLIPTextModel"], ["CLIPTextModelWithProjection"]):
             raise cls.refusal(f"sets architectures to {shown(kinds)}, not to a CLIPTextModel or CLIPTextModelWithProjection")
@@ -153,11 +153,11 @@ class CLIPText(nn.Module):
 
     @staticmethod
     def rename(name):
-        """A file's tensor name as ours, or None for one that is dropped on purpose."""
+        """Translate a tensor's name from a published file; None for a tensor that no layer uses."""
         if name.endswith("embeddings.position_ids"):
             return None                                        # 0, 1, 2, ...: a buffer that SD 1.x files carry
         if name == "logit_scale":
-            return None                                        # of the comparison with pictures, in files of the text half
+            return None                                        # scales the similarity to pictures, which is not computed here
         if name.startswith((PREFIX, "text_projection.")):
             return name
         return PREFIX + name                                   # transformers 5 saves CLIPTextModel without the prefix
@@ -178,7 +178,7 @@ class CLIPText(nn.Module):
         return TextStates(last, penultimate, pooled)
 
     def _end(self, ids):
-        """(B,) the first end token of each row. Older configs say `eos_token_id` 2, which no prompt contains: for them
-        the end is the highest id, and padding with the same id comes later, as argmax keeps the first."""
+        """The position of the first end token in each row, (B,). Older configs set `eos_token_id` to 2, which no prompt
+        contains. For them the end token is the highest id; where padding has the same id, argmax keeps the first."""
         ends = ids if self.config.eos_token_id == 2 else ids == self.config.eos_token_id
         return ends.int().argmax(dim=-1)

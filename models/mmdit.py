@@ -31,7 +31,7 @@ WAVES = 256                                         # sines and cosines that a t
 
 @dataclass(frozen=True, kw_only=True)
 class MMDiTConfig(Config):
-    """`transformer/config.json`. Defaults are those of the published class, for files older than the option."""
+    """`transformer/config.json`. Defaults are those of the published class, for files that are older than the option."""
 
     FILE: ClassVar = "the transformer's config.json"
     NETWORK: ClassVar = "the transformer"
@@ -87,20 +87,20 @@ def tap_names(config: MMDiTConfig) -> tuple[str, ...]:
 
 
 def default_taps(config: MMDiTConfig) -> tuple[str, ...]:
-    """The image tokens after blocks n/2 to n-2: 12 to 22 of the published 24. The last block is left out, being as good
-    as the output."""
+    """The image tokens after blocks n/2 to n-2: 12 to 22 of the published 24. The last block is left out: it is close
+    to the output."""
     first = config.num_layers // 2
     return tuple(f"transformer_blocks.{i}" for i in range(first, max(config.num_layers - 1, first + 1)))
 
 
 class PatchEmbedding(nn.Module):
-    """Every patch a token, with its place added from the centre of a square table of positions."""
+    """Patches as tokens, each with its position embedding, from the centre of a square table."""
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
         self.side = config.pos_embed_max_size
         self.proj = nn.Conv2d(config.in_channels, config.width, config.patch_size, stride=config.patch_size)
-        # Stored in the file with the weights, though nothing ever trained it.
+        # A fixed table, which files store with the weights.
         self.register_buffer("pos_embed", torch.empty(1, self.side**2, config.width))
 
     def forward(self, latent):                                              # (B, C, h, w) -> (B, tokens, width)
@@ -109,7 +109,7 @@ class PatchEmbedding(nn.Module):
         top, left = (self.side - height) // 2, (self.side - width) // 2
         table = self.pos_embed.unflatten(1, (self.side, self.side))
         table = table[:, top:top + height, left:left + width].flatten(1, 2)
-        # Contiguous once, here: every residual sum after it would keep the convolution's strides.
+        # Contiguous, or every residual sum after this would keep the convolution's strides.
         return x.flatten(2).transpose(1, 2).contiguous() + table.to(x.dtype)
 
 
@@ -136,14 +136,14 @@ class TimeTextEmbedding(nn.Module):
     def forward(self, timestep, pooled):                                    # a number or (T,); (B or 1, P) -> (B, width)
         timestep = torch.as_tensor(timestep, device=pooled.device).reshape(-1, 1).float()
         steps = torch.arange(WAVES // 2, dtype=torch.float32, device=pooled.device)
-        # In float32 whatever the weights, and in everybody's order of operations, which decides the last digits.
+        # In float32 whatever the weights' dtype, in the published code's order of operations, which decides the last digits.
         angle = timestep * torch.exp(-math.log(10000) * steps / (WAVES // 2))
         waves = torch.cat([angle.cos(), angle.sin()], dim=1).to(pooled.dtype)
         return self.timestep_embedder(waves) + self.text_embedder(pooled)
 
 
 class Modulation(nn.Module):
-    """adaLN: from the time and text vector, `count` vectors that shift, scale and gate the tokens of one stream."""
+    """adaLN: `count` vectors, computed from the time and text vector, that shift, scale and gate one stream's tokens."""
 
     def __init__(self, width: int, count: int):
         super().__init__()
@@ -155,19 +155,19 @@ class Modulation(nn.Module):
 
 
 def normed(x, shift, scale):
-    """Tokens (B, L, C) of zero mean and unit variance each, then scaled and shifted by (B, 1, C)."""
+    """Normalise each token of x (B, L, C) to zero mean and unit variance, then scale and shift it by (B, 1, C)."""
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
 
 
 class Attention(nn.Module):
-    """Image tokens look at one another and, where `joint`, both streams look at both, each through its own weights."""
+    """Attention of the image tokens to one another or, if `joint`, of both streams to both, each with its own weights."""
 
     def __init__(self, config: MMDiTConfig, *, joint: bool, answers_text: bool = False):
         super().__init__()
         width = config.width
         self.heads = config.num_attention_heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])              # a list: the files say to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])              # a list, because files say to_out.0
         if joint:
             self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(width, width) for _ in range(3))
         self.to_add_out = nn.Linear(width, width) if answers_text else None
@@ -185,7 +185,7 @@ class Attention(nn.Module):
     def forward(self, x, context=None, *, want_probs=False):                # (B, N, C), (B, L, C)
         """(x (B,N,C), context (B,L,C) or None, probs (B,heads,N,L) or None): the attended values of both streams.
 
-        probs, if wanted: each image token's attention to each text token, of a softmax over all N + L.
+        probs, with `want_probs`: the attention of each image token to each text token, of a softmax over all N + L.
         """
         q, k, v = (self.split(to(x), norm) for to, norm in
                    ((self.to_q, self.norm_q), (self.to_k, self.norm_k), (self.to_v, None)))
@@ -205,7 +205,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Four times the width and back. The identity stands where the published layout has its dropout."""
+    """Two layers, to four times the width and back. The identity replaces the dropout of the published layout."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -220,7 +220,7 @@ class FeedForward(nn.Module):
 class JointBlock(nn.Module):
     """Attention over both streams, then a feed-forward for each; every part is shifted, scaled and gated by `temb`.
 
-    In the last block (`final`) the text is only looked at: nothing comes after it that would read it.
+    The last block (`final`) reads the text tokens and returns none, because nothing after it needs them.
     """
 
     def __init__(self, config: MMDiTConfig, *, dual: bool, final: bool):
@@ -234,11 +234,11 @@ class JointBlock(nn.Module):
         self.ff_context = None if final else FeedForward(width)
 
     def prepare(self, temb):                                                # (B, C)
-        """The modulation of both streams, from a third of the block's weights; it does not depend on the tokens."""
+        """The modulation of both streams. It takes a third of the block's weights and does not depend on the tokens."""
         return self.norm1(temb), self.norm1_context(temb)
 
     def forward(self, x, context, modulation, want_probs=False):            # (B, N, C), (B, L, C), as `prepare` makes it
-        """Both streams after the block, (x, context), context None in the last one; and the attention's probabilities."""
+        """(x, context, probs) after the block; context is None in the last block, probs None unless `want_probs`."""
         image, text = modulation
         shift, scale, gate, ff_shift, ff_scale, ff_gate, *second = image
         if self.ff_context is None:
@@ -262,7 +262,7 @@ class JointBlock(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """The published SD3Transformer2DModel. `checkpointing`: recompute blocks in the backward pass, for memory."""
+    """The published SD3Transformer2DModel. `checkpointing`: recompute blocks in the backward pass, which saves memory."""
 
     Config = MMDiTConfig
     checkpointing = False
@@ -285,16 +285,16 @@ class MMDiT(nn.Module):
 
     @property
     def probs_names(self) -> tuple[str, ...]:
-        """Attention probabilities that `walk` yields only where `wanted` names them: they cost memory and time."""
+        """Names of the attention maps of the text. `walk` yields only those that `wanted` names: they cost memory and time."""
         return tuple(f"transformer_blocks.{i}.attn.probs" for i in range(self.config.num_layers))
 
     def prepare_timestep(self, timestep, pooled: torch.Tensor) -> Prepared:
-        """Timesteps and pooled text to be passed as `timestep` to many calls, which then need no `pooled`: how they modulate
-        every block is computed once."""
+        """Compute once how timesteps and pooled text modulate every block. Pass the result as `timestep` to many calls,
+        without `pooled`."""
         return Prepared.for_many(self, self.time_text_embed(timestep, pooled))
 
     def prepare_context(self, context: torch.Tensor) -> Prepared:
-        """A text to be passed as `context` to many calls: it is embedded once."""
+        """Embed a text once. Pass the result as `context` to many calls."""
         return Prepared.for_many(self, self.context_embedder(context))
 
     def walk(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor | Prepared,
@@ -305,7 +305,7 @@ class MMDiT(nn.Module):
         appended where the checkpoint has them. timestep: 0 to 1000 (sigma times 1000), a number or a tensor with one or
         B of them. context: (B, L, joint_attention_dim), or (1, L, ...) for one text; pooled likewise, (B or 1, P). Timestep
         with pooled, and context, may be prepared, by the two methods above.
-        wanted: which of `probs_names` to yield too: (B, heads, image tokens, L), how much each image token looks at each
+        wanted: which of `probs_names` to yield too: (B, heads, image tokens, L), the attention of each image token to each
         text token. Activations are live: graph attached, never detached or cast. ValueError for a size that does not fit.
         """
         p, side = self.config.patch_size, self.config.pos_embed_max_size
@@ -338,12 +338,12 @@ class MMDiT(nn.Module):
                 pooled: torch.Tensor | None = None) -> torch.Tensor:
         """The predicted velocity, noise minus clean latent: (B, out_channels, h, w)."""
         for _, activation in self.walk(noisy_latent, timestep, context, pooled):
-            velocity = activation                                                   # the last one stays
+            velocity = activation                                                   # the last one
         return velocity
 
     def features(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor | Prepared,
                  pooled: torch.Tensor | None = None, *, taps: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The tapped activations, name -> tensor. Stops after the last one: later blocks are never run."""
+        """The tapped activations, {name: tensor}. Stops after the last of them: later blocks do not run."""
         taps, known = set(taps), (*self.tap_names, *self.probs_names)
         if not taps:
             raise ValueError(f"no taps were asked for; this transformer has {len(known)}, from {known[0]!r} to {known[-1]!r}")
@@ -355,5 +355,5 @@ class MMDiT(nn.Module):
                 found[name] = x
                 if len(found) == len(taps):
                     break
-        assert len(found) == len(taps), "tap_names promises what walk does not yield"
+        assert len(found) == len(taps), "tap_names has a name that walk does not yield"
         return found

@@ -1,4 +1,4 @@
-"""The SD 1.x / InstructPix2Pix U-Net: predicts what is to be removed from a noisy latent, given a timestep and a text.
+"""The SD 1.x / InstructPix2Pix U-Net: predicts the noise in a noisy latent, given a timestep and a text.
 
 Reads the `unet/` of timbrooks/instruct-pix2pix and MudeHui/HQ-Edit (8 input channels: noisy latent and image latent)
 and of every SD 1.x (4), and of the shipped miniature. Parameters carry the names of the published files, so loading is
@@ -20,13 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from .config import EMA, LAYERS, Config, shown
 from .lean import Conv2d, GroupNorm, NormSiLU, Prepared, gated_gelu
 
-# Keys of the published config.json that are not fields of `UNetConfig`: they change nothing at inference ...
+# Keys of the published config.json that are not fields of `UNetConfig` and change nothing at inference.
 HARMLESS = EMA | {
     "sample_size": "the training resolution; the network takes any",
     "dropout": "training only",
-    "addition_embed_type_num_heads": "of an embedding that addition_embed_type would have to ask for",
+    "addition_embed_type_num_heads": "of an embedding that exists only with addition_embed_type",
 }
-# ... or only these values are implemented, in the spellings that files use.
+# Keys that are not fields, and their implemented values, in the spellings that files use.
 IMPLEMENTED = {
     "act_fn": ("silu", "swish"),
     "attention_type": ("default",),
@@ -47,10 +47,10 @@ IMPLEMENTED = {
     "reverse_transformer_layers_per_block", "time_cond_proj_dim", "time_embedding_act_fn", "time_embedding_dim",
     "timestep_post_act",
 ), (None,))
-# Which types of block are implemented, and whether they attend.
+# The implemented block types; True for those with attention.
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
-PER_BLOCK = ("attention_head_dim", "transformer_layers_per_block")          # where one number stands for all resolutions
+PER_BLOCK = ("attention_head_dim", "transformer_layers_per_block")          # one number is for all resolutions
 
 TRANSFORMER_NORM_EPS = 1e-6                         # of the GroupNorm before a transformer, whatever norm_eps says
 
@@ -59,7 +59,7 @@ TRANSFORMER_NORM_EPS = 1e-6                         # of the GroupNorm before a 
 class UNetConfig(Config):
     """`unet/config.json`. Values per resolution are finest first, except `up_block_types`, which are in running order.
 
-    Defaults are those of the published class, for files older than the option.
+    Defaults are those of the published class, for files that are older than the option.
     """
 
     FILE: ClassVar = "the U-Net's config.json"
@@ -99,7 +99,7 @@ class UNetConfig(Config):
             raise self.refusal(fault)
 
     def _faults(self):
-        """Contradictions between the values, as ends of sentences."""
+        """Yield each contradiction between the values, as the end of a sentence about the file."""
         for key, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             for kind in getattr(self, key):
                 if kind not in tuple(known):
@@ -120,8 +120,7 @@ class UNetConfig(Config):
 def tap_names(config: UNetConfig) -> tuple[str, ...]:
     """Every name that `walk` yields, in execution order: module paths of the published layout, then "out".
 
-    Taps of one resolution share height and width, and the channels where those are equal; no more than that is shared,
-    except by "mid_block" and "mid_block.resnets.1", which are one tensor.
+    Taps of one resolution have the same height and width. "mid_block" and "mid_block.resnets.1" are one tensor.
     """
     names, last = ["conv_in"], len(config.block_out_channels) - 1
 
@@ -151,7 +150,7 @@ def default_taps(config: UNetConfig) -> tuple[str, ...]:
 
 
 class TimeEmbedding(nn.Module):
-    """The timestep as sines and cosines, (T, C), through two layers to (T, 4C), then the SiLU that every block needs, once."""
+    """Sinusoids of the timestep (T, C), two layers to (T, 4C), then the SiLU that every block needs, applied once."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -164,8 +163,8 @@ class TimeEmbedding(nn.Module):
         weight, half = self.linear_1.weight, self.config.block_out_channels[0] // 2
         steps = torch.arange(half, dtype=torch.float32, device=weight.device)
         timestep = torch.as_tensor(timestep, device=weight.device).reshape(-1, 1).float()
-        # (T, C / 2), in float32 whatever the weights. The order of operations is everybody's: it decides the last digits
-        # of a frequency, and a thousand times that is no longer small.
+        # (T, C / 2), in float32 whatever the weights' dtype. The order of operations is that of the published code: it
+        # decides the last digits of a frequency, and timesteps up to 1000 multiply that error.
         angle = timestep * torch.exp(-math.log(10000) * steps / (half - self.config.freq_shift))
         waves = (angle.cos(), angle.sin()) if self.config.flip_sin_to_cos else (angle.sin(), angle.cos())
         x = self.linear_1(torch.cat(waves, dim=1).to(weight.dtype))
@@ -196,7 +195,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Tokens look at one another, or at the text: what is looked at is `context_dim` channels wide."""
+    """Attention of tokens of `width` channels to one another, or to a text of `context_dim` channels."""
 
     def __init__(self, width: int, context_dim: int, heads: int):
         super().__init__()
@@ -204,17 +203,17 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_dim, width, bias=False)
         self.to_v = nn.Linear(context_dim, width, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])              # a list: the files say to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])              # a list, because files say to_out.0
 
     def split(self, tokens):                                                # (B, L, C) -> (B, heads, L, head_dim)
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_values(self, context):
-        """Keys and values, which depend on the context alone."""
+        """(keys, values) of the context, each (B, heads, L, head_dim)."""
         return self.split(self.to_k(context)), self.split(self.to_v(context))
 
     def forward(self, x, keys_values, *, want_probs=False):                 # (B, tokens, C), (B or 1, heads, L, head_dim)
-        """(attended values (B, tokens, C), probabilities (B, heads, tokens, L) if wanted, else None)."""
+        """(attended values (B, tokens, C), probabilities (B, heads, tokens, L), or None unless `want_probs`)."""
         q = self.split(self.to_q(x))
         k, v = (part.expand(len(x), -1, -1, -1) for part in keys_values)
         probs = None
@@ -222,14 +221,14 @@ class Attention(nn.Module):
             probs = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(dim=-1)
             seen = probs @ v
         else:
-            # Fused on every device: on a CPU too it is measured as fast as a plain softmax(q k^T) v or faster, forward
-            # and backward, from 16 tokens to 4096, and it never holds the (tokens, L) matrix.
+            # Fused on a CPU too: there it is measured as fast as a plain softmax(q k^T) v or faster, forward and
+            # backward, from 16 tokens to 4096, and it never holds the (tokens, L) matrix.
             seen = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](seen.transpose(1, 2).flatten(2)), probs
 
 
 class GEGLU(nn.Module):
-    """A linear layer to twice the width, of which one half gates the other."""
+    """A linear layer to twice the width; then one half gates the other."""
 
     def __init__(self, width: int, out: int):
         super().__init__()
@@ -240,7 +239,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Four times the width and back. The identity stands where the published layout has its dropout."""
+    """Two layers, to four times the width and back. The identity replaces the dropout of the published layout."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -271,13 +270,13 @@ class TransformerBlock(nn.Module):
 
 
 def per_token(layer, tokens):
-    """A linear layer, or a 1x1 convolution, which is the same stored as [C, C, 1, 1]; so both kinds of file run alike,
-    and a convolution saves two changes of memory layout."""
+    """Apply a linear layer, or a 1x1 convolution whose weights are stored as [C, C, 1, 1], to tokens (B, L, C). For the
+    convolution this saves two changes of memory layout."""
     return F.linear(tokens, layer.weight.flatten(1), layer.bias)
 
 
 class Transformer(nn.Module):
-    """Every position a token, transformer blocks over them, and back onto the picture they came from."""
+    """Transformer blocks over all positions of x as tokens, with a residual connection."""
 
     def __init__(self, width: int, heads: int, layers: int, config: UNetConfig):
         super().__init__()
@@ -292,7 +291,10 @@ class Transformer(nn.Module):
         return [block.attn2.keys_values(context) for block in self.transformer_blocks]
 
     def forward(self, x, texts, path, wanted):
-        """x (B, C, h, w) -> the same; and name -> probs (B, heads, h*w, L) of those that are wanted here, at `path`."""
+        """(x (B, C, h, w) after the blocks, {name: probs (B, heads, h*w, L)} for the names in `wanted`).
+
+        path: of this module, which these names begin with.
+        """
         tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (B, C, h, w) -> (B, h*w, C)
         tokens = per_token(self.proj_in, tokens)
         found = {}
@@ -306,7 +308,7 @@ class Transformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size, rounded up."""
+    """A convolution to half the size, rounded up."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -317,7 +319,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """The size of the next skip connection (twice the size, or one less): nearest neighbour, then a convolution."""
+    """Nearest-neighbour interpolation to `size`, that of the next skip connection, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -333,13 +335,13 @@ class Block(nn.Module):
     def __init__(self, residual_blocks: Iterable[nn.Module], transformers: Iterable[nn.Module]):
         super().__init__()
         self.resnets = nn.ModuleList(residual_blocks)
-        self.attentions = nn.ModuleList(transformers)                       # one for each of the above, or none
+        self.attentions = nn.ModuleList(transformers)                       # one for each residual block, or none
 
 
 class UNet(nn.Module):
     """The published UNet2DConditionModel, as far as SD 1.x and its descendants use it.
 
-    `checkpointing`: recompute residual blocks and transformers in the backward pass, for memory.
+    `checkpointing`: recompute residual blocks and transformers in the backward pass, which saves memory.
     """
 
     Config = UNetConfig
@@ -372,7 +374,7 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         for i, kind in enumerate(config.up_block_types):
             level = coarsest - i
-            # What comes from below, then the block's own width; and the skips, of which the last is from one level up.
+            # Channels of each residual block's input, first from the level below; of its skip, last from the level above.
             ins = [widths[min(level + 1, coarsest)]] + [widths[level]] * layers
             skips = [widths[level]] * layers + [widths[max(level - 1, 0)]]
             block = Block((ResidualBlock(n + skip, widths[level], config) for n, skip in zip(ins, skips, strict=True)),
@@ -389,16 +391,16 @@ class UNet(nn.Module):
 
     @property
     def probs_names(self) -> tuple[str, ...]:
-        """The attentions to the text, in execution order, whose probabilities `walk` yields only where `wanted` names
-        them: fused attention, which they take the place of, has none, and they cost memory and time."""
+        """Names of the attention maps of the text, in execution order. `walk` yields only those that `wanted` names: fused
+        attention does not compute them, so each costs memory and time."""
         return tuple(f"{path}.probs" for path, _ in self.named_modules() if path.endswith(".attn2"))
 
     def prepare_timestep(self, timestep) -> Prepared:
-        """Timesteps to be passed as `timestep` to many calls: what they add to every residual block is computed once."""
+        """Compute once what the timesteps add to every residual block. Pass the result as `timestep` to many calls."""
         return Prepared.for_many(self, self.time_embedding(timestep))
 
     def prepare_context(self, context: torch.Tensor) -> Prepared:
-        """A text to be passed as `context` to many calls: its keys and values are computed once."""
+        """Compute the keys and values of a text once. Pass the result as `context` to many calls."""
         return Prepared.for_many(self, context)
 
     def walk(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor | Prepared, *,
@@ -408,7 +410,7 @@ class UNet(nn.Module):
         noisy_latent: (B, in_channels, h, w), as the scheduler scales it, with the image latent's channels appended
         where the checkpoint has them. timestep: a number, or a tensor with one or B of them. context: (B, L, C), or
         (1, L, C) for one text. Either may be prepared, by the two methods above. wanted: which of `probs_names` to yield
-        too, each before its transformer's output: (B, heads, h*w, L), how much each position looks at each text token.
+        too, each before its transformer's output: (B, heads, h*w, L), the attention of each position to each text token.
         Names are module paths of the published layout. Activations are live: graph attached, never detached or cast.
         This is a generator so that `features` can stop early without a second block loop.
         """
@@ -466,12 +468,12 @@ class UNet(nn.Module):
     def forward(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor | Prepared) -> torch.Tensor:
         """The prediction, (B, out_channels, h, w): noise or velocity, as the checkpoint's scheduler config says."""
         for _, activation in self.walk(noisy_latent, timestep, context):
-            prediction = activation                                                 # the last one stays
+            prediction = activation                                                 # the last one
         return prediction
 
     def features(self, noisy_latent: torch.Tensor, timestep, context: torch.Tensor | Prepared, *,
                  taps: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The tapped activations, name -> tensor. Stops after the last one: later blocks are never run.
+        """The tapped activations, {name: tensor}. Stops after the last of them: later blocks do not run.
 
         taps: from `tap_names`, and from `probs_names`, the attention maps.
         """
@@ -486,5 +488,5 @@ class UNet(nn.Module):
                 found[name] = x
                 if len(found) == len(taps):
                     break
-        assert len(found) == len(taps), "tap_names promises what walk does not yield"
+        assert len(found) == len(taps), "tap_names has a name that walk does not yield"
         return found

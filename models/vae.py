@@ -4,8 +4,8 @@ Reads: the `vae/` of timbrooks/instruct-pix2pix, MudeHui/HQ-Edit and every SD 1.
 around the latent), and of stabilityai/stable-diffusion-3-medium (16 channels, without them). Parameters carry the names
 of the published files. Paper: Rombach et al. 2022, section 3.1 and appendix G.
 
-`encode` returns the posterior's mean and log variance, and `decode` takes what a mean is: unscaled latents. The
-diffusion model works on (latent - shift_factor) * scaling_factor; that conversion is the editor's.
+`encode` returns the posterior's mean and log variance, and `decode` takes an unscaled latent, such as that mean. The
+diffusion model works on (latent - shift_factor) * scaling_factor; the editor converts.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from .config import EMA, LAYERS, Config, shown
 from .lean import Conv2d, GroupNorm, NormSiLU
 
-# Keys of the published config.json that are not fields of `VAEConfig`: they change nothing at inference ...
+# Keys of the published config.json that are not fields of `VAEConfig` and change nothing at inference.
 HARMLESS = EMA | {
     "sample_size": "the training resolution; the network is convolutional",
     "force_upcast": "which dtype to run in is the caller's decision",
 }
-# ... or only these values are implemented.
+# Keys that are not fields, and their implemented values.
 IMPLEMENTED = {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,)}
 BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
@@ -36,7 +36,7 @@ NORM_EPS = 1e-6                                     # of every GroupNorm; the U-
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig(Config):
-    """`vae/config.json`. Defaults stand in for keys that files older than the option leave out."""
+    """`vae/config.json`. Defaults are for files that are older than the option."""
 
     FILE: ClassVar = "the VAE's config.json"
     NETWORK: ClassVar = "the VAE"
@@ -70,7 +70,7 @@ class VAEConfig(Config):
 
     @classmethod
     def translated(cls, given):
-        """Check the types of blocks: one of each is implemented, so they are no fields."""
+        """Check the block types and drop them: there is one implementation of each."""
         widths = given.get("block_out_channels")
         for key, kind in BLOCK_TYPES.items():
             if key in given and isinstance(widths, list) and given[key] != [kind] * len(widths):
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])        # a list: the files say to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])        # a list, because files say to_out.0
 
     def forward(self, x):                                                   # (B, C, h, w) -> (B, C, h, w)
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)              # (B, C, h, w) -> (B, h*w, C)
@@ -115,14 +115,14 @@ class Attention(nn.Module):
 
 
 def run(layers, x, checkpointing):
-    """x through one layer after another; `checkpointing`: each is run again on the way back, for memory."""
+    """Run x through the layers. checkpointing: recompute each layer in the backward pass, which saves memory."""
     for layer in layers:
         x = checkpoint(layer, x, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else layer(x)
     return x
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention (unless the config says without), residual block, at the coarsest resolution."""
+    """Residual block, attention (if `add_attention`), residual block, at the coarsest resolution."""
 
     def __init__(self, channels: int, groups: int, add_attention: bool):
         super().__init__()
@@ -135,7 +135,7 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size. The padding is on the right and the bottom only: symmetric padding gives other numbers."""
+    """A convolution to half the size. It pads the right and the bottom only; symmetric padding gives other numbers."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -146,7 +146,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size: nearest neighbour, then a convolution."""
+    """Nearest-neighbour interpolation to twice the size, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -157,7 +157,7 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual blocks at one resolution of the encoder, then half the size, except at the coarsest."""
+    """Residual blocks at one resolution of the encoder, then a `Downsample`, except at the coarsest."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, downsample: bool):
         super().__init__()
@@ -173,7 +173,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks at one resolution of the decoder, then twice the size, except at the finest."""
+    """Residual blocks at one resolution of the decoder, then an `Upsample`, except at the finest."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, upsample: bool):
         super().__init__()
@@ -232,9 +232,9 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The two halves and the optional 1x1 convolutions between them and the latent.
+    """Encoder, decoder, and the optional 1x1 convolutions between them and the latent.
 
-    `checkpointing`: recompute residual blocks and attention in the backward pass, for memory.
+    `checkpointing`: recompute residual blocks and attention in the backward pass, which saves memory.
     """
 
     Config = VAEConfig
@@ -273,5 +273,5 @@ class AutoencoderKL(nn.Module):
 
     @staticmethod
     def rename(name: str) -> str:
-        """The name used here of a tensor in a published file, in either spelling of the attention's layers."""
+        """Translate a tensor's name from a published file, in either spelling of the attention's layers."""
         return ".".join(LEGACY_NAMES.get(part, part) for part in name.split("."))

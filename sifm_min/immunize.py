@@ -63,6 +63,7 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, steps=None, se
     from . import memory as plans
     from .editors import check
     from .editors.precision import full_float32
+    from .models import cpu
     from .pgd import pgd
 
     if isinstance(editor, str | Path):
@@ -111,8 +112,9 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, steps=None, se
                    on_step=record), objective, ran
 
     begun = time.perf_counter()
-    (delta, objective, loop), plan = plans.run_planned(perturb, memory, editor, **timesteps, job=name,
-                                                       size=math.prod(editor.frame(*picture.image.size)))
+    with cpu.record() as kernels:
+        (delta, objective, loop), plan = plans.run_planned(perturb, memory, editor, **timesteps, job=name,
+                                                           size=math.prod(editor.frame(*picture.image.size)))
     looped = time.perf_counter() - begun
     immunized = images.quantize(picture, delta, eps)
     seconds = {"seconds": round(time.perf_counter() - started, 3), "loop_seconds": round(looped, 3)}
@@ -126,6 +128,7 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, steps=None, se
         **_measured(picture, immunized, eps), **measures,
         "loss": curve, "passes": methods.counted_passes(objective, len(curve)), **seconds,
         "memory": {"asked": memory, **plan._asdict()}, "peak_memory_bytes": _peak(editor.device),
+        "cpu_kernels": cpu.describe(kernels, editor.device),
         "versions": {"sifm_min": import_module(__package__).__version__, "torch": torch.__version__,
                      "python": platform.python_version()},
     })

@@ -1,4 +1,4 @@
-"""models/cpu.py: group norms of channels-last tensors are as exact as those of contiguous ones, and run where they should."""
+"""Group norms of models/cpu.py: as exact as those of contiguous tensors, and used for the right tensors."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_a_norm_is_as_exact_as_a_contiguous_one(name, kind, layer):
 
 @pytest.mark.parametrize("layer", [GroupNorm, NormSiLU])
 def test_gradients_are_those_of_differences(layer, monkeypatch):
-    monkeypatch.setattr(cpu, "MANY_POSITIONS", 0)
+    monkeypatch.setattr(cpu, "NORM_POSITIONS", 0)
     monkeypatch.setattr(cpu, "norms", lambda x: x.ndim == 4)                # in double precision too
     norm = frozen(layer, 2, 4).double()
     x = draw(2, 4, 3, 5).contiguous(memory_format=LAST).requires_grad_()

@@ -188,6 +188,7 @@ def test_an_indexed_device_is_used_from_the_first_call(gpu, tiny_folder):
     editor = sifm_min.load_editor(tiny_folder, device="cuda:0", dtype=torch.float32)
     report = sifm_min.immunize(picture(), editor, "night", steps=1, timesteps=1).report
     assert report["peak_memory_bytes"] > 10_000
+    assert report["cpu_kernels"] is None
 
 
 @pytest.mark.parametrize(("asked", "local", "cards", "device"), [

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sifm_min.models import lean as lean_layers
+from sifm_min.models import cpu
 from sifm_min.models.lean import Conv2d, NormSiLU, Prepared, gated_gelu, only_the_input
 from sifm_min.models.unet import UNet, UNetConfig
 from sifm_min.models.vae import AutoencoderKL, VAEConfig
@@ -99,7 +99,7 @@ def no_convolution(*inputs, **options):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", FEW_POSITIONS)
 def test_a_convolution_of_few_positions_is_a_matrix_product(name, dtype, monkeypatch):
-    monkeypatch.setattr(lean_layers, "MANY_WEIGHTS", 0)
+    monkeypatch.setattr(cpu, "PRODUCT_WEIGHTS", 0)
     ins, outs, kernel, options, size = FEW_POSITIONS[name]
     lean = frozen(Conv2d(ins, outs, kernel, **options), dtype, LAST)
     plain = nn.Conv2d(ins, outs, kernel, **options).to(dtype, memory_format=LAST).requires_grad_(False)
@@ -126,14 +126,14 @@ def test_few_weights_are_convolved(monkeypatch):
 
 
 def test_what_trains_is_convolved(monkeypatch):
-    monkeypatch.setattr(lean_layers, "MANY_WEIGHTS", 0)
+    monkeypatch.setattr(cpu, "PRODUCT_WEIGHTS", 0)
     layer = Conv2d(40, 48, 3, padding=1).to(memory_format=LAST)
     layer(draw(2, 40, 2, 2, dtype=torch.float32, layout=LAST)).sum().backward()
     assert layer.weight.grad.abs().max() > 0
 
 
 def test_gradients_are_those_of_differences(monkeypatch):
-    monkeypatch.setattr(lean_layers, "MANY_WEIGHTS", 0)
+    monkeypatch.setattr(cpu, "PRODUCT_WEIGHTS", 0)
     lean = frozen(Conv2d(3, 4, 3, stride=2, padding=1), torch.float64)
     norm = frozen(NormSiLU(2, 4), torch.float64)
     x = draw(2, 3, 5, 4).requires_grad_()
@@ -187,8 +187,9 @@ def test_a_gate_is_the_plain_one_and_keeps_its_input(dtype):
 
 
 @pytest.mark.parametrize("layer", ["convolution", "few positions", "norm", "gate"])
-def test_low_precision_is_as_near_the_truth_as_plain_layers(layer):
+def test_low_precision_is_as_near_the_truth_as_plain_layers(layer, monkeypatch):
     """The mean over many elements of how far the gradient is from that in double precision, of the rounded inputs."""
+    monkeypatch.setattr(cpu, "PRODUCT_WEIGHTS", 2**21)
     shape = (8, 512, 4, 4) if layer == "few positions" else (4, 16, 24, 24)
     norm, conv = NormSiLU(4, shape[1]), Conv2d(shape[1], shape[1], 3, padding=1).to(memory_format=LAST)
     x, weight = 3 * draw(*shape, dtype=torch.float32, layout=LAST) + 2, draw(*shape, layout=LAST, seed=3)
@@ -201,14 +202,16 @@ def test_low_precision_is_as_near_the_truth_as_plain_layers(layer):
 
     def gradient(run, dtype):
         for module in (norm, conv):
-            frozen(module, torch.bfloat16).to(dtype)
+            frozen(module, torch.bfloat16, LAST).to(dtype)
         at = x.to(dtype).requires_grad_()
         found = torch.autograd.grad(run(at), at, weight.to(dtype))[0]
         assert found.dtype == dtype
         return found.double()
 
     truth = gradient(plain, torch.float64)
-    ours, theirs = ((gradient(run, torch.bfloat16) - truth).abs().mean() for run in (lean, plain))
+    with cpu.record() as kernels:
+        ours, theirs = ((gradient(run, torch.bfloat16) - truth).abs().mean() for run in (lean, plain))
+    assert ("matrix product" in kernels) == (layer == "few positions")
     assert 0 < ours <= 1.1 * theirs
 
 

@@ -2,15 +2,12 @@
 whole autoencoder, so convolved, against diffusers'."""
 
 import threading
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sifm_min.models import winograd
-from sifm_min.models.lean import Conv2d
-from sifm_min.models.vae import AutoencoderKL, VAEConfig
 
 LAST = torch.channels_last
 SHAPES = {                                          # pictures, in, out, height, width
@@ -22,13 +19,6 @@ SHAPES = {                                          # pictures, in, out, height,
     "a row of tiles at a time": (2, 8, 8, 36, 132),
     "two rows at a time, of an odd number": (2, 8, 8, 36, 64),
 }
-
-
-@pytest.fixture
-def always(monkeypatch):
-    """Few channels and positions will do, and few tiles at once."""
-    for name, value in (("MANY_CHANNELS", 1), ("MANY_POSITIONS", 1), ("TILES", 32)):
-        monkeypatch.setattr(winograd, name, value)
 
 
 def draw(*shape, seed=0):
@@ -110,89 +100,3 @@ def test_what_memory_it_keeps_serves_one_thread_and_every_mode(monkeypatch):
     assert all(len(found[n]) == 31 and all(torch.equal(ours, alone[n]) for ours in found[n]) for n in range(3))
     monkeypatch.setattr(winograd, "KEPT", 0)                                # or none at all
     assert torch.equal(winograd.convolve(*cases[0]), alone[0])
-
-
-# --------------------------------------------------------------------------------------------------------- which runs when
-
-def layer(ins=128, outs=128, kernel=3, *, layout=LAST, dtype=torch.float32, **options):
-    made = Conv2d(ins, outs, kernel, **(options or {"padding": kernel // 2}))
-    return made.to(dtype, memory_format=layout).requires_grad_(False)
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """The names of what ran, in order."""
-    ran = []
-    for module, name in ((winograd, "convolve"), (winograd, "gradient"), (F, "conv2d"), (F, "conv_transpose2d")):
-        def run(own, name, *args, **options):
-            ran.append(name)
-            return own(*args, **options)
-        monkeypatch.setattr(module, name, partial(run, getattr(module, name), name))
-    return ran
-
-
-def test_a_frozen_layer_of_many_channels_takes_it_both_ways(asked):
-    conv, x = layer(), torch.randn(1, 128, 24, 24)
-    with torch.no_grad():
-        conv(x)
-    conv(x.requires_grad_()).sum().backward()
-    assert asked == ["convolve", "convolve", "gradient"]
-
-
-@pytest.mark.parametrize("conv", [
-    lambda: layer(ins=127), lambda: layer(outs=127), lambda: layer(kernel=1), lambda: layer(kernel=5),
-    lambda: layer(stride=2, padding=1), lambda: layer(stride=1, padding=0), lambda: layer(layout=torch.contiguous_format),
-    lambda: layer(dtype=torch.float64), lambda: layer(dtype=torch.bfloat16), lambda: layer(outs=600)],
-    ids=["few in", "few out", "1x1", "5x5", "stride 2", "no padding", "rows first", "double", "bfloat16", "few positions"])
-def test_other_layers_are_convolved(conv, asked):
-    conv = conv()
-    conv(torch.randn(1, conv.in_channels, 24, 24, dtype=conv.weight.dtype).requires_grad_()).sum().backward()
-    assert asked == ["conv2d", "conv_transpose2d"]
-
-
-def test_few_positions_and_what_trains_are_convolved(asked):
-    with torch.no_grad():
-        layer()(torch.randn(2, 128, 22, 22))
-    trained = layer().requires_grad_(True)
-    trained(torch.randn(1, 128, 24, 24)).sum().backward()
-    assert trained.weight.grad.abs().max() > 0 and asked == ["conv2d"] * 2
-
-
-def test_what_is_compiled_is_convolved(monkeypatch):
-    seen = []
-
-    def backend(graph, inputs):
-        seen.extend(node.name for node in graph.graph.nodes)
-        return graph.forward
-
-    conv = layer()
-    with torch.no_grad():
-        x = torch.randn(1, 128, 24, 24)
-        compiled = torch.compile(conv, backend=backend, fullgraph=True)(x)
-        assert torch.allclose(compiled, conv(x), atol=1e-4)
-    assert any("conv2d" in name for name in seen) and not any("bmm" in name for name in seen)
-
-
-# ------------------------------------------------------------------------------------------------------ a whole autoencoder
-
-@pytest.mark.parametrize("size", [(24, 40), (44, 36)], ids=str)
-def test_an_autoencoder_so_convolved_is_diffusers(size, always, asked):
-    diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")
-    torch.manual_seed(0)
-    config = {"block_out_channels": (32, 48), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 8}
-    theirs = diffusers.AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-                                     **config).eval()
-    ours = AutoencoderKL(VAEConfig(**config))
-    ours.load_state_dict(theirs.state_dict())
-    ours = ours.to(memory_format=LAST).requires_grad_(False)
-    pixels = (torch.rand(2, 3, *size) * 2 - 1).requires_grad_()
-    latent = torch.randn(2, 4, 40, 60).requires_grad_()
-    for source, mine, other in ((pixels, lambda: ours.encode(pixels)[0], lambda: theirs.encode(pixels).latent_dist.mean),
-                                (latent, lambda: ours.decode(latent), lambda: theirs.decode(latent).sample)):
-        asked.clear()
-        mine, other = mine(), other()
-        weight = torch.randn_like(other)
-        gradients = [torch.autograd.grad((y * weight).sum(), source)[0] for y in (mine, other)]
-        assert asked.count("convolve") >= 8 and asked.count("gradient") >= 8
-        for a, b in ((mine, other), gradients):
-            assert (a - b).abs().max() <= 2e-5 * b.abs().max()

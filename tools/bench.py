@@ -4,6 +4,7 @@
     python tools/bench.py metrics --threads 1 --repeat 9 --backward
     python tools/bench.py memory                        one SIFM step on Stable Diffusion 3 at full size, random weights
     python tools/bench.py step                          one SIFM step, beside a naive one on diffusers; so are edit and load
+    python tools/bench.py convolutions                  torch's convolutions beside the kernels of models/cpu.py
     python tools/bench.py judge                         a run of 1,000 samples, 16 in flight, a service that takes 1 s a call
 
 A subcommand is a function that takes the parsed arguments, and an entry in `main`. Times are the least of --repeat calls
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+import bench_convolutions  # noqa: E402
 import bench_editors  # noqa: E402
 from bench_measuring import wait  # noqa: E402
 
@@ -303,6 +305,7 @@ def main(argv=None):
     command.add_argument("--concurrency", type=int, default=16)
     command.set_defaults(run=bench_judge)
     bench_editors.add(commands, shared)
+    bench_convolutions.add(commands, shared)
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     if args.threads:

@@ -10,14 +10,13 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch.nn import functional as F
 from torch.utils import flop_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sifm_min.models import winograd  # noqa: E402
+from sifm_min.models import cpu  # noqa: E402
 
 
 def status(*keys):
@@ -204,8 +203,7 @@ def count_flops(ours, x):
 
         fused = {aten._scaled_dot_product_flash_attention_for_cpu: forward,
                  aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}
-    with mock.patch.object(winograd, "suits", return_value=False), \
-            flop_counter.FlopCounterMode(display=False, custom_mapping=fused) as counter, \
+    with cpu.kernels(on=False), flop_counter.FlopCounterMode(display=False, custom_mapping=fused) as counter, \
             Stages(ours, counter.get_total_flops) as stages:
         ours(x, 0)
     return stages.spent
