@@ -4,6 +4,7 @@ The autoencoders have random weights and the published shapes, except in the las
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,9 @@ def test_pictures_of_any_size(size, editor):
 
 def test_low_memory_gives_the_same_picture(editor):
     picture = photo(48, 40)
+    for value in (True, False):
+        editor.checkpointing = value
+        assert [space.network.checkpointing for space in editor.spaces] == [value] * 2
     fast, low = (sifm_min.immunize(picture, editor, steps=3, memory=memory).image for memory in ("fast", "low"))
     assert np.array_equal(np.asarray(fast), np.asarray(low)) and not editor.checkpointing
 
@@ -181,8 +185,12 @@ def test_preview_shows_what_each_decoder_makes_of_both(folder, run, editor, monk
     from sifm_min.files import contact_sheet
     seen, sheet = [], contact_sheet.sheet
     monkeypatch.setattr(contact_sheet, "sheet", lambda columns, **more: seen.extend(columns) or sheet(columns, **more))
+    decoded, decodings = [], latents.Latents.decodings
+    monkeypatch.setattr(latents.Latents, "decodings", lambda self, image: decoded.append(image) or decodings(self, image))
     photo(48, 40).save("a.png")
     assert run(immunize, "a.png", "--editor", f"latents:{folder}", "-o", "out", "--steps", "1")[0] == cli.OK
+    assert [np.asarray(image).tolist() for image in decoded] == [
+        np.asarray(Image.open(name)).tolist() for name in ("a.png", "out/a_immunized.png")]
     assert [caption for caption, _ in seen] == ["original", "sd1 decodes", "sd3 decodes", "immunized", "sd1 decodes",
                                                 "sd3 decodes", "perturbation x10"]
     for start, name in ((1, "a.png"), (4, "out/a_immunized.png")):
@@ -220,6 +228,17 @@ def test_an_editors_autoencoder_is_a_space(folder, tiny_folder, monkeypatch):
     result = sifm_min.immunize(photo(32, 32), editor, steps=2)
     assert [found["space"] for found in result.report["shifts"]] == ["sd1", tiny_folder.name, "miniature"]
     assert not any(file.startswith(f"{tiny_folder.name}/unet") for file in result.report["editor"]["weights"])
+
+
+def test_latents_are_scaled_and_shifted_as_the_config_says(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder / "vae", tmp_path / "other" / "vae")
+    file = tmp_path / "other" / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 1.7, "shift_factor": 0.3}))
+    (space,) = load_editor(f"latents:{tmp_path / 'other'}", device="cpu").spaces
+    pixels = images.to_pixels(photo(32, 32))
+    latent = space.network.encode(2 * pixels - 1)[0]
+    torch.testing.assert_close(space.encode(pixels), (latent - 0.3) * 1.7)
+    torch.testing.assert_close(space.decode(space.encode(pixels)), space.network.decode(latent) / 2 + 0.5)
 
 
 @pytest.mark.parametrize(("source", "kind", "words"), [
