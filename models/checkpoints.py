@@ -1,8 +1,8 @@
 """Checkpoints: find the files of an editor (shipped, a folder, one file, or the hub) and load their tensors exactly.
 
 Reads the published (diffusers) layout, see layout.py, and the single files of Stable Diffusion 3, see single_files.py.
-Pickles are never opened. From the hub come only the files that are needed, at one revision, into the standard cache. Loading
-is all or nothing: every tensor's name and shape is compared before the first one is read.
+Pickles are never opened. Only the files that are needed are fetched from the hub, at one revision, into the standard cache.
+Loading is all or nothing: the name and shape of every tensor are compared before the first one is read.
 
 `EDITORS`, the table of the editors known by name, is in sources.py.
 """
@@ -51,14 +51,14 @@ def find(source):
 
 
 def open_checkpoint(source, components=None, *, t5=True, revision=None, offline=None, rest=None):
-    """The `Checkpoint` of `source` (see `find`), with the files of `components` at hand, fetched if need be.
+    """The `Checkpoint` of `source` (see `find`); missing files of `components` are fetched.
 
-    components: folder names such as "unet", "vae", "tokenizer"; None: those of the pipeline that model_index.json names,
-    which is read first, so that a pipeline that is not implemented costs nothing; then t5 False leaves out T5, most of
-    the bytes of Stable Diffusion 3. revision: commit, tag or branch of a hub id (default: the pinned commit, else
-    `main`, resolved at the first download and then kept). offline: True makes no request (default: `HF_HUB_OFFLINE`).
-    rest: for a single file, where the components come from that it lacks: a folder, a known name or a hub id (default:
-    the file's own folder). Raises `Unavailable`, and ValueError for a senseless argument.
+    components: folder names such as "unet", "vae", "tokenizer". None means those of the pipeline in model_index.json, which
+    is read first, so that nothing is fetched of a pipeline that is not implemented; t5 False then leaves out T5, which is
+    most of Stable Diffusion 3. revision: commit, tag or branch of a hub id (default: the pinned commit, else `main`,
+    resolved at the first download and then kept). offline: True makes no request (default: `HF_HUB_OFFLINE`).
+    rest: the source of the components that a single file lacks: a folder, a known name or a hub id (default: the file's own
+    folder). Raises `Unavailable`, and ValueError for an argument that makes no sense.
     """
     found = find(source)
     if found.hub_id is None and revision is not None:
@@ -111,8 +111,8 @@ def cached(hub_id, revision, components=None, *, t5=True):
 
 
 def _open_single_file(file, components, t5, rest, offline):
-    """The `SingleFile`, with what it lacks from `rest`: networks and tokenizers as a pipeline has them, and of a folder
-    also text encoders as files of their own."""
+    """The `SingleFile`. Its missing components come from `rest`: from a pipeline, or from a folder that may also hold text
+    encoders as single files."""
     parts = _parts(file)
     beside = find(file.absolute().parent if rest is None else rest)
     if beside.file:
@@ -169,16 +169,16 @@ RENEWAL = 16 << 20                                  # bytes to read before a fil
 class Checkpoint:
     """An editor's files.
 
-    `folder`: on this disk; `source`: hub id, or the folder; `revision`: commit, or None; `files`: those that were asked for,
-    as paths relative to the folder; `components`: the folders among them; `known`: the name of the published editor that this
-    is, or is a copy of, or None.
+    `folder`: on this disk; `source`: hub id, or the folder; `revision`: commit, or None; `files`: the chosen ones, as paths
+    relative to the folder; `components`: their folders; `known`: the name of the published editor that this is, or is a copy
+    of, or None.
     """
 
     def __init__(self, folder, source, revision, files, known=None):
         self.folder, self.source, self.revision, self.files = folder, source, revision, tuple(files)
         self.known = known and known.name
         self.components = tuple(dict.fromkeys(file.split("/")[0] for file in self.files))
-        self._hashes = {}                           # weight file that was matched -> its SHA-256, once asked for
+        self._hashes = {}                           # weight file of a checked network -> its SHA-256, None until computed
 
     @property
     def index(self):
@@ -216,13 +216,15 @@ class Checkpoint:
         return self.folder / path
 
     def check(self, network_class, component):
-        """The config of `component` (a folder name), after everything that `load` would refuse was looked for, and no
-        tensor read: for a network that is to be loaded later."""
+        """The config of `component` (a folder name), for a network that is loaded later.
+
+        All checks of `load` are made; no tensor is read.
+        """
         return self._matched(network_class, component)[0].config
 
     def _matched(self, network_class, component):
         """(network on the meta device, {file: {name in the network: (name in the file, its place)}})."""
-        import torch  # not at the top: `weights list` need not wait for it
+        import torch  # here, so that `weights list` starts without it
 
         text, where = self.text(f"{component}/config.json"), self._where(f"{component}/config.json")
         layout.parse(text, where)
@@ -239,21 +241,21 @@ class Checkpoint:
         return network, found
 
     def load(self, network_class, component, *, device="cpu", dtype=None, lazily=False):
-        """The network of `component` (a folder name), its config and weights read, in eval mode and frozen.
+        """The network of `component` (a folder name) with its config and weights, in eval mode and frozen.
 
-        dtype None keeps that of the file (float8, in which nothing computes, becomes bfloat16, which holds its values). Tensors
-        go from the mapped file to `device` and `dtype`, and those of convolutions on a CPU to channels-last, which is faster
-        there, one at a time: the peak is the network plus one tensor, within `RENEWAL`. Tensors that need no conversion stay
-        mapped on the CPU, which takes no memory of its own; the file must not change meanwhile.
-        lazily: each part is read when it is first run, and on torch's meta device until then, so what never runs is never
-        read; the system fetches from the disk what comes next, see readahead.py. Raises `Unfit` with the first differences
-        in name, shape or kind, before anything is read, where file and config disagree.
+        dtype None keeps the file's dtype. (float8 becomes bfloat16, which holds its values: no layer computes in float8.)
+        Tensors are converted one at a time from the mapped file to `device` and `dtype`; on a CPU, weights of convolutions
+        become channels-last, which is faster there. Peak memory is the network plus one tensor, within `RENEWAL`. Tensors
+        that need no conversion stay mapped on the CPU and take no memory of their own; the file must not change meanwhile.
+        lazily: each part stays on torch's meta device until it first runs, and is read then; parts that never run are never
+        read. The system prefetches the next parts from the disk, see readahead.py. Where file and config disagree, raises
+        `Unfit` with the first differences in name, shape or kind, before anything is read.
         """
         network, found = self._matched(network_class, component)
         shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
         network.eval().requires_grad_(False)
         if dtype:
-            network.to(dtype)                       # of the placeholders: the network tells its dtype before it is read
+            network.to(dtype)                       # the placeholders, so that network.dtype is right before it is read
 
         def read(wanted):
             return self._read(found, {name: shapes[name] for name in wanted}, device, dtype)
@@ -270,18 +272,18 @@ class Checkpoint:
 
         state = {}
         for file, tensors in found.items():
-            mapped = original = staying = None      # nothing of the file before stays mapped
+            mapped = original = staying = None      # unmap the previous file
             read = 0
 
             def take(opened, stored, name, place):
                 original = opened.get_tensor(stored)
-                tensor = place.take(original).to(device)        # first to the device, which converts faster than the CPU
+                tensor = place.take(original).to(device)        # the device first: it converts faster than the CPU
                 if place.scale:
                     tensor = tensor.float() * opened.get_tensor(place.scale).to(device).float()
                 if tensor.is_floating_point() and (dtype or original.itemsize == 1):
                     tensor = tensor.to(dtype or torch.bfloat16)
                 tensor = tensor.reshape(shapes[name])
-                if tensor.dim() == 4 and tensor.device.type == "cpu":         # measured there; on a GPU it has not been
+                if tensor.dim() == 4 and tensor.device.type == "cpu":         # faster there; not measured on a GPU
                     tensor = tensor.contiguous(memory_format=torch.channels_last)
                 return original, tensor
 
@@ -291,13 +293,13 @@ class Checkpoint:
                 mapped = mapped or _opened(file)
                 original, state[name] = take(mapped, stored, name, place)
                 if state[name].untyped_storage().data_ptr() == original.untyped_storage().data_ptr():
-                    # Not copied: from a mapping of its own kind, or it would keep all that was read from the other.
+                    # Not a copy: take it from a second mapping, or it would keep every page of the first one in memory.
                     staying = staying or _opened(file)
                     _, state[name] = take(staying, stored, name, place)
                 else:
                     read += original.nbytes
                     if read > RENEWAL:
-                        mapped, read = None, 0      # copied: with the mapping go the file's pages that were read
+                        mapped, read = None, 0      # all copied: unmapping frees the pages that were read
         return state
 
     def _where(self, relative):
@@ -329,7 +331,7 @@ class Checkpoint:
 
 
 class SingleFile(Checkpoint):
-    """A single file of Stable Diffusion 3, read as if it were a folder; what it lacks comes from `others`.
+    """A single file of Stable Diffusion 3, read like a folder; its missing components come from `others`.
 
     parts: {component: (file, prefix, header without prefixes)}; others: a `Checkpoint`, or None.
     """
@@ -401,7 +403,7 @@ def header(file):
 
 
 def _ahead(network, found):
-    """The tensors to prefetch, in reading order; no embeddings, of which few rows are ever read."""
+    """The tensors to prefetch, in reading order. Embeddings are left out: few of their rows are ever read."""
     import torch
     embeddings = {f"{path}.weight" for path, part in network.named_modules() if isinstance(part, torch.nn.Embedding)}
     places = {name: (file, *spans[stored]) for file, tensors in found.items() if (spans := readahead.spans(file))
@@ -419,11 +421,11 @@ def _at_first_use(network, read, ahead):
         found = read(wanted)
         ahead.reached(wanted)
         for name in wanted:
-            if state[name].dtype != unread.pop(name):        # by network.double(), for one, in the meantime
+            if state[name].dtype != unread.pop(name):        # changed meanwhile, for example by network.double()
                 found[name] = found[name].to(state[name].dtype)
         part.load_state_dict({name.removeprefix(f"{path}."): tensor for name, tensor in found.items()}, strict=False,
                              assign=True)
-        for name, _ in part.named_modules(prefix=path):         # its inner parts are loaded with it
+        for name, _ in part.named_modules(prefix=path):         # inner parts were loaded with it
             if name in handles:
                 handles.pop(name).remove()
 
@@ -438,7 +440,7 @@ def _at_first_use(network, read, ahead):
 
 
 def _match(network, headers, places, where):
-    """{file: {name in the network: (name in the file, its place)}}, or `Unfit` with what is missing, unexpected, wrong."""
+    """{file: {name in the network: (name in the file, its place)}}; raises `Unfit` with the differences."""
     rename = getattr(network, "rename", None) or (lambda name: name)
     expected = network.state_dict()
     found, origin, unexpected, wrong = {file: {} for file in headers}, {}, [], []
@@ -447,7 +449,7 @@ def _match(network, headers, places, where):
     for file, stored, shape, kind, place in entries:
         shape = place.shape(shape)
         if (name := rename(place.name)) is None:
-            continue                            # known, and dropped on purpose
+            continue                            # dropped on purpose
         if name not in expected:
             unexpected.append(f"unexpected {stored}")
             continue
@@ -461,7 +463,7 @@ def _match(network, headers, places, where):
         origin[name], found[file][name] = stored, (stored, place)
     missing = [f"missing {name}" for name in expected if name not in origin]
     if missing or unexpected or wrong:
-        # One of each kind in turn: five missing names would hide the misspelt ones that explain them.
+        # One of each kind in turn: an unexpected, misspelt name often explains a missing one.
         first = [item for row in zip_longest(missing, unexpected, wrong) for item in row if item][:5]
         rest = len(missing) + len(unexpected) + len(wrong) - len(first)
         raise Unfit(f"{where} does not fit {type(network).__name__} ({len(missing)} missing, {len(unexpected)} "
@@ -470,7 +472,7 @@ def _match(network, headers, places, where):
 
 
 def _opened(file):
-    """The mapped file, whose header was read before: that it cannot be now is news."""
+    """Map the file. Its header was read before, so an error here means that the file changed."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:

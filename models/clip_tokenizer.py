@@ -2,9 +2,9 @@
 
 Reads `tokenizer` of timbrooks/instruct-pix2pix, MudeHui/HQ-Edit and SD 1.5, `tokenizer` and `tokenizer_2` of
 stabilityai/stable-diffusion-3-medium-diffusers, and the files that transformers writes for any of them: CLIP's byte-level BPE,
-from `vocab.json` with `merges.txt`, or from `tokenizer.json`. The ids are those of the Hugging Face tokenizer, which unlike
-OpenAI's original repairs neither mojibake nor HTML entities. Text is classified by this Python's Unicode tables: characters
-younger than they are (Python 3.11: Unicode 14) count as symbols.
+from `vocab.json` with `merges.txt`, or from `tokenizer.json`. The ids are those of the Hugging Face tokenizer, which repairs
+neither mojibake nor HTML entities, unlike OpenAI's original. Text is classified by this Python's Unicode tables: characters
+of newer versions of Unicode (Python 3.11 has 14) count as symbols.
 """
 
 import heapq
@@ -18,7 +18,7 @@ from .tokens import WHITE_SPACE, alternate, check_unicode, read, read_json, spli
 # ---------------------------------------------------------------------------------------------- from text to words
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-ROLES = {                                                      # as the files call them -> (as we do, the usual token)
+ROLES = {                                                      # name in the files -> (name in this file, the usual token)
     "bos_token": ("start", START),
     "eos_token": ("end", END),
     "unk_token": ("unknown", END),
@@ -28,10 +28,9 @@ CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 
 
 def byte_symbols():
-    """The 256 characters that stand for the bytes 0..255 in the vocabulary, as a dict byte -> character.
+    """{byte: the character for it in the vocabulary}, for all 256 bytes, in the order of the published vocabulary.
 
-    Printable Latin-1 stands for itself; the other 68 bytes, in order, are the characters from U+0100 on. The order of
-    the dict is that of the published vocabulary.
+    A printable Latin-1 character is used for its own byte; the other 68 bytes, in order, get the characters from U+0100 on.
     """
     themselves = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in themselves]
@@ -59,8 +58,8 @@ def words(text):
         if kind == " ":
             continue
         if kind == "S" and (special := next((s for s in (START, END) if text.startswith(s, start)), None)):
-            # Written in capitals, it was no special token in the raw text. The published pattern still takes it whole
-            # and then cuts it, so a symbol right behind it does not join the last part.
+            # In the raw text it had capitals and was no special token. The published pattern still matches it as a whole
+            # and cuts it into three, so that a symbol right after it does not join the last part.
             here = start + len(special)
             yield from ("<|", special[2:-2], "|>")
             continue
@@ -78,9 +77,9 @@ def words(text):
 class CLIPTokenizer:
     """CLIP's byte-level BPE. Made by `from_folder`; then `tokenizer(prompts)` gives one row of ids for each prompt.
 
-    `vocab`: token -> id. `merges`: pairs of tokens, the most urgent first. `specials`: text -> (id, folded); each is
-    cut out of the prompt before anything else, where folded means that capitals match too. `start`, `end`, `pad`,
-    `unknown`: ids. `length`: ids in each row.
+    `vocab`: token -> id. `merges`: pairs of tokens, in order of priority. `specials`: text -> (id, folded); each is cut out
+    of the prompt first; folded means that capitals match too. `start`, `end`, `pad`, `unknown`: ids. `length`: ids in each
+    row.
     """
 
     def __init__(self, vocab, merges, specials, *, start, end, pad, unknown, length):
@@ -90,7 +89,7 @@ class CLIPTokenizer:
         self._raw_splitter, self._folded_splitter = splitter(self._raw), splitter(self._folded)
         self._symbols = byte_symbols()
         self._unknown = unknown
-        # The pair (left id, right id) -> (urgency, merged id).
+        # (left id, right id) -> (rank, merged id); the lowest rank is merged first
         self._merges = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(merges)}
         self._known = {}                                       # word -> ids, of words met before
 
@@ -98,7 +97,7 @@ class CLIPTokenizer:
     def from_folder(cls, folder):
         """Read a `tokenizer` folder of a checkpoint. A damaged or foreign one is a ValueError that names the file.
 
-        Where the files do not say otherwise, the special tokens and the 77 ids of every published CLIP hold.
+        The defaults are the special tokens and the 77 ids of every published CLIP.
         """
         folder = Path(folder)
         config_file = folder / "tokenizer_config.json"
@@ -161,16 +160,16 @@ class CLIPTokenizer:
     def _word(self, word):
         if word not in self._known:
             ids = self._merge(word)
-            if len(word) > 64 or len(self._known) >= 65536:    # memory stays bounded whatever is typed
+            if len(word) > 64 or len(self._known) >= 65536:    # bounded memory for any text
                 return ids
             self._known[word] = ids
         return self._known[word]
 
     def _merge(self, word):
-        """Byte-pair encoding: the most urgent pair first, the leftmost of equals, until no pair can be merged.
+        """Byte-pair encoding: merge the pair of the lowest rank, of equals the leftmost, until no pair can be merged.
 
-        The symbols are a linked list and the candidates a heap, so that n bytes cost n log n steps, also for a word
-        without end. A candidate is not deleted when a neighbour's merge spoils it; it is found to be stale later.
+        The symbols are a linked list and the candidates a heap, so that a word of n bytes takes n log n steps. A candidate
+        stays in the heap when the merge of a neighbour makes it invalid, and is skipped when it is taken out.
         """
         symbols = [self._symbols[byte] for byte in word.encode()]
         symbols[-1] += "</w>"
@@ -194,11 +193,11 @@ class CLIPTokenizer:
 
 
 def _read_specials(folder, config, listed, vocab):
-    """`(specials, roles)`: text -> (id, folded), and the ids that play the four roles.
+    """`(specials, roles)`: text -> (id, folded), and the ids of the four roles.
 
-    The rules are those of transformers, which has written these files in several ways over the years: a list of tokens
-    with ids (`added_tokens_decoder`, or in tokenizer.json) decides where there is one; a token that is not listed is
-    declared by its role, in special_tokens_map.json before tokenizer_config.json.
+    The rules are those of transformers, which has written these files in several forms over the years. A list of tokens
+    with ids (`added_tokens_decoder`, or in tokenizer.json) comes first. A token that is not in it is declared by its role,
+    in special_tokens_map.json before tokenizer_config.json.
     """
     path = folder / ("tokenizer.json" if listed else "tokenizer_config.json")
     if "added_tokens_decoder" in config:
@@ -227,7 +226,7 @@ def _read_specials(folder, config, listed, vocab):
         if text not in decided:
             if text not in vocab:
                 raise ValueError(f"{path}: the special token {shown(text)} is not in the vocabulary")
-            specials[text] = vocab[text], folded               # declared twice: the later one decides
+            specials[text] = vocab[text], folded               # of two declarations the later one counts
         return specials[text][0]
 
     roles = {name: declare(config.get(role) or usual) for role, (name, usual) in ROLES.items()}
@@ -248,7 +247,7 @@ def _special(token, path):
 
 
 def _read_merges(path):
-    """Lines of two tokens, after a `#version`; any other line that begins with # is a merge."""
+    """The pairs of tokens in merges.txt, one on each line after `#version`. Other lines that begin with # are merges too."""
     pairs = []
     for number, line in enumerate(read(path).split("\n"), start=1):
         if not line or line.startswith("#version"):

@@ -41,8 +41,8 @@ def snapshot(hub_id, revision, main=MAIN):
 
     main: the file without which the repository does not count as held.
 
-    A cache that was filled by hand may have a newline after the commit in refs/main. Without refs nothing says which snapshot
-    is `main`: see `absence`.
+    A cache that was filled by hand may have a newline after the commit in refs/main. A cache without refs does not say which
+    snapshot is `main`: see `absence`.
     """
     place = _place(hub_id)
     try:
@@ -79,12 +79,11 @@ def _place(hub_id):
 
 
 def fetch(hub_id, revision, choose, last, main=MAIN):
-    """Fetch what is missing of a repository into the cache; its snapshot folder.
+    """Fetch the missing files of a repository into the cache; return its snapshot folder.
 
-    choose(names, read) -> the files wanted, of the names that there are; read(name) gives the path of one of them, now
-    fetched. The files for which last(name) is true come last. One listing, then file by file. Files that are complete
-    are never fetched again; a connection that breaks is taken up where it broke, by huggingface_hub. main: the file without
-    which it is not the right repository.
+    choose(names, read) returns the files to fetch, out of the names in the repository; read(name) fetches one and returns its
+    path. The files for which last(name) is true come last. There is one listing, then one download per file. Complete files
+    are never fetched again; huggingface_hub resumes a broken download. main: a file that the right repository has.
     """
     def listed(revision):
         timeout = constants.HF_HUB_ETAG_TIMEOUT
@@ -95,12 +94,12 @@ def fetch(hub_id, revision, choose, last, main=MAIN):
         return Path(hf_hub_download(hub_id, name, revision=revision))
 
     try:
-        commit, sizes = listed(revision)            # first, as it fails at once where a download retries for long
+        commit, sizes = listed(revision)            # first: it fails at once, while a download retries for long
         if main not in sizes:
             kind = "a pipeline in the diffusers layout; give one that is" if main == MAIN else "laid out as expected"
             raise Unavailable(f"{hub_id} has no {main}: it is not {kind}")
-        folder = get(main, revision).parent         # writes down, in the cache, which commit a branch stands for
-        if folder.name != commit:                   # it moved between the two requests
+        folder = get(main, revision).parent         # also writes the branch's commit into the cache
+        if folder.name != commit:                   # the branch moved between the two requests
             commit, sizes = listed(folder.name)
         files = choose(sizes.keys(), lambda name: get(name, commit))
         size = sum(sizes[file] for file in files if not (folder / file).exists())
@@ -116,15 +115,15 @@ def fetch(hub_id, revision, choose, last, main=MAIN):
     return folder
 
 
-# The HTTP library under huggingface_hub differs by version: its errors are known by the base of the hub's own. Then
-# ValueError, KeyError, TypeError: an answer that is not the hub's (a login page); RuntimeError: hf_xet, a downloader.
+# The HTTP library under huggingface_hub differs by version, so its errors are caught by the base class of the hub's own.
+# ValueError, KeyError, TypeError: the answer is not the hub's (a login page). RuntimeError: from hf_xet, a downloader.
 FAULTS = (*HfHubHTTPError.__bases__, EntryNotFoundError, OSError, ValueError, KeyError, TypeError, RuntimeError)
 
 
 def _explained(error, hub_id, revision):
     """A fault of the hub, the network or the disk as one sentence that says what to do."""
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__                     # "not in the cache", which is only why the real one was raised
+        error = error.__cause__                     # the reason, where the error only says "not in the cache"
     hub, kept = constants.ENDPOINT, "what is complete is kept"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, GatedRepoError):

@@ -1,7 +1,7 @@
 """The published (diffusers) layout: which files of a folder or repository make up each component.
 
 One folder per component; each network has a `config.json` and its weights in one file or in shards with an index. Pickles are
-refused. Nothing is opened here but small texts.
+refused. Only small text files are opened here.
 """
 
 import json
@@ -12,18 +12,18 @@ from .sources import PIPELINES, T5
 
 
 class Unfit(Unavailable, ValueError):
-    """The files are there, and are not what the network needs: damaged, of another network, or unsafe to read."""
+    """The files are there but cannot be used: damaged, of another network, or unsafe to read."""
 
 
 BASES = ("diffusion_pytorch_model", "model")                    # as diffusers and as transformers name their weights
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5")
-TOKENIZERS = {                                                  # by what the tokenizer is for, best first
+TOKENIZERS = {                                                  # text encoder -> the files of its tokenizer, best first
     "CLIP": (("vocab.json", "merges.txt"), ("tokenizer.json",)),
     "T5": (("tokenizer.json",), ("spiece.model",)),
 }
 # BASE[.VARIANT].safetensors, or the index of shards: BASE.safetensors.index[.VARIANT].json, as save_pretrained writes it,
 # or BASE.VARIANT.safetensors.index.json. Shards are BASE[.VARIANT]-00001-of-00002.safetensors, in older files
-# BASE-00001-of-00002.VARIANT.safetensors; only an index leads to them.
+# BASE-00001-of-00002.VARIANT.safetensors; they are found through an index alone.
 WEIGHTS = re.compile(
     rf"(?P<base>{'|'.join(BASES)})(?:\.(?P<before>[\w.-]+?))?\.safetensors(?P<index>\.index(?:\.(?P<after>[\w.-]+?))?\.json)?")
 SHARD = re.compile(r"-\d{5}-of-\d{5}\b")
@@ -32,8 +32,8 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}\b")
 def pipeline_components(index, where, *, t5=True):
     """The components of the pipeline that a model_index.json, as a dict, describes.
 
-    An index without a class is of an InstructPix2Pix. T5 is left out where the pipeline has none (no entry, or an empty one)
-    and where t5 is False.
+    An index without a class is read as InstructPix2Pix. T5 is left out where the pipeline has none (no entry, or an empty
+    one) and where t5 is False.
     """
     name = str(index.get("_class_name", "StableDiffusionInstructPix2PixPipeline"))
     if name not in PIPELINES:
@@ -47,7 +47,7 @@ def needed(names, component, read, where):
     """The files of one component, in the order in which they are to be fetched, chosen from `names`.
 
     names: the files that exist, as paths relative to the checkpoint; read: such a path -> its text (for an index of shards);
-    where: the checkpoint in words, for errors. Weights come last: a download that stopped anywhere lacks the last file.
+    where: the checkpoint in words, for errors. Weights come last, so that a download that stopped early lacks the last file.
     """
     here = f"{component}/"
     if component.startswith("tokenizer"):
@@ -76,7 +76,7 @@ def needed(names, component, read, where):
 def _weights(names, component, where):
     """The file of weights, or the index of shards, among the names in a component's folder.
 
-    Preferred are the variant fp16, which is half the bytes, then the one without a variant; any other variant is taken where
+    The variant fp16 comes first, since it has half the bytes, then the files without a variant. Any other variant is taken if
     it is the only one.
     """
     variants = {}                                               # variant -> its files, best first
@@ -110,7 +110,7 @@ def is_weights(file):
 
 
 def _shards(text, where):
-    """The file names in an index, sorted. They lie beside the index: anything that looks like a path is refused."""
+    """The file names in an index, sorted. They lie beside the index; a name that looks like a path is refused."""
     table = parse(text, where).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(shard, str) for shard in table.values()):
         raise Unfit(f"{where} is not an index of shards: it has no weight_map from tensor names to file names")
@@ -137,7 +137,7 @@ def in_folder(folder, components, where, t5=True):
     if components is None:
         components = pipeline_components(index_of(folder), where, t5=t5)
     for component in components:
-        try:                                        # a dangling link does not exist: its blob left the cache
+        try:                                        # a dangling link counts as absent: its blob left the cache
             names = {f"{component}/{path.name}" for path in (folder / component).iterdir() if path.exists()}
         except FileNotFoundError:
             names = set()

@@ -4,15 +4,15 @@ Euler steps of rectified flow (Stable Diffusion 3).
 `load(text)` gives a `Scheduler`, or for rectified flow a `FlowScheduler`: the training noise levels, and `add_noise`, which
 is the same for every sampler of a kind. `scheduler.plan(steps)` gives a plan: the timesteps of one edit and the step from each
 to the next. A flow's plan also takes a strength: the share of the way from noise to picture. `plan.fault` is "", or a sentence
-that says why the plan cannot denoise; its timesteps are those of the training all the same.
+that says why the plan cannot denoise; its timesteps are valid even then.
 
     latent = plan.sigma_start * noise
     for i, timestep in enumerate(plan.timesteps):
         noise_pred = unet(plan.scale_input(latent, i), timestep, context)
         latent = plan.step(noise_pred, i, latent, noise)      # fresh noise, needed where plan.draws_noise
 
-Everything is a pure function of its arguments and differentiable in the latent and the prediction; the noise is the
-caller's. The operations are in the order in which diffusers does them, so that whole trajectories agree to rounding.
+Everything is a pure function of its arguments and differentiable in the latent and the prediction; the caller draws the
+noise. The operations are in diffusers' order, so that whole trajectories agree to rounding.
 Papers: Song et al. 2021 (DDIM), equation 12; Karras et al. 2022, algorithm 1 (Euler); Lin et al. 2023 (spacing, zero
 terminal SNR). Euler ancestral is k-diffusion's sampler, without a paper.
 """
@@ -63,10 +63,10 @@ IGNORED = {
     "original_inference_steps", "timestep_scaling",
     *OFF[FLOW], "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len",
 }
-# What belongs to the trained network and not to the sampler: all that is taken over from a class not implemented here.
+# Keys that describe the trained network and not the sampler. From a class that is not implemented, only these are read.
 TRAINED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
            "rescale_betas_zero_snr")
-# Keys with which the betas are not the training noise, and the value that means "off".
+# Keys that change the training noise given by the betas, and the value that means "off".
 OTHER_NOISE = {"use_flow_sigmas": False, "snr_shift_scale": 1.0}
 # The training noise of every Stable Diffusion 1.x, for a folder that has no scheduler_config.json.
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -81,7 +81,7 @@ CHOICES = {
 
 FILE = "scheduler_config.json"
 TIMESTEPS = (1, 100_000)
-BETAS = (1e-6, 0.999)                               # in float32, 1 minus less is 1; above, no picture is left
+BETAS = (1e-6, 0.999)                               # below, 1 - beta is 1 in float32; above, nothing of a picture remains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class SchedulerConfig(Config):
     steps_offset: int = 0                           # added to every timestep under "leading"
     clip_sample: bool = True                        # DDIM only: clamp the predicted clean latent ...
     clip_sample_range: float = 1.0                  # ... to this
-    set_alpha_to_one: bool = True                   # DDIM only: end at no noise, or else at that of timestep 0
+    set_alpha_to_one: bool = True                   # DDIM only: True ends without noise, False at the noise of timestep 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -194,7 +194,7 @@ def from_betas(stored: str | None, given: dict) -> SchedulerConfig:
 
 
 class Sent:
-    """Numbers that depend on timesteps alone, kept on the device for the calls to come."""
+    """A cache on the device of numbers that depend on timesteps alone."""
 
     KEPT = 64
 
@@ -214,9 +214,9 @@ class Sent:
 
 
 class Scheduler:
-    """The noise levels a network was trained with, and the sampler that its checkpoint asks for.
+    """The noise levels that a network was trained with, and the sampler that its checkpoint names.
 
-    config: what was read. note: "" or one sentence on what was read differently from how it is stored.
+    config: as read. note: "", or one sentence on what was read differently from how it is stored.
     alphas_cumprod: (num_train_timesteps,) float32 on the CPU, the clean latent's share of the noisy one's variance.
     """
 
@@ -283,10 +283,10 @@ class Scheduler:
 
 
 class EulerPlan:
-    """Euler steps along dx/dsigma; with the ancestral sampler each goes further down and adds noise back up.
+    """Euler steps along dx/dsigma. The ancestral sampler steps to a lower sigma than the next one, and then adds noise.
 
     timesteps: (steps,) float32 on the CPU, fractional under linspace. sigmas: (steps + 1,) likewise, the last one 0.
-    The latent is clean + sigma * noise here, and `scale_input` brings it to the unit variance the network knows.
+    The latent here is clean + sigma * noise; `scale_input` scales it to the unit variance that the network expects.
     """
 
     fault = ""
@@ -304,7 +304,7 @@ class EulerPlan:
         self.sigma_start = start.item()
 
     def scale_input(self, latent, i):
-        """The latent as the network wants it at step i."""
+        """The latent, scaled for the network at step i."""
         return latent / (self.sigmas[i] ** 2 + 1) ** 0.5
 
     def step(self, noise_pred, i, latent, noise=None):
@@ -358,11 +358,11 @@ class DDIMPlan:
                           "network is trained to predict v_prediction")
 
     def scale_input(self, latent, i):
-        """The latent as the network wants it at step i: as it is."""
+        """The latent, unchanged: this network takes it as it is."""
         return latent
 
     def step(self, noise_pred, i, latent, noise=None):
-        """The latent of step i + 1. noise is not used; the argument is there for the plans to be called alike."""
+        """The latent of step i + 1. noise is not used; all plans have the same arguments."""
         kept, kept_next = self.kept[i], self.kept_next[i]
         if self.config.prediction_type == "epsilon":
             clean = (latent - (1 - kept) ** 0.5 * noise_pred) / kept**0.5
@@ -378,9 +378,9 @@ class DDIMPlan:
 
 
 class FlowScheduler:
-    """Rectified flow: a noisy latent is (1 - sigma) latent + sigma noise, and the network predicts noise - latent there.
+    """Rectified flow: a noisy latent is (1 - sigma) latent + sigma noise, and the network predicts noise - latent from it.
 
-    The timestep that the network is given is sigma times num_train_timesteps.
+    The network's timestep is sigma times num_train_timesteps.
     """
 
     draws_noise, note = False, ""
@@ -416,10 +416,10 @@ class FlowScheduler:
 
 
 class FlowPlan:
-    """Euler steps along the flow, from the noise level that the strength asks for down to the picture.
+    """Euler steps along the flow, from the noise level of the strength down to the picture.
 
-    timesteps: (n,) float32 on the CPU, n of `steps` as `strength` says. sigmas: (n + 1,), the last one 0. An edit begins
-    with `scheduler.add_noise(latent, noise, timesteps[0])`, which at strength 1 is the noise alone.
+    timesteps: the last n of `steps`, (n,) float32 on the CPU; n follows from `strength`. sigmas: (n + 1,), the last one 0. An
+    edit begins with `scheduler.add_noise(latent, noise, timesteps[0])`, which at strength 1 is the noise alone.
     """
 
     draws_noise, fault = False, ""
@@ -431,19 +431,19 @@ class FlowPlan:
         def shifted(sigma):
             return shift * sigma / (1 + (shift - 1) * sigma)
 
-        # From 1 to the least training noise, which is shifted here already, and then again with the rest: so were the
-        # published samples made. The levels are float32 numbers, the arithmetic between them float64.
+        # From 1 to the least training noise. That one is shifted here and then again with the rest, as in the published
+        # samples. The levels are float32 numbers, the arithmetic between them float64.
         lowest = shifted(torch.ones((), device="cpu") / train).item()
         even = torch.linspace(train, lowest * train, steps, dtype=torch.float64, device="cpu") / train
         sigmas = shifted(even).float()
-        skipped = int(steps - min(steps * strength, steps))                     # in these very floats: 50 * 0.8 decides
+        skipped = int(steps - min(steps * strength, steps))                     # float arithmetic as in diffusers: 50 * 0.8
         if skipped >= steps:
             raise ValueError(f"strength {strength} of {steps} denoising steps is less than one step; raise either")
         self.timesteps = (sigmas * train)[skipped:]
         self.sigmas = torch.cat([sigmas[skipped:], sigmas.new_zeros(1)])
 
     def scale_input(self, latent, i):
-        """The latent as the network wants it at step i: as it is."""
+        """The latent, unchanged: this network takes it as it is."""
         return latent
 
     def step(self, velocity, i, latent, noise=None):
@@ -461,8 +461,8 @@ def visited(config: SchedulerConfig, steps: int) -> list[float]:
         return [float(train - 1), *inner] if steps > 1 else [0.0]
     if config.timestep_spacing == "leading":                                    # whole gaps, from the clean end
         return [float(i * (train // steps) + config.steps_offset) for i in reversed(range(steps))]
-    # Trailing: even gaps, from the noisy end. diffusers counts with a rounded gap, so a few numbers of steps (61 of
-    # 1000) get one more, at timestep -1. We count alike: the same request is to have the same result in both.
+    # Trailing: even gaps, from the noisy end. diffusers counts with a rounded gap, so that a few numbers of steps (61 of
+    # 1000) get one step more, at timestep -1. This does the same, so that both give the same edit.
     gap = (train - train / steps) - train
     return [float(round(train + i * gap) - 1) for i in range(math.ceil(train / (train / steps)))]
 

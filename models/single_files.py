@@ -1,4 +1,4 @@
-"""The published single files of Stable Diffusion 3: what each of their tensors is called in the diffusers layout.
+"""The published single files of Stable Diffusion 3: the name of each of their tensors in the diffusers layout.
 
 `sd3_medium.safetensors` holds the transformer and the VAE; `..._incl_clips` also the two CLIP text encoders, and
 `..._incl_clips_t5xxlfp16` or `..._t5xxlfp8` T5 as well. SD3.5's files use the same names. This file knows names and
@@ -27,10 +27,10 @@ STANDALONE = {                                      # the text encoders as files
 # Tensors outside all components that change nothing: CLIP's temperature in the comparison with pictures.
 HARMLESS = re.compile(r"text_encoders\.\w+\.logit_scale")
 SCALES = (".scale_weight", ".weight_scale")         # LAYER.<this>: the number by which LAYER.weight is multiplied
-UNUSED = (".scale_input", ".input_scale")           # of products computed in float8, which are not computed here
-MARK = "scaled_fp8"                                 # says that a file is of this kind
+UNUSED = (".scale_input", ".input_scale")           # for products in float8, which this project does not compute
+MARK = "scaled_fp8"                                 # the tensor that marks a file of this kind
 
-# Each name stands for its .weight and its .bias. Three names: a third of the rows each.
+# Each name stands for a .weight and a .bias. Three names get a third of the rows each.
 TRANSFORMER = {
     "x_embedder.proj": "pos_embed.proj",
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
@@ -70,7 +70,7 @@ MIDDLE = {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "conv_shortcut"}
 
-# What shapes do not tell, as published.
+# Published settings that do not follow from shapes.
 HEAD = 64                                           # channels per attention head of every SD3 and of both CLIPs
 CONFIGS = {
     "transformer": {"_class_name": "SD3Transformer2DModel", "sample_size": 128},
@@ -123,7 +123,7 @@ def split(names):
 
 
 def places(component, shapes):
-    """{name: the places of its parts} of everything that the component can have; shapes: name -> shape, no prefixes."""
+    """{name: the places of its parts} of every tensor that the component can have. shapes: name -> shape, without prefixes."""
     scales = {name: f"{name.removesuffix(end)}.weight" for name, shape in shapes.items() for end in SCALES
               if name.endswith(end) and math.prod(shape) == 1}
     if component == "transformer":
@@ -191,7 +191,7 @@ def _count(shapes, pattern):
 
 
 def config(component, shapes):
-    """The component's config.json as a dict; a KeyError or ValueError where the shapes are of another network."""
+    """The component's config.json as a dict; raises KeyError or ValueError for the shapes of another network."""
     given = dict(CONFIGS[component])
     if component == "transformer":
         width, channels, patch, _ = shapes["x_embedder.proj.weight"]
@@ -233,7 +233,7 @@ def config(component, shapes):
             "num_hidden_layers": _count(shapes, "text_model.encoder.layers.{}."),
             "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
             "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
-            # clip_l has no projection: its pooled vector is used as it is
+            # clip_l has no projection; its pooled vector is used directly
             "architectures": ["CLIPTextModel"],
         }
         if "text_projection.weight" in shapes:

@@ -1,4 +1,4 @@
-"""The editors known by name: their components, origin and licence; and how a copy of one is recognised."""
+"""The editors known by name: their components, origin and licence. `recognised` finds out which one a folder is a copy of."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 INSTRUCT_PIX2PIX = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 STABLE_DIFFUSION_3 = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3",
                       "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
-T5 = ("text_encoder_3", "tokenizer_3")                          # of these; a pipeline works without them
+T5 = ("text_encoder_3", "tokenizer_3")                          # optional: a pipeline works without them
 PIPELINES = {                                                   # class in model_index.json -> its components
     "StableDiffusionInstructPix2PixPipeline": INSTRUCT_PIX2PIX,
     "StableDiffusion3Pipeline": STABLE_DIFFUSION_3,
@@ -29,7 +29,7 @@ class Source:
     file: Path | None = None                        # a single file of Stable Diffusion 3
     hub_id: str | None = None
     revision: str | None = None                     # a commit; None: `main` is resolved once and then kept
-    gated: bool = False                             # the hub hands it out only to accounts that accepted the licence
+    gated: bool = False                             # only accounts that accepted the licence may download it
     size: int | None = None                         # bytes to fetch, to two digits; None: the files say
     size_without_t5: int | None = None              # the same where T5 is declined; None: it has none
     files: Mapping[str, str] = field(default_factory=dict)      # weight file -> its published SHA-256
@@ -89,15 +89,15 @@ CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
 def by_hub_id(hub_id):
-    """The editor known by name that is this repository of the hub, or None; the hub does not distinguish capitals."""
+    """The editor known by name that has this hub id, or None; the hub ignores capitals."""
     return next((known for known in EDITORS.values() if known.hub_id and known.hub_id.casefold() == hub_id.casefold()), None)
 
 
 def recognised(folder):
-    """The editor known by name that a folder is a copy of, by the folder's own evidence, or None.
+    """The editor known by name that a folder is a copy of, or None.
 
-    Strongest first: its path in a cache of the hub, the remote of a git clone, the commit that a download into the folder
-    recorded, the `_name_or_path` in model_index.json, the repository that the model card's example loads, its name.
+    The evidence, strongest first: the folder's path in a cache of the hub, the remote of a git clone, the commit that a
+    download recorded in it, the `_name_or_path` in model_index.json, the repository in the model card's example, its name.
     """
     ids = [f"{found[1]}/{found[2]}" for path in (folder.absolute(), folder.resolve()) for part in path.parts
            if (found := CACHED.fullmatch(part))]
@@ -117,7 +117,7 @@ def recognised(folder):
 
 
 def _of_name(name):
-    """The repository that is called so, without its owner, or whose editor is; None for another name."""
+    """The hub id of the editor with this name, or whose repository has this name without its owner; else None."""
     return next((known.hub_id for known in EDITORS.values() if known.hub_id
                  and name.casefold() in (known.name, known.hub_id.split("/")[1].casefold())), None)
 

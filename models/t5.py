@@ -5,8 +5,8 @@ standalone t5xxl_*.safetensors, and the files of any T5EncoderModel with a gated
 Parameters carry the names of the published files, so loading is a plain match by name. Papers: Raffel et al. 2020, "Exploring
 the Limits of Transfer Learning", section 2.1; Shazeer 2020, "GLU Variants Improve Transformer", for the gate of version 1.1.
 
-bfloat16 is the dtype to run it in: it has float32's range, which T5 was trained in and needs. float16 has not, and is
-made safe by keeping in float32 what outgrows it: see `T5Encoder.forward` and `FeedForward`.
+bfloat16 is the right half precision: it has the range of float32, in which T5 was trained. Values that overflow float16 are
+kept in float32: see `T5Encoder.forward` and `FeedForward`.
 """
 
 import math
@@ -61,7 +61,7 @@ class T5Config(Config):
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128                 # tokens this far apart or farther share a bucket
     layer_norm_epsilon: float = 1e-6
-    feed_forward_proj: str = "relu"                            # as version 1.0, which leaves it out, has it
+    feed_forward_proj: str = "relu"                            # files of version 1.0 leave it out
     dense_act_fn: str | None = None                            # None: as feed_forward_proj implies
     is_gated_act: bool | None = None
 
@@ -84,7 +84,7 @@ class T5Config(Config):
 
 
 class RMSNorm(nn.Module):
-    """Divides by the root mean square, at least in float32; no mean is taken off and no bias added."""
+    """Division by the root mean square, at least in float32; no mean is subtracted and no bias added."""
 
     def __init__(self, config):
         super().__init__()
@@ -131,8 +131,8 @@ class FeedForward(nn.Module):
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x):
-        # In the XXL encoder the products, summed over 10240 channels, exceed 65504, the largest float16: there they are
-        # float32. The copy of the weights in float32 is of one layer (160 MiB there) and freed with it.
+        # In the XXL encoder the sums over 10240 channels exceed 65504, the largest float16, so they are made in float32. Only
+        # one layer's weights are copied to float32 at a time (160 MiB in XXL).
         wide = torch.float32 if x.dtype == torch.float16 else x.dtype
         if self.is_gated:
             y = F.gelu(self.wi_0(x), approximate="tanh").to(wide) * self.wi_1(x).to(wide)
@@ -156,7 +156,7 @@ class Block(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """Token ids to the last hidden state. There is no attention mask: SD3 attends to padding like to any token.
+    """Token ids to the last hidden state. There is no attention mask: SD3 attends to padding as to any token.
 
     The nested containers exist for the published names and compute nothing.
     """
@@ -168,7 +168,7 @@ class T5Encoder(nn.Module):
         self.config = config
         self.shared = Embedding(config.vocab_size, config.d_model)
         self.encoder = nn.ModuleDict({
-            # The first block stores the position bias of all.
+            # The first block stores the position bias of all blocks.
             "block": nn.ModuleList(Block(config, has_bias=i == 0) for i in range(config.num_layers)),
             "final_layer_norm": RMSNorm(config),
         })
@@ -183,26 +183,29 @@ class T5Encoder(nn.Module):
         x = self.shared(ids)                                   # (B, L, C)
         bias = self._position_bias(ids.shape[1], ids.device)
         if x.dtype == torch.float16:
-            # What the blocks add up outgrows float16 in the XXL encoder. Each block's norm brings it back to float16.
+            # The sum over the blocks overflows float16 in the XXL encoder. Each block's norm returns float16.
             x = x.float()
         for block in self.encoder["block"]:
             x = block(x, bias)
         return self.encoder["final_layer_norm"](x)
 
     def _position_bias(self, length, device):
-        """(1, heads, L, L): what is added to the scores of query i and key j; it depends on j - i alone."""
+        """The bias of the scores, (1, heads, L, L); for query i and key j it depends on j - i alone."""
         weight = self.encoder["block"][0].layer[0]["SelfAttention"].relative_attention_bias
         places = torch.arange(length, device=device)
         offsets = places[None, :] - places[:, None]            # (L, L)
         return weight(self._buckets(offsets)).permute(2, 0, 1)[None]
 
     def _buckets(self, offsets):
-        """The bucket of each offset: the upper half for keys that come later. Within a half, short distances have a
-        bucket each; longer ones share buckets that widen with the logarithm, the last one without end."""
+        """The bucket of each offset; later keys have the upper half of the buckets.
+
+        Within a half each short distance has its own bucket. Longer ones share buckets of logarithmic width; the last bucket
+        has no upper end.
+        """
         half = self.config.relative_attention_num_buckets // 2
         exact = half // 2
         distance = offsets.abs()
-        # In float32 and in this order, as transformers does: a distance on the edge of two buckets must round alike.
+        # In float32 and in transformers' order, so that a distance between two buckets rounds the same way.
         growth = torch.log(distance.clamp(min=exact).float() / exact)
         growth = growth / math.log(self.config.relative_attention_max_distance / exact) * (half - exact)
         shared = (exact + growth.long()).clamp(max=half - 1)

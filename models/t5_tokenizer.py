@@ -17,13 +17,13 @@ from .tokens import WHITE_SPACE, alternate, check_unicode, read_bytes, read_json
 
 # ---------------------------------------------------------------------------------------- from text to normalised text
 
-SPACE = "\u2581"                                               # stands for a space in pieces, and begins every word
+SPACE = "\u2581"                                               # the space in pieces; every word begins with it
 _SPACES = "".join(sorted(WHITE_SPACE))
 _SPACE_RUN = re.compile(f"[{re.escape(_SPACES)}]+")
 _WORD = re.compile(f"{SPACE}[^{SPACE}]*")
 
-# What the rules for grapheme clusters (Unicode annex 29) say beyond the general categories: characters that join the
-# one before them and are no marks, marks that do not, and characters that the next one joins.
+# Exceptions to the general categories in the rules for grapheme clusters (Unicode annex 29): characters that join the
+# previous one and are no marks, marks that do not join, and characters that the next one joins.
 JOINING = frozenset("\u0e33\u0eb3\u200c\u200d\uff9e\uff9f") | {chr(c) for c in (*range(0x1F3FB, 0x1F400),
                                                                                *range(0xE0020, 0xE0080))}
 APART = frozenset("\u102b\u102c\u1038\u1062\u1063\u1064\u1067\u1068\u1069\u106a\u106b\u106c\u106d\u1083\u1087\u1088\u1089"
@@ -44,14 +44,14 @@ def _is_control(c):
 def clusters(text):
     """Split text into grapheme clusters, as far as `Charsmap` can tell the difference.
 
-    Emoji sequences, flags, Hangul and Indic conjuncts are left in parts: whole, they exceed the five bytes up to which
-    a cluster is looked up. (What that misses: a character such as a trade mark sign that bears a Latin accent right
-    behind an emoji and a joiner, or its like.)
+    Emoji sequences, flags, Hangul and Indic conjuncts stay in parts: as a whole they are longer than the five bytes up to
+    which a cluster is looked up. (Rare cases differ, such as a trade mark sign with a Latin accent that follows an emoji
+    and a joiner.)
     """
     start = 0
     for here in range(1, len(text)):
         before, after = text[here - 1], text[here]
-        if after < "\u0300" and before not in PREPENDED:       # the common case: nothing below joins
+        if after < "\u0300" and before not in PREPENDED:       # the common case: no character below U+0300 joins
             together = after == "\n" and before == "\r"
         elif _is_control(before) or _is_control(after):
             together = False
@@ -69,8 +69,8 @@ class Charsmap:
 
     The format: the length of a double-array trie in bytes, the trie's units, all little-endian uint32, and then the
     replacements in UTF-8, each ended by a zero byte. A unit holds the byte that leads to it (its low 8 bits), whether a
-    key ends here (bit 8), and the offset, relative to its own index, at which its children lie: the child of byte b is
-    at offset ^ b, and at offset ^ 0 is where the key's replacement begins.
+    key ends here (bit 8), and the offset of its children, relative to its own index: the child of byte b is at offset ^ b,
+    and the unit at offset ^ 0 holds the place where the key's replacement begins.
     """
 
     def __init__(self, data, path):
@@ -86,12 +86,11 @@ class Charsmap:
         return ValueError(f"{self._path}: its precompiled_charsmap is damaged")
 
     def __call__(self, text):
-        """Replace what the map knows.
+        """Replace the keys of the map in a text.
 
-        SentencePiece takes the longest key at each place. This does as the Hugging Face tokenizer does (tokenizers 0.23
-        and before), whose ids SD3 is served with: a cluster of at most five bytes is replaced whole by what the
-        *shortest* key at its start stands for, so that a second accent is lost; a longer one is taken character by
-        character.
+        SentencePiece takes the longest key at each place. This follows the Hugging Face tokenizer (tokenizers up to 0.23),
+        which SD3's pipeline uses: a cluster of at most five bytes becomes the replacement of the *shortest* key at its
+        start, so that a second accent is lost; a longer cluster is replaced character by character.
         """
         return "".join([self._cluster(cluster) for cluster in clusters(text)])
 
@@ -101,7 +100,7 @@ class Charsmap:
         whole = self._find(cluster.encode()) if len(cluster) == 1 or len(cluster.encode()) < 6 else None
         if whole is None:
             whole = "".join([self._cluster(c) for c in cluster]) if len(cluster) > 1 else cluster
-        if len(cluster) <= 5 and len(self._known) < 65536:     # memory stays bounded whatever is typed
+        if len(cluster) <= 5 and len(self._known) < 65536:     # bounded memory for any text
             self._known[cluster] = whole
         return whole
 
@@ -143,16 +142,16 @@ def _one_for_many_spaces(text, one=SPACE):
 
 # --------------------------------------------------------------------------------------------- from text to ids
 
-UNKNOWN_PENALTY = 10.0                                         # an unknown character scores this much below the worst piece
+UNKNOWN_PENALTY = 10.0                                         # the score of an unknown character: the worst piece's minus this
 
 
 class T5Tokenizer:
     """T5's unigram tokenizer. Made by `from_folder`; then `tokenizer(prompts)` gives one row of ids for each prompt.
 
     `pieces`: (piece, score) by id, a score being a log probability. `added`: text -> (id, strips left, strips right);
-    each is cut out of the prompt before anything else, with the white space on the sides that it strips. `steps`: what
-    normalises a text, from text to text, in order. `splits`: whether any white space, not only a space, parts words.
-    `unknown`, `end`, `pad`: ids.
+    each is cut out of the prompt first, with the white space on the sides that it strips. `steps`: the functions that
+    normalise a text, in order. `splits`: True if any white space separates words, not the space alone. `unknown`, `end`,
+    `pad`: ids.
     """
 
     def __init__(self, pieces, added, steps, *, splits, unknown, end, pad):
@@ -169,7 +168,7 @@ class T5Tokenizer:
     def from_folder(cls, folder):
         """Read a `tokenizer_3` folder of a checkpoint. A damaged or foreign one is a ValueError that names the file.
 
-        `tokenizer.json` says all; `spiece.model` is read where it is absent, and means the same for a published T5.
+        `tokenizer.json` is complete; without it `spiece.model` is read, which gives the same ids for a published T5.
         """
         folder = Path(folder)
         config_file = folder / "tokenizer_config.json"
@@ -190,7 +189,7 @@ class T5Tokenizer:
             pieces, unknown, listed, steps = _read_sentencepiece(source, config.get("extra_ids", 100))
         else:
             raise ValueError(f"{folder} holds no tokenizer: neither tokenizer.json nor spiece.model")
-        if "added_tokens_decoder" in config:                   # decides where there is one
+        if "added_tokens_decoder" in config:                   # replaces the other lists of added tokens
             listed = config["added_tokens_decoder"]
             if not isinstance(listed, dict):
                 raise ValueError(f"{config_file}: added_tokens_decoder must map ids to tokens")
@@ -255,7 +254,7 @@ class T5Tokenizer:
         return ids
 
     def _words(self, text):
-        """Normalise, then split in front of each space, which becomes `SPACE`; one is put before what has none."""
+        """Normalise, then split before each space, which becomes `SPACE`; the first word gets one if it has none."""
         for step in self._steps:
             text = step(text)
         for part in _SPACE_RUN.split(text) if self._splits else (text,):
@@ -266,21 +265,21 @@ class T5Tokenizer:
     def _word(self, word):
         if word not in self._known:
             ids = self._best(word)
-            if len(word) > 64 or len(self._known) >= 65536:    # memory stays bounded whatever is typed
+            if len(word) > 64 or len(self._known) >= 65536:    # bounded memory for any text
                 return ids
             self._known[word] = ids
         return self._known[word]
 
     def _best(self, word):
-        """Viterbi: the ids of the pieces that make up `word` with the highest sum of scores, the first found of equals.
+        """The ids of the pieces that make up `word` with the highest sum of scores, by Viterbi; of equals the first found.
 
-        A character that is no piece of its own may be taken as unknown; neighbouring unknowns become one id.
+        A character that is no piece may count as unknown; neighbouring unknowns become one id.
         """
         size = len(word)
-        score = [0.0] + [-math.inf] * size                     # by place: of the best way to get there
-        arrived = [None] * (size + 1)                          # by place: (where its last piece began, that piece's id)
+        score = [0.0] + [-math.inf] * size                     # by place: the score of the best path to it
+        arrived = [None] * (size + 1)                          # by place: (start of the path's last piece, that piece's id)
         for here in range(size):
-            alone = False                                      # whether the character at this place is a piece
+            alone = False                                      # True if the character at this place is a piece
             for there in range(here + 1, min(here + self._longest, size) + 1):
                 number, gain = self._pieces.get(word[here:there], (None, 0.0))
                 if number is None:
@@ -307,7 +306,7 @@ def _token_text(token, path):
 
 
 def _check_pieces(pieces, unknown, path):
-    """`pieces` as they came, if each is a text with a finite score."""
+    """Return `pieces` unchanged; raise ValueError unless each is a text with a finite score."""
     for piece in pieces:
         if (not isinstance(piece, (list, tuple)) or len(piece) != 2 or not isinstance(piece[0], str)
                 or type(piece[1]) not in (int, float) or not math.isfinite(piece[1])):
@@ -347,7 +346,7 @@ def _read_unigram(path):
 
 
 def _sequence(part, key):
-    """The members of a Sequence of `tokenizer.json`, or what stands alone, or nothing, as a list."""
+    """The members of a Sequence of `tokenizer.json`; of a single part a list of it, of None an empty list."""
     if isinstance(part, dict) and part.get("type") == "Sequence" and isinstance(part.get(key), list):
         return part[key]
     return [] if part is None else [part]
@@ -368,16 +367,16 @@ def _read_step(step, path):
     raise ValueError(f"{path} has a normalizer of type {shown(kind)} that is not among T5's")
 
 
-NORMAL, UNKNOWN, CONTROL = 1, 2, 3                             # the kinds of piece in a spiece.model that a T5 has
+NORMAL, UNKNOWN, CONTROL = 1, 2, 3                             # the kinds of piece in T5's spiece.model
 
 
 def _read_sentencepiece(path, extra_ids):
     """(pieces, unknown id, added tokens as (id, token), normalising steps) of a `spiece.model`.
 
-    SentencePiece's ModelProto: field 1 is a piece (1 its text, 2 its score, 3 its kind), 2 how it was trained (3 the
-    type of model, 1 is unigram; 24 whether a space ends a word), 3 how it normalises (2 the charsmap; 3, 4 and 5 whether
-    to put a space in front, to remove needless spaces and to write a space as `SPACE`). The sentinels `<extra_id_99>` to
-    `<extra_id_0>` are not in the file: T5 has them behind its pieces.
+    Fields of SentencePiece's ModelProto: 1 is a piece (1 its text, 2 its score, 3 its kind); 2 the training (3 the type of
+    model, where 1 is unigram; 24 true if a space ends a word); 3 the normalisation (2 the charsmap; 3, 4 and 5 true to put a
+    space in front, to remove extra spaces, and to write a space as `SPACE`). The sentinels `<extra_id_99>` to `<extra_id_0>`
+    are not in the file; their ids follow those of the pieces.
     """
     if type(extra_ids) is not int or not 0 <= extra_ids <= 100_000:
         raise ValueError(f"{path.parent / 'tokenizer_config.json'} gives extra_ids {shown(extra_ids)}, not a whole number")
@@ -413,7 +412,7 @@ def _read_sentencepiece(path, extra_ids):
 
 
 def _protobuf(data):
-    """(number, value) of the fields of a protobuf message: a whole number, or the bytes of everything else."""
+    """Yield (number, value) of the fields of a protobuf message; a value is a whole number or bytes."""
     here = 0
 
     def whole():
