@@ -7,9 +7,9 @@
     python tools/bench.py convolutions                  torch's convolutions beside the kernels of models/cpu.py
     python tools/bench.py judge                         a run of 1,000 samples, 16 in flight, a service that takes 1 s a call
 
-A subcommand is a function that takes the parsed arguments, and an entry in `main`. Times are the least of --repeat calls
-that alternate between ours and the peer's, after one that warms both up: on a shared machine the least is what a call
-costs, and the rest is what the neighbours do. `ratio` is the peer's time over ours: above 1, ours is faster.
+A subcommand is a function that takes the parsed arguments, and an entry in `main`. Calls of this project and of the peer
+alternate, after one warm-up each. A time is the least of --repeat calls: on a shared machine the others include the load of
+other processes. `ratio` is the peer's time divided by this project's: above 1, this project is faster.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def bench_metrics(args):
 
 
 def photographs(batch, size):
-    """(distorted, reference), (B,3,size,size): noise of a photograph's spectrum, and the same with a perturbation."""
+    """(distorted, reference), (B,3,size,size): noise with the spectrum of a photograph, and the same with a perturbation."""
     generator = torch.Generator().manual_seed(0)
     frequency = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)).clamp(min=1 / size)
     spectrum = torch.fft.rfft2(torch.randn(batch, 3, size, size, generator=generator)) / frequency
@@ -92,7 +92,7 @@ def photographs(batch, size):
 
 @lru_cache
 def random_weights(network):
-    """LPIPS' network with random convolutions: as fast as the published ones, and no download."""
+    """LPIPS' network with random convolutions: as fast as with the published ones, without a download."""
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator) / 10
                for name, shape in backbones.NETWORKS[network].shapes.items()}
@@ -102,7 +102,7 @@ def random_weights(network):
 # ------------------------------------------------------------------------------------------------------ shared by them
 
 def peer(name):
-    """The package, or None, saying so, where it is not installed."""
+    """The package; None, with a remark, where it is not installed."""
     try:
         return __import__(name)
     except ImportError as error:
@@ -135,7 +135,7 @@ def with_gradient(call):
 
 # ---------------------------------------------------------------------------------------------------------------- judge
 
-# The service is a process of its own: the tests' server, with every answer late by so many seconds.
+# The service runs in another process: the tests' server, which delays every answer by this many seconds.
 SERVICE = """
 import sys; sys.path.insert(0, {tests!r})
 from fake_gemini import FakeGemini, after, verdict
@@ -183,9 +183,9 @@ def bench_judge(args):
 def bench_memory(args):
     """Peak memory of one SIFM step on Stable Diffusion 3 medium, everything but transformer and VAE encoder released.
 
-    With --device cuda it is measured. Elsewhere it is counted on torch's meta device, which computes nothing: weights, and
-    what autograd keeps at the worst moment, attention taken as fused. What a single operation needs beside that, and what
-    the allocator wastes, is then left out.
+    With --device cuda it is measured. Elsewhere it is counted on torch's meta device, which computes nothing: the weights and
+    the tensors that autograd keeps at the peak, with fused attention. Temporary tensors of single operations and the
+    allocator's waste are then left out.
     """
     measured = args.device.startswith("cuda")
     device = torch.device(args.device if measured else "meta")
@@ -208,7 +208,7 @@ def bench_memory(args):
 
 
 def peak_of_step(encoder, denoiser, taps, count, size, device, measured, weights):
-    """Bytes at the worst moment of one step: encode, features at `count` timesteps in one batch, both gradients."""
+    """Peak bytes of one step: encode, features at `count` timesteps in one batch, both gradients."""
     pixels = torch.zeros(1, 3, size, size, device=device, requires_grad=True)
     text = torch.zeros(1, 333, denoiser.config.joint_attention_dim, device=device, dtype=torch.bfloat16)
     pooled = torch.zeros(1, denoiser.config.pooled_projection_dim, device=device, dtype=torch.bfloat16)
@@ -228,7 +228,7 @@ def peak_of_step(encoder, denoiser, taps, count, size, device, measured, weights
 
 
 class Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd keeps, each storage once, weights left out: `most` is the worst moment."""
+    """Count of the bytes that autograd keeps, each storage once, without weights; `most` is the peak."""
 
     def __init__(self):
         super().__init__(self.keep, lambda kept: kept[0])
@@ -263,7 +263,7 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
 
 
 class Token:
-    """Lives as long as autograd keeps what it stands for."""
+    """A handle that lives as long as autograd keeps its tensor."""
 
 
 class fused_attention(torch.autograd.Function):

@@ -4,11 +4,10 @@
     edit    an edit, beside diffusers' pipeline with the same scheduler
     load    cold files to the first SIFM step, each side in a process of its own
 
-The two sides take turns, in one process but for `load`; a ratio is ours over theirs within a round, and what is printed
-are medians over the rounds. Memory is what a call holds at its worst moment over what rests, of a call that is not timed.
-The floor is what matrix products, and convolutions as they are defined, take at this machine's peak: a step that convolves
-with fewer multiplications can reach more than all of it.
-What is not measured says so.
+The two sides take turns, in one process except for `load`. A ratio is this project's value divided by the peer's within a
+round; the medians over the rounds are printed. Memory is the peak of a call above the memory at rest, in a call that is not
+timed. The floor is the time of the matrix products and of the convolutions by their definition, at this machine's peak speed;
+a step whose convolutions use fewer multiplications can be faster than the floor. Values that were not measured are marked.
 """
 
 import argparse
@@ -107,7 +106,7 @@ def bench_step(args):
 
 
 def size_of(editor, args):
-    """The side of the picture: of a miniature its own, whatever was asked for."""
+    """The side of the picture; a miniature has a fixed one."""
     if args.size and not editor.is_small:
         editor.defaults = replace(editor.defaults, size=max(args.size, 512))
     return max(editor.frame(*[args.size or editor.working_size] * 2))
@@ -126,7 +125,7 @@ def dtypes(args):
 
 
 def open_sides(args, folder, networks=True):
-    """(our editor, why there is no peer or "", the arguments of `Naive` if they are wanted and there is one)."""
+    """(our editor, the reason why there is no peer or "", the arguments of `Naive` or None)."""
     editor = load_ours(folder, args)
     lacking = "asked for ours alone" if args.alone else peer_lacks(editor)
     if lacking:
@@ -263,7 +262,7 @@ def in_new_process(args, folder, side, taps, timestep):
 
 
 def one_side(args):
-    """In a process of its own: load the editor in args.editor, take one SIFM step, and print what that cost as JSON."""
+    """Load the editor in args.editor, take one SIFM step, and print its cost as JSON; runs in another process."""
     folder, T = Path(args.editor), torch.tensor([args.timestep])
     pixels, x = (each.to(args.device) for each in picture(args.size))
     if args.side == "ours":

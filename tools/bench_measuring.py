@@ -29,20 +29,20 @@ def status(*keys):
 
 
 def glibc(name, *numbers):
-    """Calls a function of glibc; where the C library is another, which manages memory as it does, nothing happens."""
+    """Call a function of glibc; do nothing where the C library is another."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         getattr(ctypes.CDLL(None), name)(*numbers)
 
 
 def give_back():
-    """Return freed memory from the allocator to the system: a call that found it there would seem to need none."""
+    """Return freed memory to the system; otherwise a call that reuses it would seem to need none."""
     glibc("malloc_trim", 0)
 
 
 def keep_memory(keeping):
     """Let the allocator keep large free blocks, or return each to the system. To measure memory it must return them from the
-    first call on, else the blocks it happens to keep decide the peak. To measure time it must keep them, as it does for
-    users: new memory for every tensor costs more the larger the tensor is."""
+    first call on; otherwise the blocks that it keeps decide the peak. To measure time it must keep them, as in normal use:
+    new memory costs more time for larger tensors."""
     mmap, trim = -3, -1                                      # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
     glibc("mallopt", mmap, 2**25 if keeping else 10**6)      # where its own adapting ends
     glibc("mallopt", trim, 2**26 if keeping else 2**17)
@@ -64,7 +64,7 @@ def timed(call, device):
 
 
 def most_memory(call, device):
-    """Bytes that a call holds at its worst moment over those at rest; None where the system does not tell."""
+    """Peak bytes of a call above those at rest; None where the system does not report them."""
     gc.collect()
     if device.startswith("cuda"):
         wait(device)
@@ -87,7 +87,7 @@ def most_memory(call, device):
 
 
 class Watch(threading.Thread):
-    """While it is entered, looks every few milliseconds how much memory this process holds, and of which kind."""
+    """A context that reads every few milliseconds how much memory this process holds, by kind."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -112,7 +112,7 @@ class Watch(threading.Thread):
 
 
 def read_from_disk():
-    """Bytes that this process had to fetch from a disk, not from memory; None where the system does not tell."""
+    """Bytes that this process read from a disk, not from the page cache; None where the system does not report them."""
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/self/io").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
@@ -120,7 +120,7 @@ def read_from_disk():
 
 
 def clock(args):
-    """Which of the two times is looked at: a thread's own on a shared CPU, else the wall's."""
+    """The name of the time to compare: a thread's own CPU time on a shared CPU, else wall time."""
     return "cpu" if args.device == "cpu" and args.threads == 1 else "wall"
 
 
@@ -151,7 +151,7 @@ def peak_rates(args, dtype):
 
 
 class Stages:
-    """While it is entered, splits a step of ours over its stages, by what `meter` counts: seconds, or FLOPs."""
+    """A context that splits a step over its stages by the count of `meter`: seconds or FLOPs."""
 
     def __init__(self, ours, meter):
         self.ours, self.meter, self.spent, self.stage = ours, meter, {}, "other"
@@ -270,8 +270,8 @@ def over(a, b):
 
 
 def rounds_of(calls, args):
-    """{key: rounds} of {key: [ours, the peer's]}, each called with the number of the round: what `timed` says of each, and in
-    the first round its "memory". Every other round the peer's goes first."""
+    """{key: rounds} of {key: [ours, the peer's]}, both called with the number of the round: the results of `timed`, and in
+    the first round "memory". The peer's is called first in every other round."""
     held = {key: [most_memory(partial(call, 0), args.device) for call in pair] for key, pair in calls.items()}
     keep_memory(True)
     rounds = {key: [] for key in calls}
@@ -300,7 +300,7 @@ def heads(own):
 
 
 def cells(found, own):
-    """The cells under `heads` of what `compared` found."""
+    """The cells under `heads` for a result of `compared`."""
     ours, peer, ratio = (found.get(key, {}) for key in ("ours", "peer", "ratio"))
     return [figure(ours[own]), figure(peer.get(own)), figure(ratio.get(own)), figure(ratio.get("wall")),
             mebibytes(ours["memory"]), mebibytes(peer.get("memory")), figure(ratio.get("memory"))]

@@ -36,7 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CLIP_L = {"architectures": ["CLIPTextModel"], "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072,
           "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
           "projection_dim": 768, "eos_token_id": 2, "model_type": "clip_text_model"}
-# Of Stable Diffusion 3's text encoders only the widths: they are gone before the first step.
+# Of Stable Diffusion 3's text encoders only the widths matter: they are released before the first step.
 SHALLOW = {"architectures": ["CLIPTextModelWithProjection"], "num_hidden_layers": 2}
 CLIP_G = CLIP_L | {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "hidden_act": "gelu",
                    "projection_dim": 1280}
@@ -125,12 +125,12 @@ def write_weights(path, tensors, dtype, generator):
                 values = 0.1 * values + (tensor.ndim == 1 and name.endswith("weight"))
             file.write(values.to(dtype).view(torch.uint8).numpy())
         file.flush()
-        os.fsync(file.fileno())                              # what is not on disk yet cannot be dropped from memory
+        os.fsync(file.fileno())                              # only pages that are on the disk can be dropped from memory
 
 
 @contextlib.contextmanager
 def weights(args):
-    """(folder of the editor that is measured, what it is in words)."""
+    """(folder of the measured editor, a description of it)."""
     if args.editor not in FULL:
         miniature = args.editor == "miniature"
         yield load_editor("miniature", device="cpu").checkpoint.folder if miniature else Path(args.editor), args.editor
@@ -154,7 +154,7 @@ def picture(size):
 # ------------------------------------------------------------------------------------------------------- the two sides
 
 class Ours:
-    """One SIFM step of ours, as `pgd` takes it: objective, and the gradient to the pixels."""
+    """One SIFM step of this project, as in `pgd`: the objective and the gradient to the pixels."""
 
     def __init__(self, editor, original, contexts, timesteps, taps, plan, **options):
         self.editor, self.plan = editor, plan
@@ -177,7 +177,7 @@ class Naive:
         self.vae, self.denoiser, self.alphas_cumprod = vae, denoiser, alphas_cumprod        # None: rectified flow
 
     def prepare(self, original, contexts, timesteps, taps):
-        """Set up the values that all steps share: timesteps, noise (of ours' seed), and the original's activations."""
+        """Set up the values that all steps share: timesteps, noise (from the seed of `Ours`), the original's activations."""
         place = self.vae.device, self.vae.dtype
         self.contexts = [context.to(*place) if isinstance(context, torch.Tensor) else
                          [part.to(*place) for part in context] for context in contexts]
@@ -239,7 +239,7 @@ def read_networks(folder, dtype, device):
 
 
 def alphas_cumprod(folder):
-    """Of the schedule that a U-Net was trained by; None for a transformer, which rectified flow trained."""
+    """The alphas_cumprod of a U-Net's training; None for a transformer, which was trained with rectified flow."""
     from diffusers import DDPMScheduler
     if not (folder / "unet").exists():
         return None
@@ -256,7 +256,7 @@ def pipeline_class(folder, name=None):
 
 
 def read_pipeline(pipeline, folder, dtype, device):
-    """The whole pipeline in a folder; of what it was saved without, such as T5, diffusers wants to be told."""
+    """The whole pipeline in a folder. diffusers needs None for components that were not saved, such as T5."""
     absent = {name: None for name, entry in _index(folder).items() if entry == [None, None]}
     return pipeline.from_pretrained(folder, torch_dtype=dtype, **absent).to(device)
 
@@ -282,7 +282,7 @@ def pipeline_contexts(pipeline, prompt):
 
 
 def quiet():
-    """Leaves diffusers' and transformers' bars and remarks out. ImportError where diffusers is not installed."""
+    """Silence the progress bars and remarks of diffusers and transformers. Raises ImportError without diffusers."""
     from diffusers.utils import logging
     from transformers.utils import logging as others
     for each in (logging, others):

@@ -6,8 +6,8 @@
 The checks compare the card with the CPU on small editors with random weights, of both kinds: the loss and the gradient's
 signs of every method in float32, bfloat16 and float16; an edit; and the gradient under each memory plan. The measures, at
 512x512 in bfloat16 with random weights at full size (InstructPix2Pix, Stable Diffusion 3): loading, one SIFM step at one
-timestep and at ten, an edit, and the most memory of each. Every part that does not start before
---minutes are over is left out, and the file says so. The exit code is 1 where a check failed.
+timestep and at ten, an edit, and the peak memory of each. A part that has not started when --minutes are over is left out,
+and the file lists it. The exit code is 1 if a check failed.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def pixels(size, device):
 # ------------------------------------------------------------------------------------------------------------------ checks
 
 def gradient(editor, method):
-    """(loss, gradient on the CPU in float32) of a method's objective at a perturbed picture."""
+    """(loss, gradient as float32 on the CPU) of a method's objective at a perturbed picture."""
     original = pixels(SIZE, editor.device)
     step = torch.randn(original.shape, generator=torch.Generator().manual_seed(1)).sign().to(original)
     options = OPTIONS.get(method, {}) | ({"prompts": PROMPTS[:1]} if method == "semantic-attack" else {})
@@ -132,7 +132,7 @@ def check_plans(folder, kind, device):
 # ---------------------------------------------------------------------------------------------------------------- measures
 
 def timed(call, device, repeat=3):
-    """(least seconds, most bytes on the device over what rests there) of a call, after one that warms up."""
+    """(least seconds, peak bytes on the device above those at rest) of a call, after a warm-up."""
     call()
     wait(device)
     torch.cuda.reset_peak_memory_stats(device)

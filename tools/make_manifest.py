@@ -7,21 +7,20 @@
 
 `dataset` makes a set of the paper's composition (35 portraits, 35 landscapes, 30 artworks; which pictures the paper took is
 not published) from timbrooks/instructpix2pix-clip-filtered, through the rows endpoint of the hub's dataset viewer. Rows are
-looked at in an order that the seed fixes, and put into a category by words of their caption; selection.json lists them with
-the word that decided. Read it: a category may be changed there, and "reject" as a category has the row replaced by another
-in the next run. Whatever was interrupted is run again by the same command, and nothing is fetched twice. The hash of each
-picture is put into selection.json, so that somebody else gets the same set from that file or is told. Nothing is sent but
-the numbers of rows.
+read in an order that the seed fixes, and put into a category by words of their caption; selection.json lists them with the
+word that decided. Read it: you may change a category there, and the category "reject" replaces the row by another in the next
+run. After an interruption the same command goes on, and nothing is fetched twice. selection.json has the hash of each picture:
+another person gets the same set from that file, or an error. Only the numbers of rows are sent.
 
 `folder` copies your pictures. Their prompts are --prompt, one for all, or a file: JSON {"name.png": "make it night", or
 {"prompt", "category", "caption", "unseen_prompts", "unseen_captions"}}, or CSV with a head, image,prompt and optionally
 category and caption.
 
-Unseen prompts, which no method is told, come from --unseen: JSON {"id or file name": ["text", or {"prompt", "caption"}]}, or
+Unseen prompts, which no method reads, come from --unseen: JSON {"id or file name": ["text", or {"prompt", "caption"}]}, or
 CSV with a head, id,prompt and optionally caption, one line for each prompt. Or from a model: --gemini gemini-2.5-pro, or
 --gemini judge.json with one judge of a panel, SENDS EVERY PICTURE there with its prompt (tools/prompts/unseen-1.txt) and needs
-the key that the judge needs. Answers are kept in unseen.jsonl and never asked for twice; only calls that were in flight at a
-kill are. --max-calls and --max-cost count every call of all runs into the folder.
+the key of that judge. Answers are kept in unseen.jsonl, and no question is asked twice, except where a call was in flight
+at a kill. --max-calls and --max-cost count every call of all runs into the folder.
 Exit codes: 0 all done, 1 some pictures failed (the manifest is then not written; --partial writes it), 2 usage, 3 the server
 cannot be reached, 130 interrupted.
 """
@@ -51,9 +50,9 @@ from sifm_min.models.checkpoints import Unavailable  # noqa: E402
 
 DATASET, SERVER = "timbrooks/instructpix2pix-clip-filtered", "https://datasets-server.huggingface.co"
 COMPOSITION = {"portrait": 35, "landscape": 35, "artwork": 30}
-PAGE, PER_PAGE = 100, 3                                      # rows of one request (the server's most); of each category kept
+PAGE, PER_PAGE = 100, 3                                      # rows of a request (the server's limit); kept of each category
 TRIES, LONGEST, DEADLINE, CAP = 5, 120, 120, 32 * 2**20      # of a request: tries, wait and whole time in s, bytes
-LOST = 3                                                     # requests given up one after another that end a run
+LOST = 3                                                     # failed requests in a row that end a run
 REJECT = "reject"
 # Tried in this order, on whole words of the caption: a portrait in oil is an artwork.
 PEOPLE = ["woman", "man", "girl", "boy", "women", "men", "lady", "bride", "couple", "people", "person"]
@@ -102,7 +101,7 @@ def folder(args):
     names, items = _names(pictures), []
 
     def one(path):
-        images.read(path)                                    # refused here, and not in the middle of an experiment
+        images.read(path)                                    # raises here, and not in the middle of an experiment
         own = {"category": args.category, **told[path.name]}
         target = args.output / "images" / f"{names[path]}{path.suffix.lower()}"
         place(target, path.read_bytes(), args)
@@ -138,13 +137,13 @@ def read_prompts(path):
 
 
 def _names(pictures):
-    """An id for each file: its stem, in letters that ids may have, and a number where two would be the same."""
+    """An id for each file: its stem in letters that ids may have, with a number where two would be the same."""
     names, taken = {}, Counter()
     for path in pictures:
         name = re.sub(r"[^\w.-]", "-", path.stem)[:80]
         name = name if re.match(r"\w", name) else f"picture{name}"
         taken[name.lower()] += 1
-        while taken[name.lower()] > 1:                       # some disks know no capitals
+        while taken[name.lower()] > 1:                       # some disks ignore capitals
             name = f"{name}-{taken[name.lower()]}"
             taken[name.lower()] += 1
         names[path] = name
@@ -184,7 +183,7 @@ def dataset(args):
 
 
 class Selection:
-    """selection.json: which rows make the set. `about` is how they were chosen, `pages` how many pages were looked at."""
+    """selection.json: the rows of the set. `about`: how they were chosen. `pages`: the number of pages read."""
 
     ABOUT = ("dataset", "config", "split", "seed", "composition", "rules")
 
@@ -193,7 +192,7 @@ class Selection:
 
     @classmethod
     def read(cls, path, args):
-        """A file that a person may have changed. Options that say something else than it are a mistake."""
+        """Read a file that a person may have changed. Raises ValueError where options contradict it."""
         given = _json(path)
         if missing := [key for key in (*cls.ABOUT, "total", "pages", "rows") if key not in given]:
             raise ValueError(f"{path} has no {missing[0]}; restore it, or delete it to choose again")
@@ -221,19 +220,19 @@ class Selection:
         return cls(path, about, given["total"], given["pages"], rows)
 
     def write(self):
-        """One line for each row, so that people can read it and programs compare it."""
+        """Write one line for each row, so that people can read the file and programs can compare it."""
         head = {**self.about, "total": self.total, "pages": self.pages}
         lines = [f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}," for key, value in head.items()]
         rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in self.rows)
         writing.write(self.path, "{\n" + "\n".join(lines) + '\n "rows": [\n' + rows + "\n ]\n}\n", overwrite=True)
 
     def missing(self):
-        """{category: how many rows it still lacks}, those that are full left out."""
+        """{category: the number of rows that it still lacks}; full ones are left out."""
         have = Counter(row["category"] for row in self.rows)
         return {name: count - have[name] for name, count in self.about["composition"].items() if have[name] < count}
 
     def kept(self):
-        """The rows of the set: of each category as many as asked for, the first ones listed."""
+        """The rows of the set: the first ones of each category, up to its number in the composition."""
         left, kept = dict(self.about["composition"]), []
         for row in self.rows:
             if left.get(row["category"]):
@@ -246,7 +245,7 @@ class Selection:
 
 
 def settings(args):
-    """The choice of rows: the options, with defaults for those not given."""
+    """The options that decide the choice of rows, with defaults for those that are not given."""
     rules = RULES
     if args.rules:
         rules = _json(args.rules)
@@ -285,7 +284,7 @@ def category(caption, rules):
 
 
 def choose(chosen, server, args):
-    """Look at pages of rows, in the seed's order, until every category is full; what was found is on the disk after each."""
+    """Read pages of rows in the seed's order until every category is full; selection.json is written after each page."""
     if not chosen.missing():
         return
     total = server.total()
@@ -309,7 +308,7 @@ def choose(chosen, server, args):
 
 
 def pick(rows, chosen, missing):
-    """The rows of a page that join: a few of each category that still lacks some, no caption and no prompt twice."""
+    """The rows to take from a page: a few of each category that lacks some, no caption and no prompt twice."""
     captions = {row["caption"].lower() for row in chosen.rows}
     prompts = {row["prompt"].lower() for row in chosen.rows}
     left, found = {name: min(count, PER_PAGE) for name, count in missing.items()}, []
@@ -329,7 +328,7 @@ def pick(rows, chosen, missing):
 
 
 def fetch(row, name, pictures, server):
-    """Fetch the picture of a row into the folder and return its path; raises ValueError where it is not what was chosen."""
+    """Fetch the picture of a row into the folder and return its path; raises ValueError where row or picture has changed."""
     (_, found), = server.rows(row["row"], 1)
     if [str(found[column]).strip() for column in COLUMNS] != [row["caption"], row["prompt"], row["result"]]:
         raise ValueError(f"row {row['row']} now has other texts than when it was chosen; set its category to {REJECT!r}")
@@ -356,19 +355,19 @@ def fetch(row, name, pictures, server):
 
 
 class Server:
-    """The rows endpoint of the hub's dataset viewer; one request at a time. It is told rows and pages, and no token."""
+    """The rows endpoint of the hub's dataset viewer, one request at a time. Only numbers of rows are sent, and no token."""
 
     def __init__(self, base, about, notify, sleep=time.sleep):
         self.base, self.about, self.notify, self.sleep = base.rstrip("/"), about, notify, sleep
         self.session, self.lost = requests.Session(), 0
-        self.session.auth = lambda prepared: prepared        # else a .netrc entry would be sent along
+        self.session.auth = lambda prepared: prepared        # without this a .netrc entry would be sent
         self.session.headers["Accept-Encoding"] = "identity"
 
     def total(self):
         return self._page(0, 1)["num_rows_total"]
 
     def rows(self, offset, length):
-        """[(number, {column: cell})] from this row on."""
+        """[(number, {column: cell})] of `length` rows from `offset` on."""
         page, found = self._page(offset, length), []
         for number, row in enumerate(page["rows"], offset):
             cells = row.get("row") if isinstance(row, dict) else None
@@ -392,15 +391,15 @@ class Server:
         raise ValueError(f"{self.base} answered with something else than rows: {_shown(content)}")
 
     def get(self, url, what, params=None):
-        """The bytes at an address. What may pass is tried again; raises ValueError, LostRequest, and Unavailable where the
-        server seems to be gone."""
+        """The bytes at an address. Faults that may pass are retried. Raises ValueError, LostRequest, and Unavailable where the
+        server seems to be down."""
         for attempt in range(TRIES):
             wait, why = 2.0 ** attempt, ""
             try:
                 with self.session.get(url, params=params, timeout=(10, 60), stream=True) as response:
                     content = _body(response)
                 if response.status_code == 200:
-                    self.lost = self.lost if params else 0   # rows may come where pictures do not
+                    self.lost = self.lost if params else 0   # rows may arrive while pictures fail
                     return content
                 why = f"the server answered {response.status_code}"
                 if response.status_code == 429:
@@ -413,19 +412,19 @@ class Server:
             except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError,
                     requests.exceptions.ContentDecodingError):
                 why = "the connection failed"
-            except requests.RequestException as error:       # an address that no request can be made of
+            except requests.RequestException as error:       # not a valid address
                 raise ValueError(f"{what}: {type(error).__name__} at {url[:80]}") from None
             if attempt + 1 < TRIES:
                 self.notify(f"{what}: {why}; trying again in {min(wait, LONGEST):.0f} s")
                 self.sleep(min(wait, LONGEST))
         self.lost += 1
-        if self.lost >= LOST or params is not None:          # without rows there is nothing to go on with
+        if self.lost >= LOST or params is not None:          # nothing can be done without rows
             raise Unavailable(f"{what}: {why}, {TRIES} times; run the same command again later, it goes on from here")
         raise LostRequest(f"{what}: {why}, {TRIES} times")
 
 
 class LostRequest(OSError):
-    """One address that did not answer, while others may."""
+    """One address did not answer; others may."""
 
 
 def _body(response):
@@ -438,7 +437,7 @@ def _body(response):
             raise requests.Timeout
     announced = response.headers.get("Content-Length", "")
     plain = "Content-Encoding" not in response.headers
-    if plain and announced.isdecimal() and len(content) < int(announced):            # older urllib3 does not tell
+    if plain and announced.isdecimal() and len(content) < int(announced):            # older urllib3 does not raise
         raise requests.ConnectionError
     return bytes(content)
 
@@ -448,7 +447,7 @@ def _seconds(text):
 
 
 def _shown(content):
-    """The beginning of an answer in a sentence; of a JSON error its message."""
+    """The beginning of an answer, for a sentence; for a JSON error its message."""
     text = content[:2000].decode("utf-8", "replace")
     with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
         text = json.loads(text)["error"]
@@ -501,7 +500,7 @@ def _checked(item, path):
 
 
 PROMPT = Path(__file__).with_name("prompts") / "unseen-1.txt"
-COUNT, LARGEST = 5, 1024                                  # prompts a picture; the long side of what is sent
+COUNT, LARGEST = 5, 1024                                  # prompts for a picture; the long side of a picture that is sent
 SCHEMA = {"type": "object", "properties": {
     "caption_0": {"type": "string", "description": "the picture after the given instruction"},
     **{f"{kind}_{i}": {"type": "string", "description": f"{kind} {i}"}
@@ -510,7 +509,7 @@ SCHEMA["required"] = list(SCHEMA["properties"])
 
 
 def ask_for_unseen(items, args):
-    """(items with five unseen prompts each from a model, the sentences of those that got none)."""
+    """Ask a model for five unseen prompts for each item; return (items, the sentences of those that got none)."""
     from sifm_min.files.ledger import Ledger
     from sifm_min.gemini import Budget, Client, Request, Spec, ask_many
 

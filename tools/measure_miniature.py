@@ -116,7 +116,7 @@ def judges(args):
     rng = random.Random(0)
 
     def elsewhere(scene):
-        """The scene as img2img may well draw it: in another pose, with another skin."""
+        """The scene as img2img may draw it: in another pose, with another skin."""
         values = {"skin": rng.choice(world.ATTRIBUTES["portrait"]["skin"])} if scene.category == "portrait" else {}
         return drawing.render(replace(scene, jitter=tuple(rng.uniform(-1, 1) for _ in scene.jitter)).changed(values))
 
@@ -134,21 +134,21 @@ def judges(args):
 
 
 def literal(args):
-    """Whole runs beside runs of Algorithm 1 as it is printed."""
+    """Compare whole runs with runs of Algorithm 1 as printed."""
     editor = sifm_min.load_editor(args.editor)
     beside(args, editor, {"fast": (editor, sifm.sifm), "literal": (editor, as_printed)})
 
 
 def bfloat16(args):
-    """Whole runs beside runs in which denoiser, text encoder and VAE are in bfloat16."""
+    """Compare whole runs with runs in which denoiser, text encoder and VAE are in bfloat16."""
     editor = sifm_min.load_editor(args.editor, dtype=torch.float32)
     half = sifm_min.load_editor(args.editor, dtype=torch.bfloat16, vae_dtype=torch.bfloat16)
     beside(args, editor, {"float32": (editor, sifm.sifm), "bfloat16": (half, sifm.sifm)})
 
 
 def beside(args, attacker, runs):
-    """Two runs for each picture, {name: (editor, objective)}: signs of the first step, final loss, and verdicts of what the
-    attacker, an editor, makes of the results."""
+    """Two runs for each picture, {name: (editor, objective)}: signs of the first step, final loss, and verdicts on the
+    attacker's edits of the results."""
     (one, other), signs, losses, verdict = runs, [], [], {name: [] for name in runs}
     for index, sample in enumerate(miniature.samples(args.samples, args.seed)):
         prompt, pixels = miniature.prompt_of(sample, attacker), images.to_pixels(sample.image)
@@ -191,7 +191,7 @@ def as_printed(editor, x_orig, contexts, *, generator):
     def phi(x, t, eta):
         E = editor.encode(editor.resize(x))
         z_t = editor.noise_latent(E, eta, t)
-        # Every activation is asked for, so that nothing is left out; only the tapped ones are used.
+        # Request every activation, so that the whole network runs; only the tapped ones are used.
         found = editor.features(E, z_t, t, contexts[0], taps=editor.tap_names)
         return [found[tap] for tap in taps]
 

@@ -134,7 +134,7 @@ def to_pixels(pictures, device="cpu"):
 
 
 def grain(pixels, generator=None):
-    """Camera-like noise up to the attack's own size: half uniform noise, half nothing, so that noise alone breaks no edit."""
+    """Camera-like noise, up to the size of the attack, on half of the pictures, so that noise alone breaks no edit."""
     strength = 0.04 * torch.rand(len(pixels), 1, 1, 1,
                                  generator=generator) * (torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.5)
     return (pixels + strength.to(pixels) * (2 * torch.rand(pixels.shape, generator=generator) - 1).to(pixels)).clamp(0,
@@ -287,7 +287,7 @@ def tune(args, config=VAE, sources=None):
 
 
 def shift(args):
-    """Print the shipped editors' latent shift under attack: what the model card states."""
+    """Print the shipped editors' latent shift under attack, as the model card states it."""
     for name in ("miniature-plain", "miniature"):
         say_shift(name, load_editor(name, device="cpu").vae)
 
@@ -337,7 +337,7 @@ def tokenizer(args):
 
 
 def text(args):
-    """Teach the text transformer what instructions ask for (kind and colour), so that the U-Net meets meaning, not letters."""
+    """Teach the text transformer the kind and colour of instructions, so that the U-Net gets meaning instead of letters."""
     if (args.work / "text.pt").exists() and torch.load(args.work / "text.pt",
                                                        weights_only=True)["step"] >= args.text_steps:
         return
@@ -484,7 +484,7 @@ def judge(args):
 
 
 def disturb(x, picker, generator):
-    """The harm that an honest edit may suffer: a little noise, blur, and change of brightness, contrast and tint."""
+    """The mild disturbances of a good edit: some noise, blur, and change of brightness, contrast and tint."""
     side = int(picker.integers(30, 65))
     x = F.interpolate(F.interpolate(x[None], size=(side, side), mode="area"), size=(64, 64), mode="bicubic")[0]
     x = x * (1 + 0.08 * float(picker.normal())) + 0.03 * float(picker.normal()) + 0.02 * torch.randn(3, 1, 1,
@@ -500,7 +500,7 @@ def clouds(generator):
 
 
 def damage(x, other, picker, generator):
-    """One or two kinds of damage that nobody would accept in a picture."""
+    """One or two kinds of damage that makes a picture unacceptable."""
     for kind in picker.permutation(7)[:1 + int(picker.integers(2))]:
         size = float(picker.uniform(0.5, 1))
         if kind == 0:

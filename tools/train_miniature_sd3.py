@@ -48,7 +48,7 @@ SAID = [(category, name) for category, attributes in world.ATTRIBUTES.items() fo
 
 
 def data(args):
-    """Pictures and captions: scenes of the training split and what instructions make of them, half and half."""
+    """Pictures and captions: half scenes of the training split, half the results of instructions on them."""
     if (args.work / "captions.json").exists():
         return
     rng = world.generator(0, "train captions")
@@ -120,7 +120,7 @@ def distinct(captions):
 
 
 def text(args):
-    """Teach the text transformers what captions say of every attribute, so that the MMDiT meets meaning, not letters."""
+    """Teach the text transformers every attribute of captions, so that the MMDiT gets meaning instead of letters."""
     run_path = args.work / "text.pt"
     if run_path.exists() and torch.load(run_path, weights_only=True)["step"] >= args.text_steps:
         return
