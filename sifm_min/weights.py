@@ -317,8 +317,7 @@ def _body(args):
             all(name in LATENTS for name in args.names) or [len(LPIPS.get(name, ())) for name in args.names] == [1])):
         raise ValueError(f"--weights is for download of one of {', '.join(list(LPIPS)[1:])}, or of {', '.join(LATENTS)}")
     if (args.revision or args.no_t5) and any(name in LPIPS or name in LATENTS for name in args.names):
-        raise ValueError("--revision and --no-t5 are for editors; the files of LPIPS are pinned by their hash, those of "
-                         "the latent spaces by their commit")
+        raise ValueError("--revision and --no-t5 are for editors; the files of LPIPS and of the latent spaces are pinned")
     if args.revision and args.action == "list":
         raise ValueError("--revision is for download and verify; list shows the revision that is used by default")
     if args.no_t5 and args.action == "list":
