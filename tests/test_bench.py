@@ -108,6 +108,28 @@ def test_a_folder_is_measured_beside_its_pictures_one_by_one(capsys, tmp_path):
     assert found["at once"] == 2 and found["ratio"]["cpu"] > 0 and "2 at once; peer: one after the other" in out
 
 
+def test_convolutions_are_those_of_the_networks(monkeypatch, tmp_path, capsys):
+    small = bench_peers.FULL["instruct-pix2pix"]
+    small = {name: (*small[name][:2], {**small[name][2], **config}) for name, config in (
+        ("unet", {"block_out_channels": [64, 64, 128, 128], "layers_per_block": 1}), ("vae", SMALL_VAE))}
+    monkeypatch.setitem(bench_peers.FULL, "instruct-pix2pix", small)
+    threads = torch.get_num_threads()
+    try:
+        bench.main(["convolutions", "--size", "64", "--pictures", "2", "--seconds", "0", "--json",
+                    str(tmp_path / "found.json")])
+    finally:
+        torch.set_num_threads(threads)
+    rows = {tuple(row["shape"]): row for row in json.loads((tmp_path / "found.json").read_text())["rows"]}
+    first, down = rows[2, 64, 64, 8, 8, 3, 1, 1], rows[2, 64, 64, 8, 8, 3, 2, 1]
+    # Going down two; going up two, and one after the interpolation.
+    assert first["layers"] == 5 and down["layers"] == 1
+    for way in ("forward", "gradient"):
+        assert first["seconds"][way].keys() == {"torch", "Winograd", "product"}
+        assert all(0 < least < 10 for least in first["seconds"][way].values())
+    assert down["seconds"]["forward"].keys() == {"torch", "product"} and down["seconds"]["gradient"].keys() == {"torch"}
+    assert "2\t64 -> 64\t8x8\t3x3/1\t5" in capsys.readouterr().out
+
+
 def test_without_diffusers_ours_is_measured_alone(run, monkeypatch):
     def absent():
         raise ImportError("No module named 'diffusers'")

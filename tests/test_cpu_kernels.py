@@ -6,8 +6,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
+import sifm_min
 from sifm_min.models import cpu, winograd
 from sifm_min.models.lean import Conv2d, GroupNorm
 from sifm_min.models.unet import UNet, UNetConfig
@@ -152,6 +154,18 @@ def test_a_record_names_what_ran_inside_it_alone(smaller):
     assert outer == {"matrix product", "winograd"} and inner == {"winograd"}
     assert cpu.describe(outer, "cpu") == ["matrix product", "winograd"] and cpu.describe(set(), torch.device("cpu")) == []
     assert cpu.describe(set(), "cuda:0") is None
+
+
+def test_a_report_names_the_kernels_that_ran():
+    editor = sifm_min.load_editor("miniature")
+    picture = Image.effect_noise((64, 64), 50).convert("RGB")
+
+    def reported():
+        return sifm_min.immunize(picture, editor, "make it night", steps=1, timesteps=1).report["cpu_kernels"]
+
+    assert reported() == ["group norm"]
+    with cpu.kernels(on=False):
+        assert reported() == []
 
 
 # -------------------------------------------------------------------------------------------------------- whole networks
