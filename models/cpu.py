@@ -23,10 +23,10 @@ from . import winograd
 # one thread of a CPU with AVX2 and 32 MiB of cache. Each number is the kernel's time over torch's, forward or gradient.
 # Winograd: .4 to .8 for 32x32 positions and more, up to 640 -> 640 channels for one picture and 1280 -> 1280 for four; .8 to
 # .9 for 640 -> 640 at four times 16x16. With more than 400 kernels of 3x3 for each position it is .84 to 1.5, as 960 -> 640 at
-# 32x32 (.97), and above 1.2 for 16x16 and less of one picture.
+# 32x32 (.98). For one picture of 16x16 or less it is above 1.1.
 WINOGRAD_CHANNELS, WINOGRAD_POSITIONS, WINOGRAD_WEIGHTS = 128, 256, 400
-# Matrix products: .2 to .8 for layers of 1280 -> 1280 channels or more at 4x4 (four pictures), 8x8 and 16x16; 1 to 1.3 for
-# smaller layers, whose weights fit into the cache.
+# Matrix products: .2 to .8 for layers of 1280 -> 1280 channels or more at 8x8 and 16x16, and at 4x4 for four pictures; about 1
+# at 4x4 for one; .8 to 1.3 for smaller layers, whose weights fit into the cache.
 PRODUCT_WEIGHTS = 2**23
 NORM_POSITIONS = 1024                               # torch's sums of up to so many equal numbers are exact to some millionths
 BLOCK = 2**17                                       # numbers: 512 KiB, about what a core's cache holds
@@ -66,7 +66,7 @@ def describe(names, device):
 
 
 def _chosen(name, fits):
-    """`fits`, False while the kernels are switched off; a kernel that is chosen is recorded."""
+    """True if a kernel fits and the kernels are switched on; then record its name."""
     if fits and _enabled:
         _ran.add(name)
     return fits and _enabled
@@ -145,12 +145,13 @@ def product_gradient(gradient, weight):
 
 def norms(x):
     """True for the tensors (B, C, h, w) whose group norm is computed here. Few positions are left to torch, which is exact."""
-    return _chosen("group norm", x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(1) == 1
-                   and not x.is_contiguous() and x.shape[2] * x.shape[3] > NORM_POSITIONS)
+    return (_enabled and x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(1) == 1
+            and not x.is_contiguous() and x.shape[2] * x.shape[3] > NORM_POSITIONS)
 
 
 def group_norm(x, weight, bias, groups, eps, silu):
     """(group norm of x, with SiLU if `silu`, channels-last; mean of each group, (B, groups); 1 / deviation, likewise)."""
+    _ran.add("group norm")
     rows = _rows(x)
     mean, rstd = _moments(rows, groups, eps)
     shift, scale = _affine(mean, rstd, weight, bias, groups)
