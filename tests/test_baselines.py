@@ -606,7 +606,7 @@ class Reached(Exception):
     pass
 
 
-def photo(shared, name):
+def photo_of_256(shared, name):
     with Image.open(shared / "data" / "photos" / f"{name}.png") as image:
         return images.to_pixels(image.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS))
 
@@ -627,7 +627,7 @@ def until(met, x, objective):
 @pytest.mark.parametrize(("name", "picture"), [("taesd", "astronaut")])
 def test_photoguard_starves_a_real_latent_more_than_noise(name, picture, shared):
     """To at most 0.8 of its norm, and at least 0.1 below uniform noise's own ratio, within 60 steps."""
-    encoder, x = tae.Encoder(shared, name), photo(shared, picture)
+    encoder, x = tae.Encoder(shared, name), photo_of_256(shared, picture)
     with torch.no_grad():
         clean, noise = (encoder.scaled(encoder.encode(pixels)).norm() for pixels in (x, moved(x).clamp(0, 1)))
     goal = min(0.8, noise / clean - 0.1)
@@ -641,7 +641,7 @@ def test_photoguard_starves_a_real_latent_more_than_noise(name, picture, shared)
 
 @pytest.mark.parametrize(("name", "picture"), [("taesd", "astronaut")])
 def test_editshield_moves_a_real_latent_more_than_signs(name, picture, shared):
-    encoder, x = tae.Encoder(shared, name), photo(shared, picture)
+    encoder, x = tae.Encoder(shared, name), photo_of_256(shared, picture)
 
     def shift(x_imu):
         with torch.no_grad():

@@ -34,7 +34,7 @@ TAPS = {"instruct-pix2pix": "mid_block,up_blocks.1.attentions.0", "sd3": "transf
 
 
 @pytest.fixture(scope="module", params=SMALL)
-def editor(request, tmp_path_factory):
+def small(request, tmp_path_factory):
     """(kind, folder) of a small editor in the layout that the benches write at full size."""
     pytest.importorskip("diffusers", reason="diffusers, which the benches compare with, is not installed")
     full = bench_peers.FULL[request.param]
@@ -45,14 +45,14 @@ def editor(request, tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys, editor):
+def run(monkeypatch, tmp_path, capsys, small):
     """A bench of that editor, in this process: (what its JSON says, what it prints)."""
     monkeypatch.setattr(bench_editors, "peak_rates", lambda args, dtype: {"mm": 1e10, "conv": 2e10})
 
     def run(command, *options):
         threads, file = torch.get_num_threads(), tmp_path / "found.json"
         try:
-            bench.main([command, "--editor", str(editor[1]), "--size", "64", "--json", str(file), *options])
+            bench.main([command, "--editor", str(small[1]), "--size", "64", "--json", str(file), *options])
         finally:
             torch.set_num_threads(threads)
         return json.loads(file.read_text()), capsys.readouterr().out
@@ -60,9 +60,9 @@ def run(monkeypatch, tmp_path, capsys, editor):
     return run
 
 
-def test_the_naive_step_has_the_gradient_of_ours(run, editor):
-    found, out = run("step", "--repeat", "2", "--timesteps", "1,2", "--prompts", "2", "--taps", TAPS[editor[0]])
-    assert found["taps"] == TAPS[editor[0]].split(",")
+def test_the_naive_step_has_the_gradient_of_ours(run, small):
+    found, out = run("step", "--repeat", "2", "--timesteps", "1,2", "--prompts", "2", "--taps", TAPS[small[0]])
+    assert found["taps"] == TAPS[small[0]].split(",")
     one, two = found["timesteps"]["1"], found["timesteps"]["2"]
     for each in (one, two):
         assert each["cosine"] > 0.9999 and each["same_sign"] > 0.999
@@ -83,7 +83,7 @@ def test_the_edit_is_the_pipelines(run):
     assert "| pictures differ by |" in out and "peer: diffusers' pipeline, float32\n" in out
 
 
-def test_loading_is_measured_on_both_sides(run, editor, monkeypatch, capsys):
+def test_loading_is_measured_on_both_sides(run, small, monkeypatch, capsys):
     class InThisProcess:
         returncode = 0
 

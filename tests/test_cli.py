@@ -12,6 +12,7 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
+from outcomes import told
 
 from sifm_min import cli
 from sifm_min.models.checkpoints import Unavailable
@@ -31,15 +32,6 @@ def parser():
 
 def run(body, *argv):
     return cli.run_command(body, parser(), ["--prompt", "a witch", *argv])
-
-
-def one_line(capsys):
-    """stderr, asserted to be one line, and stdout, asserted to be empty."""
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1 and captured.err.endswith("\n")
-    assert "Traceback" not in captured.err
-    return captured.err
 
 
 # -- types -------------------------------------------------------------------------------------------------------------
@@ -90,13 +82,13 @@ def test_types(kind, good, bad):
 ])
 def test_usage_errors_are_one_sentence_and_code_2(capsys, argv, says):
     assert run(lambda args: pytest.fail("the body ran"), *argv) == cli.USAGE
-    told = one_line(capsys)
-    assert says in told and told.startswith("python -m sifm_min.immunize: ")
+    line = told(capsys)
+    assert says in line and line.startswith("python -m sifm_min.immunize: ")
 
 
 def test_a_missing_option_is_a_usage_error(capsys):
     assert cli.run_command(lambda args: None, parser(), []) == cli.USAGE
-    assert "--prompt" in one_line(capsys)
+    assert "--prompt" in told(capsys)
 
 
 def test_help(capsys):
@@ -123,7 +115,7 @@ def test_place():
 
 def test_a_device_that_is_not_there_is_a_usage_error(capsys):
     assert run(lambda args: cli.place(args) and None, "--device", "cuda:63") == cli.USAGE
-    assert "--device cuda:63" in one_line(capsys)
+    assert "--device cuda:63" in told(capsys)
 
 
 # -- the body's errors -------------------------------------------------------------------------------------------------
@@ -148,7 +140,7 @@ def raising(error):
 ])
 def test_errors_become_a_sentence_and_a_code(capsys, error, code, says):
     assert run(raising(error)) == code
-    assert one_line(capsys) == says
+    assert told(capsys) == says
 
 
 def test_debug_shows_the_traceback(capsys):
@@ -206,7 +198,7 @@ def test_one_file_that_fails_is_told_once(capsys):
     def work(path):
         raise ValueError("a.png: not a picture")
     assert cli.each_file([Path("a.png")], work) == cli.SOME_FAILED
-    assert one_line(capsys) == "error: a.png: not a picture\n"
+    assert told(capsys) == "error: a.png: not a picture\n"
 
 
 def test_each_file_tells_failures_as_json(capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,8 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(capfd):
-    def run(*argv):
-        code = compare.main([str(word) for word in argv])
-        return code, *capfd.readouterr()
-    return run
+def run(in_process):
+    return partial(in_process, compare.main)
 
 
 @pytest.fixture
@@ -40,7 +38,7 @@ def weights(tmp_path):
     return path
 
 
-def photo(path, size=(44, 48), seed=0, mode="RGB", steps=0):
+def smooth_photo(path, size=(44, 48), seed=0, mode="RGB", steps=0):
     """A smooth picture, or one at most so many steps of 1/255 from it."""
     bands = len(Image.new(mode, (1, 1)).getbands())
     values = np.random.default_rng(seed).integers(30, 220, (6, 6, bands)).astype(np.uint8)
@@ -58,7 +56,7 @@ def records(out):
 
 
 def test_it_has_the_librarys_values(run, weights):
-    one, other = (images.to_pixels(photo(name, steps=steps)) for name, steps in (("a.png", 7), ("b.png", 0)))
+    one, other = (images.to_pixels(smooth_photo(name, steps=steps)) for name, steps in (("a.png", 7), ("b.png", 0)))
     code, out, err = run("a.png", "b.png", "--weights", weights, "--json", "--quiet")
     (record,) = records(out)
     assert code == 0 and err == ""
@@ -75,7 +73,7 @@ def test_it_has_the_librarys_values(run, weights):
 
 
 def test_the_table(run, weights):
-    photo("a.png", steps=7), photo("b.png")
+    smooth_photo("a.png", steps=7), smooth_photo("b.png")
     code, out, err = run("a.png", "b.png", "--weights", weights)
     head, row = out.splitlines()
     assert code == 0 and head.split() == ["PICTURE", *(name.upper() for name in ALL)]
@@ -85,7 +83,7 @@ def test_the_table(run, weights):
 
 
 def test_lpips_without_its_weights_is_absent_with_the_reason(run):
-    photo("a.png", steps=7), photo("b.png")
+    smooth_photo("a.png", steps=7), smooth_photo("b.png")
     code, out, err = run("a.png", "b.png")
     assert code == 0 and out.splitlines()[1].split()[-1] == "-"
     assert err.count("\n") == 1 and "lpips is absent: the weights of LPIPS (AlexNet) are not in" in err
@@ -100,7 +98,7 @@ def test_lpips_without_its_weights_is_absent_with_the_reason(run):
 
 
 def test_what_a_picture_is_too_small_for(run, weights):
-    photo("a.png", (20, 12), steps=3), photo("b.png", (20, 12))
+    smooth_photo("a.png", (20, 12), steps=3), smooth_photo("b.png", (20, 12))
     code, out, err = run("a.png", "b.png", "--weights", weights, "--json")
     (record,) = records(out)
     assert code == 0 and [name for name in ALL if record[name] is None] == ["vifp", "lpips"] == list(record["absent"])
@@ -110,11 +108,11 @@ def test_what_a_picture_is_too_small_for(run, weights):
 
 
 def test_two_folders_are_matched_by_name(run):
-    photo("ours/x_immunized_edited.png", steps=7), photo("theirs/x_edited.jpg")
-    photo("ours/same.png", seed=3), photo("theirs/same.png", seed=3)
-    photo("ours/flat.png", steps=4)
+    smooth_photo("ours/x_immunized_edited.png", steps=7), smooth_photo("theirs/x_edited.jpg")
+    smooth_photo("ours/same.png", seed=3), smooth_photo("theirs/same.png", seed=3)
+    smooth_photo("ours/flat.png", steps=4)
     Image.new("RGB", (44, 48), (10, 200, 30)).save("theirs/flat.png")
-    photo("ours/x_preview.png"), photo("ours/.hidden.png")
+    smooth_photo("ours/x_preview.png"), smooth_photo("ours/.hidden.png")
     (Path("ours") / "x.json").write_text('{"asked": {}, "results": ["x_preview.png"]}')
     code, out, err = run("ours", "theirs", "--json")
     assert "the result of an earlier run (name it, to have it all the same): ours/x.json, ours/x_preview.png" in err
@@ -134,10 +132,10 @@ def test_two_folders_are_matched_by_name(run):
 
 
 def test_a_picture_without_a_partner_fails_alone(run):
-    photo("ours/a.png", steps=2), photo("theirs/a.png")
-    photo("ours/b.png"), photo("theirs/c.png")
-    photo("ours/d.png", (30, 30)), photo("theirs/d.png", (31, 30))
-    photo("ours/e.png"), (Path("theirs") / "e.png").write_text("no picture")
+    smooth_photo("ours/a.png", steps=2), smooth_photo("theirs/a.png")
+    smooth_photo("ours/b.png"), smooth_photo("theirs/c.png")
+    smooth_photo("ours/d.png", (30, 30)), smooth_photo("theirs/d.png", (31, 30))
+    smooth_photo("ours/e.png"), (Path("theirs") / "e.png").write_text("no picture")
     code, out, err = run("ours", "theirs", "--metrics", "psnr,linf")
     assert code == cli.SOME_FAILED and len(out.splitlines()) == 2 and out.splitlines()[1].startswith("ours/a.png")
     for words in ("ours/b.png: no picture of this name in theirs", "theirs/c.png: no picture of this name in ours",
@@ -158,20 +156,21 @@ def test_a_picture_without_a_partner_fails_alone(run):
     (("ours",), "required: B"),
 ])
 def test_usage_errors_are_one_sentence(run, argv, says):
-    photo("ours/a.png"), photo("theirs/a.png"), photo("other/b.png"), photo("twice/a.png"), photo("twice/a_immunized.jpg")
+    for name in ("ours/a.png", "theirs/a.png", "other/b.png", "twice/a.png", "twice/a_immunized.jpg"):
+        smooth_photo(name)
     Path("empty").mkdir()
     code, out, err = run(*argv)
     assert code == cli.USAGE and out == "" and says in err and err.count("\n") == 1
 
 
 def test_files_that_are_not_there(run):
-    photo("a.png")
+    smooth_photo("a.png")
     code, _, err = run("a.png", "b.png", "--metrics", "psnr")
     assert code == cli.SOME_FAILED and "b.png: no such file" in err
 
 
 def test_every_kind_of_picture_is_compared_on_its_8_bit_colours(run):
-    photo("a.png", mode="L", steps=5), photo("b.png", mode="RGBA"), photo("c.png", mode="L")
+    smooth_photo("a.png", mode="L", steps=5), smooth_photo("b.png", mode="RGBA"), smooth_photo("c.png", mode="L")
     code, out, err = run("a.png", "c.png", "--json", "--quiet")
     (grey,) = records(out)
     assert code == 0 and grey["linf"] == 5 and "notes" not in grey

@@ -35,7 +35,7 @@ def frozen(layer, groups, channels):
     return made.requires_grad_(False)
 
 
-def run(layer, x, weight):
+def passes(layer, x, weight):
     """(value, gradient) in double precision."""
     x = x.detach().requires_grad_()
     y = layer(x)
@@ -51,10 +51,10 @@ def test_a_norm_is_as_exact_as_a_contiguous_one(name, kind, layer):
         pytest.skip("the deviation is zero")
     x, weight = pictures(kind, shape), 1 + draw(*shape, seed=5)             # a mean: the sums of the gradient are not small
     norm = frozen(layer, groups, shape[1])
-    truth = run(norm.double(), x, weight)
+    truth = passes(norm.double(), x, weight)
     norm, x = norm.float(), x.float()
-    theirs = run(norm, x.contiguous(), weight)
-    ours = run(norm, x, weight)
+    theirs = passes(norm, x.contiguous(), weight)
+    ours = passes(norm, x, weight)
     with torch.no_grad():
         assert torch.equal(norm(x).double(), ours[0]) and norm(x).is_contiguous(memory_format=LAST)
     for mine, other, true in zip(ours, theirs, truth, strict=True):
@@ -75,7 +75,7 @@ def test_gradients_are_those_of_differences(layer, monkeypatch):
 def test_the_gradient_may_come_in_any_layout():
     norm, x = frozen(NormSiLU, 2, 4).float(), pictures("noise", (2, 4, 33, 40)).float()
     above = draw(2, 4, 33, 40, seed=6).float()
-    contiguous, last = (run(norm, x, above.contiguous(memory_format=layout)) for layout in (torch.contiguous_format, LAST))
+    contiguous, last = (passes(norm, x, above.contiguous(memory_format=layout)) for layout in (torch.contiguous_format, LAST))
     assert torch.equal(contiguous[1], last[1])
 
 

@@ -8,47 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_editor
+from outcomes import files, told
+from photographs import photo
 from PIL import Image
 
-import sifm_min
-from sifm_min import cli, edit, editors
+from sifm_min import cli, edit
 
 PROMPT = "make it night"
 
 
-@pytest.fixture(scope="module")
-def editor(tiny_folder):
-    return sifm_min.load_editor(tiny_folder)
-
-
 @pytest.fixture
-def run(tiny_folder, editor, tmp_path, monkeypatch):
-    """Run the command in this process and in tmp_path, on the tiny editor (which is loaded once)."""
-    load = editors.load_editor
-    monkeypatch.setattr(editors, "load_editor",
-                        lambda source, **options: editor if source == str(tiny_folder) else load(source, **options))
-    monkeypatch.chdir(tmp_path)
+def run(loaded_once, tiny_folder):
+    """Run the command in this process and in tmp_path, on the tiny editor."""
     return lambda *argv: edit.main(["--prompt", PROMPT, "--editor", str(tiny_folder), "-o", "out", *argv])
-
-
-def photo(path, size=(24, 20), mode="RGB", seed=0):
-    bands = len(Image.new(mode, (1, 1)).getbands())
-    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], bands), np.uint8)
-    image = Image.merge(mode, [Image.fromarray(values[..., band]) for band in range(bands)])
-    Path(path).parent.mkdir(exist_ok=True)
-    image.save(path)
-    return image
-
-
-def files(folder="out"):
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())} if Path(folder).exists() else {}
-
-
-def told(capsys):
-    """The one sentence on stderr; nothing was said on stdout."""
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "Traceback" not in err, (out, err)
-    return err
 
 
 @pytest.mark.parametrize("argv, options", [
@@ -56,16 +28,16 @@ def told(capsys):
     (("--seed", "7", "--steps", "3", "--guidance", "5", "--image-guidance", "1.2", "--size", "24", "--negative-prompt", "fog"),
      {"seed": 7, "steps": 3, "guidance": 5.0, "image_guidance": 1.2, "size": 24, "negative_prompt": "fog"}),
 ])
-def test_it_is_the_librarys_edit(run, editor, capsys, argv, options):
+def test_it_is_the_librarys_edit(run, tiny, capsys, argv, options):
     original = photo("a.png", (40, 30))
     assert run("a.png", *argv) == cli.OK
-    expected = editor.edit(original, PROMPT, **options)
+    expected = tiny.edit(original, PROMPT, **options)
     assert list(files()) == ["a_edited.json", "a_edited.png"]
     report = json.loads(files()["a_edited.json"])
     assert (report["finished"], report["prompt"], report["seed"]) == (True, PROMPT, options["seed"])
     with Image.open("out/a_edited.png") as edited:
         assert edited.size == (40, 30) and np.array_equal(edited, expected)
-    assert np.array_equal(expected, editor.edit(original, PROMPT)) == (argv == ())
+    assert np.array_equal(expected, tiny.edit(original, PROMPT)) == (argv == ())
     assert capsys.readouterr() == ("out/a_edited.png\n", f"{tiny_editor.NOTICE}\n")
 
 

@@ -16,6 +16,7 @@ diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is n
 pytest.importorskip("transformers", reason="the oracle's text encoder, transformers, is not installed")
 
 import small_editors  # noqa: E402
+from photographs import smooth  # noqa: E402
 
 from sifm_min import editors, images  # noqa: E402
 from sifm_min.editors import load_editor  # noqa: E402
@@ -52,12 +53,6 @@ def small(folders):
     return folders("two levels, short prompts")
 
 
-def photo(width, height, seed=0):
-    """A smooth random picture: at every size there is something to resize."""
-    colours = np.random.default_rng(seed).integers(0, 256, (6, 5, 3), np.uint8)
-    return Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
-
-
 def theirs(pipeline, image, prompt, *, seed=0, steps=2, guidance=7.5, image_guidance=1.5, negative_prompt=None):
     """diffusers' edit. A batch gets one generator for each picture, as its documentation advises for reproducibility."""
     batch = isinstance(prompt, list)
@@ -91,7 +86,7 @@ def assert_other(one, other):
 def test_edit_is_the_published_pipeline(config, scheduler, folders):
     pipeline, editor = folders(config, scheduler)
     for size, steps, seed in ((SQUARE, 2, 0), (SQUARE, 10, 1), (WIDE, 2, 2), (WIDE, 10, 3)):
-        image = photo(*size)
+        image = smooth(*size)
         edited = editor.edit(image, RED, seed=seed, steps=steps)
         assert_same(edited, theirs(pipeline, image, RED, seed=seed, steps=steps))
         values = np.asarray(edited)
@@ -102,11 +97,11 @@ def test_edit_is_the_published_pipeline(config, scheduler, folders):
 def test_the_comparison_would_see_what_is_left_out(config, folders):
     """Each input of the edit moves the oracle's picture: an editor that ignored it could not agree."""
     pipeline, _ = folders(config)
-    image = photo(*SQUARE)
+    image = smooth(*SQUARE)
     plain = theirs(pipeline, image, RED)
     assert_other(plain, theirs(pipeline, image, HAT))
     assert_other(plain, theirs(pipeline, image, RED, seed=1))
-    assert_other(plain, theirs(pipeline, photo(*SQUARE, seed=1), RED))
+    assert_other(plain, theirs(pipeline, smooth(*SQUARE, seed=1), RED))
     assert_other(plain, theirs(pipeline, image, RED, guidance=4))
     assert_other(plain, theirs(pipeline, image, RED, image_guidance=1))
     assert_other(plain, theirs(pipeline, image, RED, negative_prompt="blue"))
@@ -120,7 +115,7 @@ GUIDANCE = {"text alone": (4.0, 1.0), "strong": (9.0, 2.5), "off, by the text's"
 def test_guidance_on_and_off(how, small):
     pipeline, editor = small
     guidance, image_guidance = GUIDANCE[how]
-    image = photo(*WIDE, seed=4)
+    image = smooth(*WIDE, seed=4)
     ours = editor.edit(image, HAT, seed=5, steps=3, guidance=guidance, image_guidance=image_guidance)
     assert_same(ours, theirs(pipeline, image, HAT, seed=5, steps=3, guidance=guidance, image_guidance=image_guidance))
     assert_other(ours, editor.edit(image, HAT, seed=5, steps=3))                        # 7.5 and 1.5
@@ -131,7 +126,7 @@ def test_guidance_on_and_off(how, small):
 
 def test_negative_prompt(folders):
     pipeline, editor = folders()
-    image = photo(*SQUARE)
+    image = smooth(*SQUARE)
     ours = editor.edit(image, RED, steps=3, negative_prompt="blue, night")
     assert_same(ours, theirs(pipeline, image, RED, steps=3, negative_prompt="blue, night"))
     assert difference(ours, editor.edit(image, RED, steps=3)).mean() > 1
@@ -140,12 +135,12 @@ def test_negative_prompt(folders):
 @pytest.mark.parametrize("prompt", ["", "a " * 90, "ΣΑΣ éà 日本 👍🏽", "<|endoftext|> crown"])
 def test_prompts_of_every_kind(prompt, small):
     pipeline, editor = small
-    assert_same(editor.edit(photo(*SQUARE), prompt, steps=2), theirs(pipeline, photo(*SQUARE), prompt, steps=2))
+    assert_same(editor.edit(smooth(*SQUARE), prompt, steps=2), theirs(pipeline, smooth(*SQUARE), prompt, steps=2))
 
 
 def test_lists_of_pictures_and_prompts(folders):
     pipeline, editor = folders("three levels, linear projections")
-    pictures, prompts = [photo(*WIDE, seed=1), photo(*WIDE, seed=2)], [RED, HAT]
+    pictures, prompts = [smooth(*WIDE, seed=1), smooth(*WIDE, seed=2)], [RED, HAT]
     ours = editor.edit(pictures, prompts, seed=3, steps=3)
     for one, other in zip(ours, theirs(pipeline, pictures, prompts, seed=3, steps=3), strict=True):
         assert_same(one, other)
@@ -160,13 +155,13 @@ def test_other_samplers_become_euler_ancestral(steps, folders):
     assert editor.provenance()["scheduler"] == "EulerAncestralDiscreteScheduler"
     assert "PNDMScheduler" in editor.provenance()["scheduler_note"]
     assert "Euler ancestral" in editor.provenance()["scheduler_note"]
-    ours = editor.edit(photo(*SQUARE), RED, steps=steps)
+    ours = editor.edit(smooth(*SQUARE), RED, steps=steps)
     try:
         pipeline.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(stored.config)
-        assert_same(ours, theirs(pipeline, photo(*SQUARE), RED, steps=steps))
+        assert_same(ours, theirs(pipeline, smooth(*SQUARE), RED, steps=steps))
     finally:
         pipeline.scheduler = stored
-    assert_other(ours, theirs(pipeline, photo(*SQUARE), RED, steps=steps))
+    assert_other(ours, theirs(pipeline, smooth(*SQUARE), RED, steps=steps))
 
 
 def test_the_published_vocabulary(shared, tmp_path):
@@ -178,7 +173,7 @@ def test_the_published_vocabulary(shared, tmp_path):
     pipeline.save_pretrained(tmp_path / "editor")
     editor = load_editor(tmp_path / "editor", device="cpu")
     prompt = "Turn her into a cyborg, 8k!!! it's café-style"
-    assert_same(editor.edit(photo(*SQUARE), prompt, steps=2), theirs(pipeline, photo(*SQUARE), prompt, steps=2))
+    assert_same(editor.edit(smooth(*SQUARE), prompt, steps=2), theirs(pipeline, smooth(*SQUARE), prompt, steps=2))
 
 
 # ----------------------------------------------------------------------------------------- sizes, modes, batches, seeds
@@ -205,11 +200,11 @@ def test_the_working_size_may_be_asked_for(small):
 def test_any_size_in_the_same_size_out(size, small):
     """The published pipeline floors the sides as well, and leaves the result at that; ours is brought back."""
     pipeline, editor = small
-    ours = editor.edit(photo(*size), RED, steps=2)
+    ours = editor.edit(smooth(*size), RED, steps=2)
     assert ours.size == size
     height, width = editor.frame(*size)
     if min(size) >= 8:
-        oracle = theirs(pipeline, photo(*size), RED, steps=2)
+        oracle = theirs(pipeline, smooth(*size), RED, steps=2)
         assert oracle.size == (width, height)
         apart = difference(ours, oracle.resize(size, Image.Resampling.LANCZOS))
         assert apart.max() <= 2                             # 1/255 before the resize, which may amplify it
@@ -217,7 +212,7 @@ def test_any_size_in_the_same_size_out(size, small):
 
 def test_a_large_picture_is_edited_small_and_brought_back(small):
     _, editor = small
-    large = photo(300, 190)
+    large = smooth(300, 190)
     inner = large.resize((64, 40), Image.Resampling.LANCZOS)
     expected = editor.edit(inner, RED, steps=2).resize((300, 190), Image.Resampling.LANCZOS)
     assert difference(editor.edit(large, RED, steps=2, size=64), expected).max() <= 1
@@ -226,7 +221,7 @@ def test_a_large_picture_is_edited_small_and_brought_back(small):
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
 def test_pictures_of_other_modes(mode, small):
     _, editor = small
-    image = photo(40, 32).convert(mode)
+    image = smooth(40, 32).convert(mode)
     edited = editor.edit(image, RED, steps=2)
     assert (edited.mode, edited.size) == ("RGB", (40, 32))
     assert_same(edited, editor.edit(image.convert("RGB"), RED, steps=2))
@@ -235,7 +230,7 @@ def test_pictures_of_other_modes(mode, small):
 def test_a_batch_gives_what_single_calls_give(small):
     """Also where sizes differ: whoever shares a working size shares a batch, and each comes back in its place."""
     _, editor = small
-    pictures = [photo(48, 40, 1), photo(33, 70, 2), photo(50, 41, 3)]
+    pictures = [smooth(48, 40, 1), smooth(33, 70, 2), smooth(50, 41, 3)]
     prompts = [RED, HAT, ""]
     together = editor.edit(pictures, prompts, seed=6, steps=3)
     for i, edited in enumerate(together):
@@ -245,7 +240,7 @@ def test_a_batch_gives_what_single_calls_give(small):
 
 def test_one_picture_or_one_prompt_serves_for_all(small):
     _, editor = small
-    image, other = photo(48, 40, 1), photo(48, 40, 2)
+    image, other = smooth(48, 40, 1), smooth(48, 40, 2)
     by_prompt = editor.edit(image, [RED, HAT], steps=2)
     assert_same(by_prompt[1], editor.edit(image, HAT, steps=2))
     assert_other(*by_prompt)
@@ -256,7 +251,7 @@ def test_one_picture_or_one_prompt_serves_for_all(small):
 
 def test_the_seed_decides_and_nothing_else_does(small):
     _, editor = small
-    image = photo(*SQUARE)
+    image = smooth(*SQUARE)
     torch.manual_seed(1)
     state = torch.get_rng_state()
     once = editor.edit(image, RED, seed=1, steps=2)
@@ -270,7 +265,7 @@ def test_the_seed_decides_and_nothing_else_does(small):
 def test_progress_is_told(small):
     _, editor = small
     told = []
-    editor.edit(photo(16, 16), RED, steps=3, on_step=lambda i, count: told.append((i, count)))
+    editor.edit(smooth(16, 16), RED, steps=3, on_step=lambda i, count: told.append((i, count)))
     assert told == [(0, 3), (1, 3), (2, 3)]
 
 
@@ -278,22 +273,22 @@ def test_defaults_are_the_published_ones(small):
     _, editor = small
     assert (editor.defaults.steps, editor.defaults.guidance, editor.defaults.image_guidance) == (100, 7.5, 1.5)
     seen = []
-    editor.edit(photo(16, 16), RED, on_step=lambda i, count: seen.append(count))
+    editor.edit(smooth(16, 16), RED, on_step=lambda i, count: seen.append(count))
     assert seen == [100] * 100
     assert (editors.DEFAULTS["hq-edit"].steps, editors.DEFAULTS["hq-edit"].guidance) == (30, 7.0)
 
 
 WRONG_CALLS = {
-    "more pictures than prompts": (lambda: ([photo(8, 8)] * 3, [RED] * 2), "3 pictures and 2 prompts"),
-    "more prompts than pictures": (lambda: ([photo(8, 8)] * 2, [RED] * 3), "2 pictures and 3 prompts"),
+    "more pictures than prompts": (lambda: ([smooth(8, 8)] * 3, [RED] * 2), "3 pictures and 2 prompts"),
+    "more prompts than pictures": (lambda: ([smooth(8, 8)] * 2, [RED] * 3), "2 pictures and 3 prompts"),
     "no pictures": (lambda: ([], RED), "at least one picture"),
-    "no prompts": (lambda: (photo(8, 8), []), "at least one"),
+    "no prompts": (lambda: (smooth(8, 8), []), "at least one"),
     "a path": (lambda: ("photo.png", RED), "PIL"),
     "an array": (lambda: (np.zeros((8, 8, 3), np.uint8), RED), "PIL"),
     "a number": (lambda: (3, RED), "PIL"),
     "a list of paths": (lambda: (["photo.png"], [RED]), "PIL"),
-    "prompts that are no text": (lambda: (photo(8, 8), [3]), "prompt"),
-    "no prompt": (lambda: (photo(8, 8), None), "prompt"),
+    "prompts that are no text": (lambda: (smooth(8, 8), [3]), "prompt"),
+    "no prompt": (lambda: (smooth(8, 8), None), "prompt"),
 }
 
 
@@ -309,7 +304,7 @@ def test_a_wrong_call_is_one_sentence(call, small):
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_impossible_numbers_of_steps(steps, small):
     with pytest.raises(ValueError, match="denoising steps"):
-        small[1].edit(photo(8, 8), RED, steps=steps)
+        small[1].edit(smooth(8, 8), RED, steps=steps)
 
 
 # ------------------------------------------------------------------------------------------------- what the methods use
@@ -350,14 +345,14 @@ def test_features_are_what_hooks_find_in_the_pipeline(config, folders):
             handles.append(pipeline.unet.get_submodule(name).register_forward_hook(keep(name)))
         handles.append(pipeline.unet.register_forward_pre_hook(
             lambda module, inputs, named: given.update(named, sample=inputs[0], timestep=inputs[1]), with_kwargs=True))
-        theirs(pipeline, photo(*WIDE), RED, steps=2)
+        theirs(pipeline, smooth(*WIDE), RED, steps=2)
     finally:
         for handle in handles:
             handle.remove()
     noisy_latent, condition = given["sample"].chunk(2, dim=1)
     context = given["encoder_hidden_states"]
     # Text and picture, picture alone, neither: so the pipeline orders its three passes.
-    torch.testing.assert_close(condition[0], editor.encode(images.to_pixels(photo(*WIDE)))[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(condition[0], editor.encode(images.to_pixels(smooth(*WIDE)))[0], rtol=0, atol=1e-4)
     assert not condition[2].any() and torch.equal(context[1], context[2])
     ours = editor.features(condition, noisy_latent, given["timestep"], context, taps=[*taps, "out"])
     assert set(ours) == {*taps, "out"}
@@ -418,7 +413,7 @@ def test_no_timesteps_are_refused(count, small):
 def test_resize_is_the_filter_of_edit(size, small):
     """What the attack differentiates through is what the edit does to the picture before it is encoded."""
     _, editor = small
-    image = photo(*size, seed=3)
+    image = smooth(*size, seed=3)
     height, width = editor.frame(*size, size=128)
     expected = images.to_pixels(image.resize((width, height), Image.Resampling.LANCZOS))
     apart = (editor.resize(images.to_pixels(image), size=128) - expected).abs()
@@ -428,7 +423,7 @@ def test_resize_is_the_filter_of_edit(size, small):
 def test_the_gradient_reaches_every_pixel(small):
     """Through the resize and the encoder, and as large as a difference quotient says."""
     _, editor = small
-    pixels = images.to_pixels(photo(45, 61, seed=2)) * 0.8 + 0.1
+    pixels = images.to_pixels(smooth(45, 61, seed=2)) * 0.8 + 0.1
     weight = torch.randn(1, 4, 7, 5, generator=torch.Generator().manual_seed(0))
 
     def loss(x):
@@ -444,7 +439,7 @@ def test_the_gradient_reaches_every_pixel(small):
 
 def test_the_gradient_passes_through_a_whole_edit(small):
     _, editor = small
-    pixels = images.to_pixels(photo(32, 32)).requires_grad_(True)
+    pixels = images.to_pixels(smooth(32, 32)).requires_grad_(True)
     (gradient,) = torch.autograd.grad(editor.sample(pixels, [RED], seeds=[0], steps=2).square().mean(), pixels)
     assert gradient.abs().max() > 0
     assert not any(p.requires_grad for network in (editor.unet, editor.vae, editor.text_encoder)
@@ -464,7 +459,7 @@ def test_half_precision_is_the_u_nets_and_the_texts_alone(small):
             {"_class_name": "DDIMScheduler", **small_editors.BETAS, "clip_sample": False}))
         single = load_editor(editor.checkpoint.folder, device="cpu")
         single.scheduler = half.scheduler
-        one, other = (e.edit(photo(*SQUARE), RED, steps=2, guidance=2) for e in (half, single))
+        one, other = (e.edit(smooth(*SQUARE), RED, steps=2, guidance=2) for e in (half, single))
         assert difference(one, other).mean() < 5            # another prompt's picture is more than 20 away
 
 
@@ -482,7 +477,7 @@ def test_a_vae_of_half_precision_adds_up_in_single(small, dtype):
         gradients.append(torch.autograd.grad(condition.square().sum(), x)[0].flatten())
     assert half.vae.encoder.conv_in.weight.dtype == dtype and gradients[1].dtype == torch.float32
     assert 0.99 < torch.cosine_similarity(*gradients, dim=0) < 1
-    one, other = (editor.edit(photo(*SQUARE), RED, steps=2, guidance=2) for editor in (half, single))
+    one, other = (editor.edit(smooth(*SQUARE), RED, steps=2, guidance=2) for editor in (half, single))
     assert 0 < difference(one, other).mean() < 2
 
 
@@ -520,7 +515,7 @@ def test_known_names_sample_with_euler_ancestral(name, folders, monkeypatch):
     assert editor.defaults == editors.DEFAULTS[name] and editor.defaults.size == 512
     reference, _ = folders("two levels, short prompts")     # the same weights, saved with Euler ancestral
     guidance = editor.defaults.guidance
-    assert_same(editor.edit(photo(*SQUARE), RED, steps=3), theirs(reference, photo(*SQUARE), RED, steps=3, guidance=guidance))
+    assert_same(editor.edit(smooth(*SQUARE), RED, steps=3), theirs(reference, smooth(*SQUARE), RED, steps=3, guidance=guidance))
 
 
 @pytest.fixture
@@ -581,7 +576,7 @@ def test_networks_that_do_not_belong_together_are_refused(folders, folder):
 
 def test_a_folder_without_an_index_is_taken_for_what_it_holds(folder):
     (folder / "model_index.json").unlink()
-    assert load_editor(folder, device="cpu").edit(photo(16, 16), RED, steps=1).size == (16, 16)
+    assert load_editor(folder, device="cpu").edit(smooth(16, 16), RED, steps=1).size == (16, 16)
 
 
 def test_a_shipped_editor_carries_its_defaults_and_its_notice(folder):
@@ -591,7 +586,7 @@ def test_a_shipped_editor_carries_its_defaults_and_its_notice(folder):
     assert (editor.defaults.steps, editor.defaults.guidance, editor.defaults.image_guidance) == (20, 3.0, 1.2)
     assert editor.working_size == 64 and editor.notice == editor.provenance()["notice"] == "Only a toy."
     assert editor.frame(33, 20) == (32, 64) and editor.frame(640, 640) == (64, 64)      # smaller pictures are scaled up
-    assert_same(editor.edit(photo(64, 64), RED), editor.edit(photo(64, 64), RED, steps=20, guidance=3, image_guidance=1.2))
+    assert_same(editor.edit(smooth(64, 64), RED), editor.edit(smooth(64, 64), RED, steps=20, guidance=3, image_guidance=1.2))
 
 
 def test_a_name_that_is_none_is_one_sentence():

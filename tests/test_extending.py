@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from photographs import smooth
 from PIL import Image
 
 import sifm_min
@@ -34,17 +35,12 @@ def outside(tmp_path, monkeypatch):
         if language == "python":
             name = re.match(r"# (\w+\.py)\n", block).group(1)
             (tmp_path / name).write_text(block)
-    photo().save(tmp_path / "photo.png")
+    smooth(40, 40).save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     for name in [name for name, module in sys.modules.items() if str(tmp_path) in str(getattr(module, "__file__", ""))]:
         del sys.modules[name]
-
-
-def photo(size=40):
-    colours = np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8)
-    return Image.fromarray(colours).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def run(folder, line):
@@ -94,10 +90,10 @@ def test_library_calls_give_what_the_command_gives(outside):
     assert run(outside, line).returncode == cli.OK
     commanded = np.asarray(Image.open("out/photo_immunized.png"))
     for method in (my_method.away, "my_method:away", partial(my_method.away)):
-        result = sifm_min.immunize(photo(), my_editor.Toy(), PROMPT, method=method, steps=4, weight=3)
+        result = sifm_min.immunize(smooth(40, 40), my_editor.Toy(), PROMPT, method=method, steps=4, weight=3)
         assert result.report["method"] == "my_method:away" and result.report["options"]["weight"] == 3
         assert np.array_equal(np.asarray(result.image), commanded)
-    other = sifm_min.immunize(photo(), my_editor.Toy(), PROMPT, steps=4)
+    other = sifm_min.immunize(smooth(40, 40), my_editor.Toy(), PROMPT, steps=4)
     assert not np.array_equal(np.asarray(other.image), commanded)
     assert sifm_min.METHODS["my_method:away"] is my_method.away
 
@@ -108,12 +104,12 @@ def test_methods_of_the_package_run_on_the_toy_editor(outside):
     for method in sifm_min.METHODS:
         if method == "semantic-attack":
             with pytest.raises(ValueError, match="needs the denoiser's attention maps, and toy returns none"):
-                sifm_min.immunize(photo(), editor, PROMPT, method=method, steps=1)
+                sifm_min.immunize(smooth(40, 40), editor, PROMPT, method=method, steps=1)
         elif method == "latent":
             with pytest.raises(ValueError, match="latent is for editors without a denoiser"):
-                sifm_min.immunize(photo(), editor, PROMPT, method=method, steps=1)
+                sifm_min.immunize(smooth(40, 40), editor, PROMPT, method=method, steps=1)
         else:
-            report = sifm_min.immunize(photo(), editor, PROMPT, method=method, steps=1).report
+            report = sifm_min.immunize(smooth(40, 40), editor, PROMPT, method=method, steps=1).report
             assert report["linf_steps"] <= 7 and len(report["loss"]) == (method != "noise")
 
 
@@ -188,9 +184,9 @@ def test_wrong_options_of_the_command_end_in_usage(outside, tiny_folder, capsys,
 def test_uncounted_passes_are_unknown_in_the_report(outside, tiny_folder):
     module("mine", OPTIONS)
     editor = load_editor(tiny_folder)
-    report = sifm_min.immunize(photo(), editor, PROMPT, method="mine:method", steps=2).report
+    report = sifm_min.immunize(smooth(40, 40), editor, PROMPT, method="mine:method", steps=2).report
     assert report["passes"] == "unknown" and report["options"]["rate"] == 0.5
-    assert sifm_min.immunize(photo(), editor, PROMPT, method="mine:open_minded", steps=1, factor=2).report[
+    assert sifm_min.immunize(smooth(40, 40), editor, PROMPT, method="mine:open_minded", steps=1, factor=2).report[
         "loss"][0]["loss"] == pytest.approx(2 * report["loss"][0]["loss"])
     json.dumps(report)
 
@@ -202,7 +198,7 @@ def test_a_keyword_called_prompts_gets_the_texts(tiny_folder):
         seen.append((prompts, len(contexts)))
         return lambda x_imu, step: x_imu.sum()
 
-    sifm_min.immunize(photo(), load_editor(tiny_folder), [PROMPT, "b"], method=method, steps=1)
+    sifm_min.immunize(smooth(40, 40), load_editor(tiny_folder), [PROMPT, "b"], method=method, steps=1)
     assert seen == [([PROMPT, "b"], 2)]
 
 
@@ -238,7 +234,7 @@ def test_a_method_that_is_none_is_one_sentence(mistake, outside, tiny_folder):
     module("lacking", "import no_such_package")
     method, says = MISTAKES[mistake]
     with pytest.raises(ValueError, match=re.escape(says)) as caught:
-        sifm_min.immunize(photo(), load_editor(tiny_folder), PROMPT, method=method, steps=1)
+        sifm_min.immunize(smooth(40, 40), load_editor(tiny_folder), PROMPT, method=method, steps=1)
     assert "\n" not in str(caught.value)
 
 
@@ -268,7 +264,7 @@ def test_an_incomplete_editor_is_told_what_it_lacks():
                          (Stranger(), "the editor Stranger lacks kind, dtype, defaults, notice, "),
                          (3, "the editor int lacks name, kind, device, "), (Half, "the editor Half lacks name, device, ")):
         with pytest.raises(ValueError, match=re.escape(says)) as caught:
-            sifm_min.immunize(photo(), editor, PROMPT, steps=1)
+            sifm_min.immunize(smooth(40, 40), editor, PROMPT, steps=1)
         assert "\n" not in str(caught.value) and "sifm_min.editors.base.Editor" in str(caught.value)
 
 
@@ -305,7 +301,7 @@ def test_editors_by_name_are_refused_in_a_sentence(outside, capsys):
 def test_instruction_options_are_refused_on_img2img(extra, tmp_path, monkeypatch, capsys):
     from sifm_min import immunize
     monkeypatch.chdir(tmp_path)
-    photo().save("a.png")
+    smooth(40, 40).save("a.png")
     arguments = ["a.png", "--prompt", PROMPT, "--editor", "miniature-sd3", "--steps", "1", "-o", "out", *extra]
     assert immunize.main(arguments) == cli.USAGE
     told = capsys.readouterr().err
@@ -316,7 +312,7 @@ def test_deploy_noise_is_refused_before_any_work(monkeypatch):
     editor = load_editor("miniature-sd3", device="cpu")
     monkeypatch.setattr(editor, "context", lambda prompts: pytest.fail("text was encoded"))
     with pytest.raises(ValueError, match="noisy deploy of sifm is for instruction editors, and miniature-sd3 edits by img2img"):
-        sifm_min.immunize(photo(), editor, PROMPT, noisy="deploy")
-    x = images.to_pixels(photo(64))
+        sifm_min.immunize(smooth(40, 40), editor, PROMPT, noisy="deploy")
+    x = images.to_pixels(smooth(64, 64))
     with pytest.raises(ValueError, match="noisy 'deploy': choose one of paper"):         # the objective alone, by itself
         sifm_min.METHODS["sifm"](editor, x, [], generator=torch.Generator(), noisy="deploy")

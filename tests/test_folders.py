@@ -10,10 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import tiny_editor
-from PIL import Image
+from photographs import photo
 
 from sifm_min import cli, compare, edit, images
 from sifm_min.files import listing, reports, writing
@@ -22,25 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 immunize_module = importlib.import_module("sifm_min.immunize")
 
 
-@pytest.fixture(scope="module")
-def editor(tmp_path_factory):
-    return str(tiny_editor.write(tmp_path_factory.mktemp("tiny")))
-
-
-def photo(path, seed=0):
-    path = Path(path)
-    path.parent.mkdir(exist_ok=True, parents=True)
-    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), np.uint8))
-    image.save(path, {".jpe": "JPEG", ".mpo": "JPEG", ".apng": "PNG"}.get(path.suffix))
-    return path
-
-
 @pytest.fixture
-def run(editor, tmp_path, monkeypatch):
+def run(tiny_folder, tmp_path, monkeypatch):
     """Run `immunize` on the tiny editor with one step of a cheap method, in tmp_path."""
     monkeypatch.chdir(tmp_path)
     return lambda *argv: immunize_module.main(
-        ["-o", "out", "--prompt", "x", "--editor", editor, "--steps", "1", "--method", "photoguard-encoder", *argv])
+        ["-o", "out", "--prompt", "x", "--editor", str(tiny_folder), "--steps", "1", "--method", "photoguard-encoder", *argv])
 
 
 def made(folder="out"):
@@ -87,10 +72,10 @@ def test_results_are_left_out_where_a_report_says_so(run, capsys):
     assert "a_immunized_immunized.png" in made("out")
 
 
-def test_edits_are_results_too(editor, tmp_path, monkeypatch, capsys):
+def test_edits_are_results_too(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photo("in/a.png"), photo("in/b_edited.png", seed=1)
-    argv = ["--prompt", "x", "--editor", editor, "-o", "in", "--steps", "1"]
+    argv = ["--prompt", "x", "--editor", str(tiny_folder), "-o", "in", "--steps", "1"]
     assert edit.main(["in", *argv]) == cli.OK
     first = {name: Path("in", name).stat().st_mtime_ns for name in made("in")}
     assert sorted(first) == ["a.png", "a_edited.json", "a_edited.png", "b_edited.png", "b_edited_edited.json",
@@ -269,12 +254,12 @@ def test_control_characters_of_arguments_are_escaped(capsys):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("delay", [0.25, 0.6, 1.2, 2.0, 3.0])
-def test_signal_at_any_moment_has_its_code(editor, tmp_path, number, code, delay):
+def test_signal_at_any_moment_has_its_code(tiny_folder, tmp_path, number, code, delay):
     """From start-up on: while modules are imported, while the editor is loaded, in the first steps."""
     photo(tmp_path / "a.png")
     process = subprocess.Popen(
-        [sys.executable, "-m", "sifm_min.immunize", str(tmp_path / "a.png"), "--prompt", "x", "--editor", editor, "-o",
-         str(tmp_path / "out"), "--steps", "100000"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        [sys.executable, "-m", "sifm_min.immunize", str(tmp_path / "a.png"), "--prompt", "x", "--editor", str(tiny_folder),
+         "-o", str(tmp_path / "out"), "--steps", "100000"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     time.sleep(delay)
     process.send_signal(number)

@@ -77,14 +77,14 @@ def picture(tmp_path_factory):
     return path
 
 
-def run(folder, picture, output):
+def edited(folder, picture, output):
     return edit.main([str(picture), "--prompt", "a hat", "-o", str(output), "--editor", str(folder), "--steps", "1",
                       "--device", "cpu"])
 
 
 def test_whole_editors_edit(editors, picture, tmp_path):
     for number, folder in enumerate(editors):
-        assert run(folder, picture, tmp_path / str(number)) == 0
+        assert edited(folder, picture, tmp_path / str(number)) == 0
 
 
 def test_mutated_editor_files_are_edits_or_sentences(editors, picture, tmp_path, capsys):
@@ -98,7 +98,7 @@ def test_mutated_editor_files_are_edits_or_sentences(editors, picture, tmp_path,
         file.write_bytes(mutate(content, rng))
         where = f"case {case}: {file.relative_to(folder)} by {mutate.__name__}"
         try:
-            code = run(folder, picture, tmp_path / "out")
+            code = edited(folder, picture, tmp_path / "out")
         except BaseException as error:
             raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
         told = capsys.readouterr().err

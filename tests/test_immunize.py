@@ -22,11 +22,13 @@ import tiny_editor
 import torch
 from hub import Hub, status
 from huggingface_hub import constants
+from outcomes import files, told
+from photographs import photo
 from picture_files import icc_header
 from PIL import Image
 
 import sifm_min
-from sifm_min import baselines, cli, editors, images, immunize, metrics, pgd
+from sifm_min import baselines, cli, images, immunize, metrics, pgd
 from sifm_min.files import contact_sheet, writing
 from sifm_min.models import checkpoints
 
@@ -38,55 +40,25 @@ METHODS = ("sifm", "photoguard-encoder", "photoguard-diffusion", "editshield", "
            "noise", "latent")
 
 
-@pytest.fixture(scope="module")
-def editor(tiny_folder):
-    return sifm_min.load_editor(tiny_folder)
-
-
 @pytest.fixture
-def run(tiny_folder, editor, tmp_path, monkeypatch):
-    """Run the command in this process and in tmp_path, with few steps, on the tiny editor (which is loaded once)."""
-    load = editors.load_editor
-    monkeypatch.setattr(editors, "load_editor",
-                        lambda source, **options: editor if source in ("tiny", str(tiny_folder)) else load(source, **options))
-    monkeypatch.chdir(tmp_path)
+def run(loaded_once, tiny_folder):
+    """Run the command in this process and in tmp_path, with few steps, on the tiny editor."""
     few = {True: FEW, False: FEW[:2]}                        # the timesteps are SIFM's; another method would refuse them
     return lambda *argv: immunize.main(["--prompt", PROMPT, "--editor", str(tiny_folder), *few["--method" not in argv],
                                         "-o", "out", *argv])
-
-
-def photo(path, size=(24, 20), mode="RGB", seed=0, **options):
-    """Write a picture of random colours, and return it."""
-    bands = len(Image.new(mode, (1, 1)).getbands())
-    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], bands), np.uint8)
-    image = Image.merge(mode, [Image.fromarray(values[..., band]) for band in range(bands)])
-    Path(path).parent.mkdir(exist_ok=True)
-    image.save(path, **options)
-    return image
 
 
 def colours(image):
     return np.asarray(image.convert("RGB")).astype(int)
 
 
-def files(folder="out"):
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())} if Path(folder).exists() else {}
-
-
 def report(name="out/a.json"):
     return json.loads(Path(name).read_text())
 
 
-def told(capsys):
-    """The one sentence on stderr; nothing was said on stdout."""
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "Traceback" not in err, (out, err)
-    return err
-
-
 # -- what a run writes -------------------------------------------------------------------------------------------------
 
-def test_three_files_and_what_the_report_holds(run, editor, tiny_folder, tmp_path, capsys):
+def test_three_files_and_what_the_report_holds(run, tiny, tiny_folder, tmp_path, capsys):
     original = photo("a.png", (40, 30))
     assert run("a.png", "--seed", "3") == cli.OK
     assert sorted(files()) == ["a.json", "a_immunized.png", "a_preview.png"]
@@ -115,7 +87,7 @@ def test_three_files_and_what_the_report_holds(run, editor, tiny_folder, tmp_pat
     assert (found["preset"], found["note"]) == ({"name": "protocol"}, "")
     assert found["options"] == {
         "eps": 0.03, "steps": 2, "step_size": 1 / 255, "schedule": "constant", "init": "random", "seed": 3, "mask": None,
-        "lam": 0.1, "timesteps": [999, 50], "taps": list(editor.default_taps), "reduction": "balanced",
+        "lam": 0.1, "timesteps": [999, 50], "taps": list(tiny.default_taps), "reduction": "balanced",
         "aggregate": "loss-mean", "noisy": "paper", "resample": False, "batch": None}
     assert found["input"] == {"width": 40, "height": 30, "mode": "RGB", "format": "PNG", "frames": 1, "notes": []}
     assert found["seconds"] > found["loop_seconds"] > 0 and found["peak_memory_bytes"] > 1e7
@@ -126,7 +98,7 @@ def test_three_files_and_what_the_report_holds(run, editor, tiny_folder, tmp_pat
                    f"PSNR {found['psnr']:.1f} dB, {found['seconds']:.0f} s\n")
 
 
-def test_the_preview_is_five_pictures_with_captions(run, editor, monkeypatch):
+def test_the_preview_is_five_pictures_with_captions(run, tiny, monkeypatch):
     shown, made = [], contact_sheet.sheet
     monkeypatch.setattr(contact_sheet, "sheet",
                         lambda columns, **options: shown.append((columns, options)) or made(columns, **options))
@@ -138,7 +110,7 @@ def test_the_preview_is_five_pictures_with_captions(run, editor, monkeypatch):
     assert options == {"footer": tiny_editor.NOTICE}
     immunized = Image.open("out/a_immunized.png")
     difference = (128 + 10 * (colours(immunized) - colours(original))).clip(0, 255)
-    expected = [original, editor.edit(original, PROMPT, seed=4), immunized, editor.edit(immunized, PROMPT, seed=4),
+    expected = [original, tiny.edit(original, PROMPT, seed=4), immunized, tiny.edit(immunized, PROMPT, seed=4),
                 Image.fromarray(difference.astype(np.uint8))]
     assert not np.array_equal(*(colours(expected[i]) for i in (1, 3)))
     for (caption, picture), image in zip(columns, expected, strict=True):
@@ -217,23 +189,23 @@ def test_noise_is_the_random_start_and_nothing_else(run):
     assert list(found["passes"].values()) == [0] * 4
 
 
-def test_prompts_take_turns(run, editor, monkeypatch):
-    asked, features = [], editor.features
+def test_prompts_take_turns(run, tiny, monkeypatch):
+    asked, features = [], tiny.features
 
     def spy(condition, noisy_latent, timesteps, context, **options):
         asked.append((torch.is_grad_enabled(), context.value[:1]))          # prepared: see `editor.prepare_text`
         return features(condition, noisy_latent, timesteps, context, **options)
 
-    monkeypatch.setattr(editor, "features", spy)
+    monkeypatch.setattr(tiny, "features", spy)
     photo("a.png")
     assert run("a.png", "--prompt", "a cat", "--steps", "3", "--no-preview") == cli.OK
-    contexts = [editor.context([prompt]) for prompt in (PROMPT, "a cat", PROMPT)]
+    contexts = [tiny.context([prompt]) for prompt in (PROMPT, "a cat", PROMPT)]
     steps = [context for with_gradient, context in asked if with_gradient]
     assert len(steps) == 3 and all(map(torch.equal, steps, contexts)) and not torch.equal(*contexts[:2])
     assert report()["prompts"] == [PROMPT, "a cat"]
 
 
-def test_options_reach_the_objective(run, editor):
+def test_options_reach_the_objective(run, tiny):
     photo("a.png")
     assert run("a.png", "--no-preview", "--lambda", "1/4", "--timesteps", "700,30", "--taps", "mid_block,conv_in",
                "--reduction", "mean", "--noisy", "deploy", "--resample", "--batch", "1", "--schedule", "linear", "--init",
@@ -249,7 +221,7 @@ def test_options_reach_the_objective(run, editor):
 
 
 @pytest.mark.parametrize("method", METHODS[1:-1])
-def test_every_method_writes_its_picture_and_what_it_took(run, editor, method):
+def test_every_method_writes_its_picture_and_what_it_took(run, tiny, method):
     original = photo("a.png")
     assert run("a.png", "--method", method, "--no-preview") == cli.OK
     found = report()
@@ -304,14 +276,14 @@ def test_what_is_given_wins_over_the_preset(run):
     assert found["eps"] == 8 / 255
 
 
-def test_taps_list(run, editor, capsys):
+def test_taps_list(run, tiny, capsys):
     assert run("--taps", "list") == cli.OK
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(editor.tap_names)
-    assert [line.split()[0] for line in lines if line.endswith("  (default)")] == list(editor.default_taps)
+    assert [line.split()[0] for line in lines] == list(tiny.tap_names)
+    assert [line.split()[0] for line in lines if line.endswith("  (default)")] == list(tiny.default_taps)
     assert run("--taps", "list", "--json") == cli.OK
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert records == [{"tap": name, "default": name in editor.default_taps} for name in editor.tap_names]
+    assert records == [{"tap": name, "default": name in tiny.default_taps} for name in tiny.tap_names]
     assert files() == {}
 
 
@@ -376,22 +348,22 @@ def test_every_kind_of_picture_comes_back_as_it_was(run, name, make):
 # -- the library call --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA"])
-def test_a_pil_picture_comes_back_in_its_size_and_mode(editor, tmp_path, mode):
+def test_a_pil_picture_comes_back_in_its_size_and_mode(tiny, tmp_path, mode):
     image = photo(tmp_path / "a.png", mode=mode)
     profile = image.info["icc_profile"] = GREY_ICC if mode in ("L", "LA") else ICC
     before = image.tobytes()
-    result = sifm_min.immunize(image, editor, [PROMPT], steps=1, timesteps=1)
+    result = sifm_min.immunize(image, tiny, [PROMPT], steps=1, timesteps=1)
     assert (result.image.mode, result.image.size, result.image.info["icc_profile"]) == (mode, image.size, profile)
     assert 0 < images.steps_used(image, result.image) == result.report["linf_steps"] <= 7
     assert image.tobytes() == before
     assert json.loads(json.dumps(result.report, allow_nan=False)) == result.report
 
 
-def test_picture_path_and_name_give_the_same(editor, tmp_path):
+def test_picture_path_and_name_give_the_same(tiny, tmp_path):
     image = photo(tmp_path / "a.png")
     inputs = [image, images.read(tmp_path / "a.png"), tmp_path / "a.png", str(tmp_path / "a.png")]
     seen = []
-    results = [sifm_min.immunize(given, editor, PROMPT, steps=1, timesteps=1,
+    results = [sifm_min.immunize(given, tiny, PROMPT, steps=1, timesteps=1,
                                  on_step=lambda step, loss, terms: seen.append((step, loss, terms))) for given in inputs]
     assert len({result.image.tobytes() for result in results}) == 1
     assert [step for step, *_ in seen] == [0] * 4
@@ -399,8 +371,8 @@ def test_picture_path_and_name_give_the_same(editor, tmp_path):
                                                                    for name in ("norm", "dist")})
 
 
-def test_the_empty_prompt_is_a_prompt_to_the_library(editor, tmp_path):
-    assert sifm_min.immunize(photo(tmp_path / "a.png"), editor, "", steps=1, timesteps=1).report["prompts"] == [""]
+def test_the_empty_prompt_is_a_prompt_to_the_library(tiny, tmp_path):
+    assert sifm_min.immunize(photo(tmp_path / "a.png"), tiny, "", steps=1, timesteps=1).report["prompts"] == [""]
 
 
 @pytest.mark.parametrize("options, says", [
@@ -422,11 +394,11 @@ def test_the_empty_prompt_is_a_prompt_to_the_library(editor, tmp_path):
     ({"image": "nowhere.png"}, "nowhere.png: no such file"), ({"image": Image.new("F", (9, 9))}, "mode F"),
     ({"image": np.zeros((9, 9, 3))}, "ndarray"), ({"editor": "miniature"}, "load_editor"),
 ])
-def test_caller_mistakes_are_value_errors_of_one_sentence(editor, tmp_path, monkeypatch, options, says):
+def test_caller_mistakes_are_value_errors_of_one_sentence(tiny, tmp_path, monkeypatch, options, says):
     monkeypatch.chdir(tmp_path)
     photo("wide.png", (25, 20))
     Image.new("L", (24, 20)).save("dark.png")
-    given = {"image": photo("a.png"), "editor": editor, "prompts": PROMPT, "steps": 1, "timesteps": 1} | options
+    given = {"image": photo("a.png"), "editor": tiny, "prompts": PROMPT, "steps": 1, "timesteps": 1} | options
     with pytest.raises(ValueError) as caught:
         sifm_min.immunize(**given)
     assert says in str(caught.value) and "\n" not in str(caught.value)
@@ -640,11 +612,11 @@ def test_other_options_are_another_run(run, capsys, change):
     assert files().keys() == before.keys() and files()["a_immunized.png"] != before["a_immunized.png"]
 
 
-def test_another_picture_or_other_weights_are_another_run(run, editor, monkeypatch, capsys):
+def test_another_picture_or_other_weights_are_another_run(run, tiny, monkeypatch, capsys):
     photo("a.png")
     assert run("a.png", "--no-preview") == cli.OK
     with monkeypatch.context() as patched:
-        patched.setattr(editor, "checkpoint", type("Other", (), {"hashes": lambda self, digest=None: {"unet": "0" * 64}})())
+        patched.setattr(tiny, "checkpoint", type("Other", (), {"hashes": lambda self, digest=None: {"unet": "0" * 64}})())
         assert run("a.png", "--no-preview") == cli.SOME_FAILED
     photo("a.png", seed=1)
     assert run("a.png", "--no-preview") == cli.SOME_FAILED

@@ -60,7 +60,7 @@ def nothing_remembered():
 
 
 @pytest.fixture(scope="module")
-def editor():
+def miniature():
     return sifm_min.load_editor("miniature")
 
 
@@ -74,9 +74,9 @@ def immunized(picture, editor, method="sifm", steps=1, **options):
 
 
 @pytest.mark.parametrize("method", ["sifm", "semantic-attack", "photoguard-diffusion", "mist"])
-def test_every_plan_gives_the_same_picture(method, editor, picture):
+def test_every_plan_gives_the_same_picture(method, miniature, picture):
     """One step of either: where a gradient is zero to rounding its sign may differ, and nowhere else."""
-    fast, low = (immunized(picture, editor, method, memory=name) for name in ("fast", "low"))
+    fast, low = (immunized(picture, miniature, method, memory=name) for name in ("fast", "low"))
     assert fast.report["loss"][0]["loss"] == pytest.approx(low.report["loss"][0]["loss"], rel=1e-5)
     differ = sum(a != b for a, b in zip(fast.image.tobytes(), low.image.tobytes(), strict=True))
     assert differ <= 1e-3 * len(fast.image.tobytes())
@@ -89,9 +89,9 @@ ENDED = {"cuda": lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 
 
 
 @pytest.mark.parametrize("error", ENDED.values(), ids=ENDED)
-def test_where_memory_ends_the_next_plan_is_taken_and_said(error, editor, picture, monkeypatch):
+def test_where_memory_ends_the_next_plan_is_taken_and_said(error, miniature, picture, monkeypatch):
     """Ten timesteps do not fit, five no longer in their second step; two do, and all of it starts anew."""
-    whole, features, calls = immunized(picture, editor, steps=2, batch=2), editor.features, []
+    whole, features, calls = immunized(picture, miniature, steps=2, batch=2), miniature.features, []
 
     def small(condition, noisy, timesteps, *rest, **more):
         calls.append(len(noisy))
@@ -100,10 +100,10 @@ def test_where_memory_ends_the_next_plan_is_taken_and_said(error, editor, pictur
             raise error()
         return features(condition, noisy, timesteps, *rest, **more)
 
-    monkeypatch.setattr(editor, "features", small)
+    monkeypatch.setattr(miniature, "features", small)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        result = immunized(picture, editor, steps=2)
+        result = immunized(picture, miniature, steps=2)
     assert [str(w.message) for w in told] == [
         "out of memory with 10 timesteps at once; going on with 5 timesteps at once",
         "out of memory with 5 timesteps at once; going on with 2 timesteps at once"]
@@ -113,44 +113,44 @@ def test_where_memory_ends_the_next_plan_is_taken_and_said(error, editor, pictur
     assert set(calls) == {2}
 
 
-def test_where_no_plan_fits_it_is_one_sentence(editor, picture, monkeypatch):
+def test_where_no_plan_fits_it_is_one_sentence(miniature, picture, monkeypatch):
     def none(*inputs, **options):
-        assert editor.checkpointing == (len(inputs[1]) == 1 and len(seen) == 4)
+        assert miniature.checkpointing == (len(inputs[1]) == 1 and len(seen) == 4)
         seen.append(len(inputs[1]))
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     seen = []
-    monkeypatch.setattr(editor, "features", none)
+    monkeypatch.setattr(miniature, "features", none)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match="out of memory with one timestep at a time, .*a smaller picture") as caught:
-            immunized(picture, editor)
-    assert seen == [10, 5, 2, 1, 1] and "memory low" not in str(caught.value) and editor.checkpointing is False
+            immunized(picture, miniature)
+    assert seen == [10, 5, 2, 1, 1] and "memory low" not in str(caught.value) and miniature.checkpointing is False
     seen.clear()
     with pytest.raises(ValueError, match="10 timesteps at once; memory low, a smaller picture"):
-        immunized(picture, editor, memory="fast")
+        immunized(picture, miniature, memory="fast")
 
 
-def test_other_errors_are_not_of_memory(editor, picture, monkeypatch):
+def test_other_errors_are_not_of_memory(miniature, picture, monkeypatch):
     calls = []
 
     def broken(*inputs, **options):
         calls.append(1)
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(editor, "features", broken)
+    monkeypatch.setattr(miniature, "features", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        immunized(picture, editor)
-    assert len(calls) == 1 and editor.checkpointing is False
+        immunized(picture, miniature)
+    assert len(calls) == 1 and miniature.checkpointing is False
 
 
-def test_low_lets_go_of_the_text_encoder(editor, picture):
-    editor.context(["make it night"])
-    before = editor.text_encoder
+def test_low_lets_go_of_the_text_encoder(miniature, picture):
+    miniature.context(["make it night"])
+    before = miniature.text_encoder
     assert not any(weight.is_meta for weight in before.parameters())
-    immunized(picture, editor, "photoguard-encoder", memory="low")
-    assert editor.text_encoder is not before and all(weight.is_meta for weight in editor.text_encoder.parameters())
-    assert editor.edit(Image.new("RGB", (64, 64)), "make it night", steps=1).size == (64, 64)     # and it is read again
+    immunized(picture, miniature, "photoguard-encoder", memory="low")
+    assert miniature.text_encoder is not before and all(weight.is_meta for weight in miniature.text_encoder.parameters())
+    assert miniature.edit(Image.new("RGB", (64, 64)), "make it night", steps=1).size == (64, 64)     # and it is read again
 
 
 @pytest.mark.parametrize("error", ENDED.values(), ids=ENDED)

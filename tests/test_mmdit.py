@@ -73,7 +73,7 @@ def inputs(config, size="wide", batch=2, dtype=torch.float32):
     return latent, torch.tensor([999.5, 421, 3, 77][:batch]), context, pooled
 
 
-def run(theirs, latent, timestep, context, pooled):
+def output(theirs, latent, timestep, context, pooled):
     return theirs(latent, encoder_hidden_states=context, pooled_projections=pooled, timestep=timestep).sample
 
 
@@ -99,7 +99,7 @@ def assert_gradients_close(ours, theirs, arguments):
 def assert_parity(ours, theirs, size="wide"):
     """The predictions agree, and so do the gradients at the latent, the context and the pooled text."""
     arguments = inputs(theirs.config, size, dtype=theirs.dtype)
-    pair = ours(*arguments), run(theirs, *arguments)
+    pair = ours(*arguments), output(theirs, *arguments)
     assert_close(*pair)
     assert None not in gradients(pair[1], arguments)
     assert_gradients_close(*pair, arguments)
@@ -125,7 +125,7 @@ def test_every_crop_of_the_position_table(height, width):
         theirs.pos_embed.pos_embed.copy_(torch.randn_like(theirs.pos_embed.pos_embed))
     latent, *others = inputs(theirs.config, dtype=torch.float64)
     latent = torch.randn(2, theirs.config.in_channels, height, width, dtype=torch.float64)
-    assert_close(ours_like(theirs)(latent, *others), run(theirs, latent, *others))
+    assert_close(ours_like(theirs)(latent, *others), output(theirs, latent, *others))
 
 
 def test_timesteps_of_every_form():
@@ -134,7 +134,7 @@ def test_timesteps_of_every_form():
     latent, _, context, pooled = (x.detach() for x in inputs(theirs.config))
     for timestep in (981, 0, 12.5, torch.tensor(981), torch.tensor(12.5), torch.tensor([981]), torch.tensor([981, 12]),
                      torch.tensor([0.25, 999.75], dtype=torch.float64)):
-        expected = run(theirs, latent, torch.as_tensor(timestep).reshape(-1).expand(2), context, pooled)
+        expected = output(theirs, latent, torch.as_tensor(timestep).reshape(-1).expand(2), context, pooled)
         assert_close(ours(latent, timestep, context, pooled), expected)
 
 
@@ -142,7 +142,7 @@ def test_timesteps_of_every_form():
 def test_weights_get_their_gradients(name):
     theirs = oracle(CONFIGS[name])
     ours, arguments = ours_like(theirs), inputs(theirs.config)
-    for network, velocity in ((ours, ours(*arguments)), (theirs, run(theirs, *arguments))):
+    for network, velocity in ((ours, ours(*arguments)), (theirs, output(theirs, *arguments))):
         network.zero_grad()
         velocity.square().mean().backward()
     expected = dict(theirs.named_parameters())
@@ -240,7 +240,7 @@ def their_taps(theirs, arguments):
             if text is not None:
                 seen[f"{tap}.context"] = text
         block.register_forward_hook(hook)
-    seen["out"] = run(theirs, *arguments)
+    seen["out"] = output(theirs, *arguments)
     return seen
 
 
@@ -340,7 +340,7 @@ def their_maps(theirs, arguments):
             def hook(module, args, out, key=(i, part)):
                 seen[key] = out
             module.register_forward_hook(hook)
-    run(theirs, *arguments)
+    output(theirs, *arguments)
     for i, block in enumerate(theirs.transformer_blocks):
         q, k_image, k_text = (x if x.ndim == 4 else torch.stack(x.chunk(block.attn.heads, -1), 1)
                               for x in (seen[i, part] for part in ("to_q", "to_k", "add_k_proj")))
@@ -505,8 +505,9 @@ def test_bfloat16_stays_close(name):
     arguments = [x.detach() for x in inputs(theirs.config)]
     rounded = [arguments[0].bfloat16(), arguments[1], *(x.bfloat16() for x in arguments[2:])]
     with torch.no_grad():
-        exact = run(theirs, *arguments)
-        ours, theirs = (y.float() - exact for y in (ours_like(theirs).bfloat16()(*rounded), run(theirs.bfloat16(), *rounded)))
+        exact = output(theirs, *arguments)
+        pair = ours_like(theirs).bfloat16()(*rounded), output(theirs.bfloat16(), *rounded)
+        ours, theirs = (y.float() - exact for y in pair)
     assert theirs.norm() <= 0.05 * exact.norm()
     assert ours.norm() <= 1.5 * theirs.norm()
 
@@ -515,7 +516,7 @@ def test_memory_format_does_not_matter():
     theirs = oracle(CONFIGS["SD3, narrow"])
     latent, *others = inputs(theirs.config)
     ours = ours_like(theirs).to(memory_format=torch.channels_last)
-    assert_close(ours(latent.to(memory_format=torch.channels_last), *others), run(theirs, latent, *others))
+    assert_close(ours(latent.to(memory_format=torch.channels_last), *others), output(theirs, latent, *others))
 
 
 @pytest.mark.parametrize(("size", "named"), [
@@ -540,7 +541,7 @@ def test_reads_what_save_pretrained_writes(name, tmp_path):
     assert ours.config == CONFIGS[name]
     ours.load_state_dict(safetensors.load_file(tmp_path / "diffusion_pytorch_model.safetensors"))
     arguments = inputs(ours.config)
-    assert_close(ours(*arguments), run(theirs, *arguments))
+    assert_close(ours(*arguments), output(theirs, *arguments))
 
 
 def test_every_option_of_theirs_is_decided_on():

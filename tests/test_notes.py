@@ -6,64 +6,53 @@ import struct
 import numpy as np
 import pytest
 import tiny_editor
+from photographs import colours
 from picture_files import chunk, icc_header, png
 from PIL import Image
 
 import sifm_min
-from sifm_min import cli, edit, editors
+from sifm_min import cli, edit
 from sifm_min.files import png as png_file
 
 
 def run(command, *argv):
     main = {"edit": edit.main, "immunize": sifm_min.immunize.main}[command]
     more = ["--steps", "1"] if command == "edit" else ["--steps", "1", "--method", "photoguard-encoder"]
-    return main([*argv, "--prompt", "make it night", "-o", command, *more])
-
-
-@pytest.fixture
-def tiny(tiny_folder, tmp_path, monkeypatch):
-    """Run a command in tmp_path on the tiny editor, which is loaded once."""
-    editor = sifm_min.load_editor(tiny_folder)
-    monkeypatch.setattr(editors, "load_editor", lambda source, **options: editor)
-    monkeypatch.chdir(tmp_path)
-
-
-def photo(height=20, width=24, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return main(["--editor", "tiny", *argv, "--prompt", "make it night", "-o", command, *more])
 
 
 def animation():
-    frames = [Image.fromarray(photo(seed=seed)) for seed in range(3)]
+    frames = [Image.fromarray(colours(seed=seed)) for seed in range(3)]
     frames[0].save("a.gif", save_all=True, append_images=frames[1:])
     return "a.gif", "the first of 3 frames"
 
 
 def webp():
-    frames = [Image.fromarray(photo(seed=seed)) for seed in range(2)]
+    frames = [Image.fromarray(colours(seed=seed)) for seed in range(2)]
     frames[0].save("a.webp", save_all=True, append_images=frames[1:])
     return "a.webp", "the first of 2 frames"
 
 
 def apng():
-    frames = [Image.fromarray(photo(seed=seed)) for seed in range(4)]
+    frames = [Image.fromarray(colours(seed=seed)) for seed in range(4)]
     frames[0].save("a.png", save_all=True, append_images=frames[1:])
     return "a.png", "the first of 4 frames"
 
 
 def press():
-    Image.fromarray(photo()).convert("CMYK").save("a.jpg")
+    Image.fromarray(colours()).convert("CMYK").save("a.jpg")
     return "a.jpg", "CMYK converted to RGB, without a colour profile"
 
 
 def deep():
     with open("a.png", "wb") as file:
-        file.write(png(photo().astype(np.uint16) * 257, 16, 2))
+        file.write(png(colours().astype(np.uint16) * 257, 16, 2))
     return "a.png", "16 bits a channel, of which the upper 8 are kept"
 
 
 @pytest.mark.parametrize("source", [animation, webp, apng, press, deep])
 @pytest.mark.parametrize("command", ["immunize", "edit"])
-def test_the_command_says_what_reading_changed(tiny, capsys, command, source):
+def test_the_command_says_what_reading_changed(loaded_once, capsys, command, source):
     name, note = source()
     assert run(command, name) == cli.OK
     assert f"{name}: {note}\n" in capsys.readouterr().err
@@ -71,7 +60,7 @@ def test_the_command_says_what_reading_changed(tiny, capsys, command, source):
     assert capsys.readouterr().err == ""
 
 
-def test_the_notes_are_in_the_json_of_both_commands(tiny, capsys):
+def test_the_notes_are_in_the_json_of_both_commands(loaded_once, capsys):
     name, note = press()
     for command in ("edit", "immunize"):
         assert run(command, name, "--json") == cli.OK
@@ -87,37 +76,37 @@ def test_another_sampler_than_the_stored_one_is_told(tmp_path, monkeypatch, caps
     tiny_editor.write(folder)
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}))
-    Image.fromarray(photo()).save("a.png")
+    Image.fromarray(colours()).save("a.png")
     assert run(command, "a.png", "--editor", str(folder)) == cli.OK
     told = [line for line in capsys.readouterr().err.splitlines() if "PNDM" in line]
     assert len(told) == 1 and "ancestral" in told[0].lower()
 
 
-def test_an_edit_keeps_alpha_profile_and_colour_chunks(tiny):
+def test_an_edit_keeps_alpha_profile_and_colour_chunks(loaded_once):
     gamma = (b"gAMA", struct.pack(">I", 100000))
     with open("a.png", "wb") as file:
-        file.write(png(np.dstack([photo(), photo(seed=1)[..., 0]]), 8, 6, chunk(*gamma)))
-    Image.fromarray(photo()).save("b.png", icc_profile=icc_header())
+        file.write(png(np.dstack([colours(), colours(seed=1)[..., 0]]), 8, 6, chunk(*gamma)))
+    Image.fromarray(colours()).save("b.png", icc_profile=icc_header())
     assert run("edit", "a.png", "b.png") == cli.OK
     with Image.open("edit/a_edited.png") as edited, Image.open("edit/b_edited.png") as other:
-        assert edited.mode == "RGBA" and np.array_equal(np.asarray(edited)[..., 3], photo(seed=1)[..., 0])
+        assert edited.mode == "RGBA" and np.array_equal(np.asarray(edited)[..., 3], colours(seed=1)[..., 0])
         assert other.mode == "RGB" and other.info["icc_profile"] == icc_header()
     with open("edit/a_edited.png", "rb") as file:
         assert png_file.header(file.read()).chunks == (gamma,)
 
 
-def test_an_edit_of_a_grey_picture_says_that_its_profile_is_gone(tiny, capsys):
-    Image.fromarray(photo()).convert("L").save("a.png", icc_profile=icc_header("GRAY"))
+def test_an_edit_of_a_grey_picture_says_that_its_profile_is_gone(loaded_once, capsys):
+    Image.fromarray(colours()).convert("L").save("a.png", icc_profile=icc_header("GRAY"))
     assert run("edit", "a.png") == cli.OK
     assert "a.png: its colour profile is for grey pixels, and the edit has colours: left out\n" in capsys.readouterr().err
     with Image.open("edit/a_edited.png") as edited:
         assert edited.mode == "RGB" and "icc_profile" not in edited.info
 
 
-def test_the_preview_has_the_colours_of_the_picture(tiny):
-    Image.fromarray(photo()).save("a.png", icc_profile=icc_header())
+def test_the_preview_has_the_colours_of_the_picture(loaded_once):
+    Image.fromarray(colours()).save("a.png", icc_profile=icc_header())
     with open("b.png", "wb") as file:
-        file.write(png(photo(), 8, 2, chunk(b"gAMA", struct.pack(">I", 100000))))
+        file.write(png(colours(), 8, 2, chunk(b"gAMA", struct.pack(">I", 100000))))
     assert run("immunize", "a.png", "b.png") == cli.OK
     with Image.open("immunize/a_preview.png") as preview:
         assert preview.info["icc_profile"] == icc_header()
@@ -128,7 +117,7 @@ def test_the_preview_has_the_colours_of_the_picture(tiny):
 # -- greyness ----------------------------------------------------------------------------------------------------------
 
 def grey_sources():
-    grey = Image.fromarray(photo()).convert("L")
+    grey = Image.fromarray(colours()).convert("L")
     grey.save("l.png")
     grey.convert("LA").save("la.png")
     grey.convert("RGB").save("rgb.png")
@@ -145,7 +134,7 @@ def grey_sources():
             "rgb.tiff": "RGB", "palette.gif": "RGB", "palette.png": "RGB", "deep.png": "LA"}
 
 
-def test_a_picture_without_colour_stays_without_colour(tiny):
+def test_a_picture_without_colour_stays_without_colour(loaded_once):
     for name, mode in grey_sources().items():
         assert run("immunize", name, "--no-preview", "--overwrite") == cli.OK
         with Image.open(f"immunize/{name.partition('.')[0]}_immunized.png") as made, Image.open(name) as source:
@@ -159,7 +148,7 @@ def test_a_picture_without_colour_stays_without_colour(tiny):
 
 def test_one_coloured_pixel_makes_a_picture_coloured():
     from sifm_min import images
-    grey = Image.fromarray(photo()).convert("L").convert("RGB")
+    grey = Image.fromarray(colours()).convert("L").convert("RGB")
     assert images.picture(grey).channels == 1
     value = grey.getpixel((3, 3))[0]
     grey.putpixel((3, 3), (value, value, value ^ 1))

@@ -95,7 +95,7 @@ def copy(project, folder, *names):
     return folder
 
 
-def run(executable, code, cwd, path=None):
+def python(executable, code, cwd, path=None):
     settings = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     settings["PYTHONDONTWRITEBYTECODE"] = "1"
     if path:
@@ -106,7 +106,7 @@ def run(executable, code, cwd, path=None):
 
 def probe(executable, cwd, path=None, package="sifm_min"):
     """Import the package there; returns (folder of its code, folder of its networks)."""
-    done = run(executable, PROBE.format(package=package), cwd, path)
+    done = python(executable, PROBE.format(package=package), cwd, path)
     assert not done.returncode, done.stderr
     code, networks, version, search = json.loads(done.stdout)
     assert version == "0.2.0"
@@ -171,7 +171,7 @@ def test_vendored_without_the_networks(project, bare, foreign):
     copy(project, foreign, "sifm_min")
     copy(project, foreign / "alone", "sifm_min")
     for folder in (foreign, foreign / "alone"):
-        done = run(bare, "import sifm_min", folder)
+        done = python(bare, "import sifm_min", folder)
         assert done.stderr.splitlines()[-1] == (
             "ImportError: sifm_min: its networks are missing; put the folder models/ beside sifm_min/, or inside it")
 
@@ -193,36 +193,36 @@ def test_an_empty_folder_left_inside_does_not_hide_the_networks(project, bare, t
 
 def test_nothing_else_beside_the_package_becomes_a_part_of_it(project, bare):
     walk = "import pkgutil, sifm_min; print([m.name for m in pkgutil.walk_packages(sifm_min.__path__, 'sifm_min.')])"
-    names = run(bare, walk, project).stdout
+    names = python(bare, walk, project).stdout
     assert "'sifm_min.cli'" in names and "sifm_min.sifm_min" not in names and "tools" not in names
-    done = run(bare, "import sifm_min.tools", project)
+    done = python(bare, "import sifm_min.tools", project)
     assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'sifm_min.tools'"
 
 
 # ------------------------------------------------------------------------------------------------------ what is shipped
 
-def files(folder, *patterns):
+def matching(folder, *patterns):
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return {path.relative_to(folder).as_posix() for path in found}
 
 
 def shipped(project):
     """What a package holds of the project, under its installed names: code, and the data that setup.cfg names."""
-    networks = {f"models/{name}" for name in files(project / "models", "README.md", "**/*.py", "miniature*/**/*", "lpips/*")}
+    networks = {f"models/{name}" for name in matching(project / "models", "README.md", "**/*.py", "miniature*/**/*", "lpips/*")}
     data = ("README.md", "judging/README.md", "judging/panels/*.json", "judging/prompts/*", "**/pages/*.html",
             "**/paper/*.json")
-    return files(project / "sifm_min", "**/*.py", *data) | networks
+    return matching(project / "sifm_min", "**/*.py", *data) | networks
 
 
 def test_the_wheel_holds_the_two_folders_and_nothing_else(target, project):
-    assert files(target / "sifm_min", "**/*") == shipped(project)
+    assert matching(target / "sifm_min", "**/*") == shipped(project)
     assert sorted(path.name for path in target.iterdir()) == ["sifm_min", "sifm_min-0.2.0.dist-info"]
     licences = list(target.glob("sifm_min-0.2.0.dist-info/**/LICENSE"))                      # where, setuptools decides
     assert [licence.read_text() for licence in licences] == [(ROOT / "LICENSE").read_text()]
 
 
 def test_every_file_of_the_two_folders_is_shipped(project):
-    here = files(project / "sifm_min", "**/*") | {f"models/{name}" for name in files(project / "models", "**/*")}
+    here = matching(project / "sifm_min", "**/*") | {f"models/{name}" for name in matching(project / "models", "**/*")}
     assert here == shipped(project)
 
 
@@ -277,5 +277,5 @@ assert "torch" not in sys.modules
 
 @pytest.mark.parametrize("imports", ORDERS.values(), ids=ORDERS)
 def test_immunize_is_module_and_function_in_any_import_order(imports):
-    done = run(sys.executable, f"{imports}\n{IT_IS_BOTH}", ROOT)
+    done = python(sys.executable, f"{imports}\n{IT_IS_BOTH}", ROOT)
     assert not done.returncode, done.stderr

@@ -167,7 +167,7 @@ def test_a_grey_picture_stays_grey():
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
-def run(pixels=None, objective=None, **changes):
+def perturbed(pixels=None, objective=None, **changes):
     arguments = {"eps": 0.1, "steps": 2, "step_size": 0.01, "generator": seeded(), **changes}
     return pgd(picture() if pixels is None else pixels, objective or linear(1.0), arguments.pop("eps"), **arguments)
 
@@ -175,23 +175,23 @@ def run(pixels=None, objective=None, **changes):
 def test_a_zero_gradient_at_the_first_step_is_an_error():
     pixels = picture()
     with pytest.raises(ValueError, match="no gradient at this picture"):
-        run(pixels, lambda x, step: (x - pixels).square().sum(), init="zero")
-    run(pixels, lambda x, step: (x - pixels).square().sum(), init="random")
-    run(pixels, lambda x, step: (x.sum() if step == 0 else x.sum() * 0))       # later it means only "arrived"
+        perturbed(pixels, lambda x, step: (x - pixels).square().sum(), init="zero")
+    perturbed(pixels, lambda x, step: (x - pixels).square().sum(), init="random")
+    perturbed(pixels, lambda x, step: (x.sum() if step == 0 else x.sum() * 0))       # later it means only "arrived"
 
 
 def test_a_gradient_that_the_mask_hides_is_zero():
     mask = torch.zeros(1, 1, 6, 7)
     mask[..., 0] = 1
     with pytest.raises(ValueError, match="no gradient at this picture"):
-        run(objective=lambda x, step: x[..., 1:].sum(), mask=mask)
+        perturbed(objective=lambda x, step: x[..., 1:].sum(), mask=mask)
 
 
 @pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_is_an_error(at, value):
     with pytest.raises(ValueError, match=f"step {at}: the gradient is not finite"):
-        run(objective=lambda x, step: (x * (value if step == at else 1)).sum())
+        perturbed(objective=lambda x, step: (x * (value if step == at else 1)).sum())
 
 
 @pytest.mark.parametrize("changes, says", [
@@ -207,4 +207,4 @@ def test_a_gradient_that_is_not_finite_is_an_error(at, value):
 ])
 def test_wrong_arguments_are_refused_before_anything_runs(changes, says):
     with pytest.raises(ValueError, match=says):
-        run(objective=lambda x, step: pytest.fail("the objective ran"), **changes)
+        perturbed(objective=lambda x, step: pytest.fail("the objective ran"), **changes)

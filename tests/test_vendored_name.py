@@ -27,7 +27,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def run(place, command, *words):
+def vendored(place, command, *words):
     settings = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
     settings |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run([sys.executable, "-m", f"{NAME}.{command}", *words], cwd=place, env=settings,
@@ -40,7 +40,7 @@ def test_there_are_six_commands():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_the_vendored_command(command, place):
-    done = run(place, command, "--help")
+    done = vendored(place, command, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"python -m {NAME}.{command}") >= 2 and "-m sifm_min" not in done.stdout
 
@@ -61,7 +61,7 @@ ADVICE = {
 def test_advice_names_the_vendored_command(case, place):
     words, code, advice = ADVICE[case]
     (place / "mine.py").write_text("def make():\n    return 3\n")
-    done = run(place, *words)
+    done = vendored(place, *words)
     assert done.returncode == code and advice in done.stderr, done.stderr
     assert "-m sifm_min" not in done.stderr and "Traceback" not in done.stderr
 

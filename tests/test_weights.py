@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -29,13 +30,10 @@ PIX2PIX = EDITORS["instruct-pix2pix"]
 
 
 @pytest.fixture
-def weights_main(capfd):
-    """Runs the command: (exit code, stdout, stderr). What --quiet sets for a process is set back afterwards."""
-    def run(*argv):
-        code = weights.main([str(word) for word in argv])
-        return code, *capfd.readouterr()
+def weights_main(in_process):
+    """Run the command: (exit code, stdout, stderr). What --quiet sets for a process is set back afterwards."""
     verbosity = logging.get_verbosity()
-    yield run
+    yield partial(in_process, weights.main)
     logging.set_verbosity(verbosity)
     enable_progress_bars()
 

@@ -128,7 +128,7 @@ def make(server, folder, *more, composition=SMALL):
     return tool.main(["dataset", "-o", str(folder), "--server", server.url, "--quiet", *chosen, *more])
 
 
-def told(capsys):
+def lines_told(capsys):
     """The lines of stderr; there is no traceback, and one line for each fault."""
     text = capsys.readouterr().err
     assert "Traceback" not in text
@@ -231,7 +231,7 @@ def test_a_published_selection_gives_the_same_set_or_says_so(server, tmp_path, c
     number = json.loads((tmp_path / "mine" / "selection.json").read_text())["rows"][0]["row"]
     server.faults[f"/pictures/{number}?"] = [answers(200, encoded(3, "PNG"))]
     assert make(server, tmp_path / "yours", composition=None) == 1
-    assert f"row {number}: the picture is not the one of selection.json (its sha256 differs)" in told(capsys)
+    assert f"row {number}: the picture is not the one of selection.json (its sha256 differs)" in lines_told(capsys)
     server.faults.clear()
     assert make(server, tmp_path / "yours", composition=None) == 0
     assert (tmp_path / "yours" / "manifest.jsonl").read_bytes() == (tmp_path / "mine" / "manifest.jsonl").read_bytes()
@@ -249,20 +249,20 @@ def test_what_passes_is_waited_for(server, tmp_path, waits, stumble, part, capsy
     server.faults[part] = [*STUMBLES[stumble], *STUMBLES[stumble], None]
     assert make(server, tmp_path) == 0
     assert len(waits) == 2 and waits[1] >= waits[0] and (stumble != "limit" or waits == [7.0, 7.0])
-    assert told(capsys) == ""
+    assert lines_told(capsys) == ""
 
 
 def test_a_wait_is_told_in_a_sentence(server, tmp_path, waits, capsys):
     server.faults["/rows"] = [answers(429, Retry_After="600"), None]
     assert tool.main(["dataset", "-o", str(tmp_path), "--server", server.url, "--review", "--composition", SMALL]) == 0
-    assert "rows from 0 on: the server's limit of requests is reached; trying again in 120 s" in told(capsys)
+    assert "rows from 0 on: the server's limit of requests is reached; trying again in 120 s" in lines_told(capsys)
     assert waits == [120]
 
 
 def test_a_server_that_is_gone_ends_the_run_and_loses_nothing(server, tmp_path, waits, capsys):
     server.faults["length=100"] = [None, answers(502)]
     assert make(server, tmp_path) == 3
-    assert "502, 5 times; run the same command again later, it goes on from here" in told(capsys)
+    assert "502, 5 times; run the same command again later, it goes on from here" in lines_told(capsys)
     kept = json.loads((tmp_path / "selection.json").read_text())
     assert kept["pages"] == 1 and kept["rows"]
     server.faults = {"/pictures/": [hangs_up]}
@@ -274,7 +274,7 @@ def test_a_server_that_is_gone_ends_the_run_and_loses_nothing(server, tmp_path, 
 
 def test_nobody_at_the_address(tmp_path, waits, capsys):
     assert tool.main(["dataset", "-o", str(tmp_path), "--server", "http://127.0.0.1:9", "--quiet"]) == 3
-    assert "the connection failed, 5 times" in told(capsys)
+    assert "the connection failed, 5 times" in lines_told(capsys)
 
 
 BROKEN_PAGES = {
@@ -294,7 +294,7 @@ BROKEN_PAGES = {
 def test_a_page_that_is_none_is_told_in_a_sentence(server, tmp_path, waits, capsys, fault, sentence):
     server.faults["length=100"] = [fault]
     assert make(server, tmp_path) == 2
-    text = told(capsys)
+    text = lines_told(capsys)
     assert sentence in text and text.count("\n") == 1 and "\x1b" not in text
     assert waits == [] and not (tmp_path / "manifest.jsonl").exists()
 
@@ -321,7 +321,7 @@ def test_a_picture_that_is_none_fails_alone(server, tmp_path, waits, capsys, mon
     if sentence.startswith("more than"):
         monkeypatch.setattr(tool, "CAP", 2000)
     assert make(server, tmp_path, composition=None) == 1
-    text = told(capsys)
+    text = lines_told(capsys)
     assert sentence in text and "8 of 9 pictures done, 1 failed" in text
     assert "manifest.jsonl was not written, because something is lacking" in text
     assert not (tmp_path / "manifest.jsonl").exists() and len(list((tmp_path / "images").iterdir())) == 8
@@ -345,7 +345,7 @@ def test_rows_without_texts_and_twins_are_passed_over(tmp_path):
 def test_too_few_rows_in_all_the_dataset(tmp_path, capsys):
     with Rows(total=40) as server:
         assert make(server, tmp_path, composition="portrait=50") == 2
-    assert "all 40 rows were looked at, and 47 portrait are lacking; widen the rules or ask for less" in told(capsys)
+    assert "all 40 rows were looked at, and 47 portrait are lacking; widen the rules or ask for less" in lines_told(capsys)
 
 
 def test_captions_and_their_categories():
@@ -366,13 +366,13 @@ def test_rules_of_ones_own(server, tmp_path, capsys):
     assert {row["category"] for row in kept["rows"]} == {"car"} and kept["rules"] == {"car": {"any": ["car"]}}
     assert make(server, tmp_path / "set", composition=None) == 0
     assert make(server, tmp_path / "set", "--seed", "4", composition=None) == 2
-    assert "was made with another --seed" in told(capsys)
+    assert "was made with another --seed" in lines_told(capsys)
     assert make(server, tmp_path / "other", "--rules", str(rules), composition="car=3,boat=2") == 2
-    assert "no rule says what a boat is" in told(capsys)
+    assert "no rule says what a boat is" in lines_told(capsys)
     for wrong in ('{"car": ["car"]}', '{"car": {"any": []}}', '{"car": {"any": [1]}}', '{"reject": {"any": ["a"]}}'):
         rules.write_text(wrong)
         assert make(server, tmp_path / "other", "--rules", str(rules), composition="car=3") == 2
-        assert "the rules are an object like" in told(capsys)
+        assert "the rules are an object like" in lines_told(capsys)
 
 
 EDITS = {
@@ -390,7 +390,7 @@ def test_a_selection_that_was_damaged_by_hand(server, tmp_path, capsys, edit, se
     path = tmp_path / "selection.json"
     path.write_text(edit(path.read_text()))
     assert make(server, tmp_path, composition=None) == 2
-    text = told(capsys)
+    text = lines_told(capsys)
     assert sentence in text and str(path) in text and text.count("\n") == 1
 
 
@@ -400,7 +400,7 @@ def test_a_dataset_that_grew_since(server, tmp_path, capsys):
     path = tmp_path / "selection.json"
     path.write_text(path.read_text().replace('"category": "portrait"', '"category": "reject"', 1))
     assert make(server, tmp_path, composition=None) == 2
-    assert "when the dataset had 250 rows, and now it has 251" in told(capsys)
+    assert "when the dataset had 250 rows, and now it has 251" in lines_told(capsys)
 
 
 # ------------------------------------------------------------------------------------------------------- folder and world
@@ -422,14 +422,14 @@ def test_a_folder_with_one_prompt_for_all(photos, tmp_path, capsys):
     assert {(item.prompt, item.category) for item in items} == {("make it night", "mine")}
     for item in items:
         assert item.path.read_bytes() == (photos / item.origin["file"]).read_bytes() and item.picture()
-    assert "4 of 4 pictures have no unseen prompts" in told(capsys)
+    assert "4 of 4 pictures have no unseen prompts" in lines_told(capsys)
     assert tool.main(command) == 0
     assert tool.main([*command, "--category", "other"]) == 1
-    assert "exists; --overwrite replaces it" in told(capsys)
+    assert "exists; --overwrite replaces it" in lines_told(capsys)
     assert tool.main([*command, "--category", "other", "--overwrite"]) == 0
     (photos / "a b.png").write_bytes(b"\x89PNG no more")
     assert tool.main([*command, "--overwrite"]) == 1
-    assert "a b.png" in told(capsys)
+    assert "a b.png" in lines_told(capsys)
 
 
 def test_prompts_and_unseen_prompts_from_files(photos, tmp_path, capsys):
@@ -445,7 +445,7 @@ def test_prompts_and_unseen_prompts_from_files(photos, tmp_path, capsys):
     assert items["a b.png"].prompts("img2img") == ["a red thing", *(f"done {i}" for i in range(5))]
     assert items["a b.png"].category == "art" and items["été.JPG"].unseen_prompts == ()
     assert items["a-b.png"].unseen_prompts == ("one", "two")
-    assert "2 of 4 pictures have no unseen prompts" in told(capsys)
+    assert "2 of 4 pictures have no unseen prompts" in lines_told(capsys)
     csv = tmp_path / "unseen.csv"
     csv.write_text("id,prompt\n" + "".join(f"été,do {i}\n" for i in range(5)), encoding="utf-8")
     assert tool.main([*command[:4], "--unseen", str(csv), "-o", str(tmp_path / "set"), "--overwrite"]) == 0
@@ -472,7 +472,7 @@ def test_a_prompt_file_that_is_wrong(photos, tmp_path, capsys, name, content, se
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     command = ["folder", str(photos), "--prompts", str(tmp_path / name), "-o", str(tmp_path / "set"), "--quiet"]
     assert tool.main(command) == 2
-    text = told(capsys)
+    text = lines_told(capsys)
     assert sentence in text and name in text and text.count("\n") == 1
     assert not (tmp_path / "set" / "manifest.jsonl").exists()
 
@@ -488,7 +488,7 @@ def test_an_unseen_file_that_is_wrong(photos, tmp_path, capsys, content, sentenc
     path.write_text(content)
     assert tool.main(["folder", str(photos), "--prompt", "make it night", "--unseen", str(path), "--quiet",
                       "-o", str(tmp_path / "set")]) == 2
-    assert sentence in told(capsys)
+    assert sentence in lines_told(capsys)
 
 
 def test_the_world_makes_its_own_with_its_ground_truth(tmp_path):
@@ -532,7 +532,7 @@ def test_nothing_is_asked_unless_told_and_never_without_a_key(photos, tmp_path, 
     tool.main(["folder", str(photos), "--prompt", "make it night", "-o", str(tmp_path / "plain")])
     assert model.calls == []
     assert tool.main(["folder", str(photos), "--prompt", "x", "--gemini", "gemini-2.5-pro", "-o", str(tmp_path / "set")]) == 2
-    assert "set GEMINI_API_KEY" in told(capsys) and not (tmp_path / "set" / "manifest.jsonl").exists()
+    assert "set GEMINI_API_KEY" in lines_told(capsys) and not (tmp_path / "set" / "manifest.jsonl").exists()
 
 
 def test_five_prompts_a_picture_each_asked_for_once(photos, tmp_path, model, monkeypatch):
@@ -560,7 +560,7 @@ def test_a_missing_answer_fails_alone_and_is_asked_for_again(photos, tmp_path, m
            fake_gemini.says("I cannot.")]
     model.script("gemini-2.5-pro", lambda call: bad.pop(0) if bad else written(len(model.calls)))
     assert asked(photos, tmp_path) == 1
-    text = told(capsys)
+    text = lines_told(capsys)
     assert text.count("the model gave an instruction twice, or none") == 2 and "was not written" in text
     calls = len(model.calls)
     assert asked(photos, tmp_path) == 0
@@ -571,7 +571,7 @@ def test_a_missing_answer_fails_alone_and_is_asked_for_again(photos, tmp_path, m
 def test_a_limit_on_the_calls_is_kept(photos, tmp_path, model, monkeypatch, capsys):
     monkeypatch.setenv("JUDGE_KEY", "a-secret-of-many-letters")
     assert asked(photos, tmp_path, "--max-calls", "2", "--partial") == 1
-    assert "the limit of 2 calls is reached" in told(capsys) and len(model.calls) == 2
+    assert "the limit of 2 calls is reached" in lines_told(capsys) and len(model.calls) == 2
     assert sorted(len(item.unseen_prompts) for item in manifest.read_manifest(tmp_path / "set")) == [0, 0, 5, 5]
     assert asked(photos, tmp_path, "--max-calls", "2", "--partial", "--overwrite") == 1 and len(model.calls) == 2
     assert asked(photos, tmp_path, "--overwrite") == 0 and len(model.calls) == 4
@@ -594,7 +594,7 @@ def test_calls_in_flight_at_a_kill_count_in_the_limits(photos, tmp_path, model, 
     process.wait()
     model.script("gemini-2.5-pro", lambda call: written(len(model.calls)))
     assert tool.main(command[2:]) == 1 and len(model.calls) == 6
-    text = told(capsys)
+    text = lines_told(capsys)
     assert "3 calls were in flight when the last run ended" in text and "the limit of 6 calls is reached" in text
     assert tool.main(command[2:-len(limit)] + ["--partial", "--overwrite"]) == 0 and len(model.calls) == 7
 

@@ -264,33 +264,33 @@ def test_the_adverse_cleaner_flattens_noise_and_keeps_edges():
 # ------------------------------------------------------------------------------------------------------------ by an editor
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
-def test_the_autoencoder_is_the_networks_own_in_the_vaes_scale(editor, mode):
+def test_the_autoencoder_is_the_networks_own_in_the_vaes_scale(tiny, mode):
     """Without the editor's helpers: 2x - 1 in, the posterior's mean, decode, and back to [0,1]."""
     image = picture(48, 32, mode)
-    attacked = apply("vae", image, editor=editor)
+    attacked = apply("vae", image, editor=tiny)
     assert (attacked.size, attacked.mode) == (image.size, mode)
     small = images.to_pixels(image.convert("RGB").resize((32, 16), Image.Resampling.LANCZOS))      # 21 floored to 8s: 16
     with torch.no_grad():
-        decoded = editor.vae.decode(editor.vae.encode(2 * small - 1)[0]) / 2 + 0.5
+        decoded = tiny.vae.decode(tiny.vae.encode(2 * small - 1)[0]) / 2 + 0.5
     expected = images.to_image(decoded).resize(image.size, Image.Resampling.LANCZOS).convert("L" if mode == "L" else "RGB")
     assert np.abs(array(attacked.convert(expected.mode)) - array(expected)).max() <= 2
-    assert apply("vae-other", image, editor=editor).tobytes() == attacked.tobytes()
+    assert apply("vae-other", image, editor=tiny).tobytes() == attacked.tobytes()
 
 
-def test_an_autoencoder_that_overflows_is_no_attack(editor, monkeypatch):
-    monkeypatch.setattr(type(editor), "decode", lambda self, latent: torch.full((1, 3, 32, 32), math.nan))
+def test_an_autoencoder_that_overflows_is_no_attack(tiny, monkeypatch):
+    monkeypatch.setattr(type(tiny), "decode", lambda self, latent: torch.full((1, 3, 32, 32), math.nan))
     with pytest.raises(ValueError, match="autoencoder of .* gave no finite picture"):
-        apply("vae", picture(32, 32), editor=editor)
+        apply("vae", picture(32, 32), editor=tiny)
 
 
-def test_regeneration_is_refused_for_instruction_editors(editor, monkeypatch):
-    monkeypatch.setattr(type(editor), "edit", None)
-    why = ATTACKS["regenerate-0.15"].refusal(editor)
-    assert why == (f"regenerate-0.15 does not apply to {editor.name}: it is an instruct editor, and only img2img editors can "
+def test_regeneration_is_refused_for_instruction_editors(tiny, monkeypatch):
+    monkeypatch.setattr(type(tiny), "edit", None)
+    why = ATTACKS["regenerate-0.15"].refusal(tiny)
+    assert why == (f"regenerate-0.15 does not apply to {tiny.name}: it is an instruct editor, and only img2img editors can "
                    "paint a picture again at a low strength")
     with pytest.raises(ValueError, match="does not apply to"):
-        apply("regenerate-0.15", picture(), editor=editor)
-    assert ATTACKS["vae"].refusal(editor) is None and ATTACKS["jpeg-75"].refusal() is None
+        apply("regenerate-0.15", picture(), editor=tiny)
+    assert ATTACKS["vae"].refusal(tiny) is None and ATTACKS["jpeg-75"].refusal() is None
 
 
 class Recorded:

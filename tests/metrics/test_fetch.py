@@ -3,6 +3,7 @@
 import errno
 import json
 import zipfile
+from functools import partial
 
 import pytest
 import torch
@@ -72,11 +73,8 @@ def server(published, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(capfd):
-    def run(*argv):
-        code = weights.main([str(word) for word in argv])
-        return code, *capfd.readouterr()
-    return run
+def run(in_process):
+    return partial(in_process, weights.main)
 
 
 def kept(tmp_path):
