@@ -267,7 +267,7 @@ assert list(inspect.signature(sifm_min.immunize).parameters)[:3] == ["image", "e
 try:
     sifm_min.immunize()
 except TypeError as error:
-    assert str(error).startswith("immunize() missing 3 required"), error
+    assert str(error).startswith("immunize() missing 2 required"), error
 with unittest.mock.patch("sifm_min.immunize", return_value=7):
     assert sifm_min.immunize() == 7
 assert callable(sifm_min.immunize)
