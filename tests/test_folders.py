@@ -120,7 +120,7 @@ def test_failed_preview_costs_nothing_else(run, monkeypatch, capsys, error):
 
     photo("a.png")
     with monkeypatch.context() as patched:
-        patched.setattr(immunize_module, "_edits", fail)
+        patched.setattr(immunize_module, "_shown", fail)
         assert run("a.png") == cli.OK
     out, err = capsys.readouterr()
     assert made() == ["a.json", "a_immunized.png"] and json.loads(Path("out/a.json").read_text())["finished"]
