@@ -346,7 +346,7 @@ class MMDiT(nn.Module):
         """The tapped activations, {name: tensor}. Stops after the last of them: later blocks do not run."""
         taps, known = set(taps), (*self.tap_names, *self.probs_names)
         if not taps:
-            raise ValueError(f"no taps were asked for; this transformer has {len(known)}, from {known[0]!r} to {known[-1]!r}")
+            raise ValueError(f"no taps are given; this transformer has {len(known)}, from {known[0]!r} to {known[-1]!r}")
         if unknown := sorted(taps.difference(known)):
             raise ValueError(f"unknown tap {unknown[0]!r}; this transformer has {', '.join(known)}")
         found = {}

@@ -479,7 +479,7 @@ class UNet(nn.Module):
         """
         taps, known, maps = set(taps), self.tap_names, self.probs_names
         if not taps:
-            raise ValueError(f"no taps were asked for; this U-Net has {len(known)}, from {known[0]!r} to {known[-1]!r}")
+            raise ValueError(f"no taps are given; this U-Net has {len(known)}, from {known[0]!r} to {known[-1]!r}")
         if unknown := sorted(taps.difference(known, maps)):
             raise ValueError(f"unknown tap {unknown[0]!r}; this U-Net has {', '.join((*known, *maps))}")
         found = {}

@@ -299,7 +299,7 @@ def test_features_stop_after_the_last_tap(name):
 
 
 @pytest.mark.parametrize(("taps", "sentence"), [
-    ([], "no taps were asked for"),
+    ([], "no taps are given"),
     (["transformer_blocks.1", "transformer_blocks.7"], "unknown tap 'transformer_blocks.7'"),
     (["transformer_blocks.2.context"], "unknown tap 'transformer_blocks.2.context'"),       # the last block has none
     (["transformer_blocks.0.attn2.probs"], "unknown tap 'transformer_blocks.0.attn2.probs'"),

@@ -259,7 +259,7 @@ def test_features_stop_after_the_last_tap():
 
 
 @pytest.mark.parametrize(("taps", "sentence"), [
-    ([], "no taps were asked for"),
+    ([], "no taps are given"),
     (["mid_block", "up_blocks.7"], "unknown tap 'up_blocks.7'"),
     (["mid_block.resnets.2"], "unknown tap 'mid_block.resnets.2'"),
     ("mid_block", "unknown tap '_'"),

@@ -1,5 +1,4 @@
-"""Convolutions by Winograd's way against plain ones in double precision: values, gradients, layout; which runs when; and a
-whole autoencoder, so convolved, against diffusers'."""
+"""Convolutions by Winograd's method against plain ones in double precision: values, gradients, layout, threads."""
 
 import threading
 
