@@ -70,10 +70,11 @@ def test_a_run_that_has_not_ended_is_not_shown(server, tmp_path, capsys, monkeyp
 
 # Loads everything once, then forks a run for each line of arguments: what is killed is a run, not an import.
 NURSERY = """
-import json, os, sys
+import json, os, signal, sys
 from sifm_min import images, judge
 from sifm_min.judging import canaries, client
 canaries.SIZE = 48
+signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's background job ignores it, and so its children
 print("ready", flush=True)
 for line in sys.stdin:
     child = os.fork()
