@@ -101,13 +101,6 @@ def test_loading_is_measured_on_both_sides(run, small, monkeypatch, capsys):
         assert found["ours"]["of it anonymous"] > 0 and found["peer"]["peak memory"] >= found["peer"]["peak while loading"]
 
 
-def test_a_folder_is_measured_beside_its_pictures_one_by_one(capsys, tmp_path):
-    bench.main(["folder", "--editor", "miniature", "--pictures", "2", "--steps", "1", "--timesteps", "1", "--repeat", "1",
-                "--json", str(tmp_path / "found.json")])
-    found, out = json.loads((tmp_path / "found.json").read_text()), capsys.readouterr().out
-    assert found["at once"] == 2 and found["ratio"]["cpu"] > 0 and "2 at once; peer: one after the other" in out
-
-
 def test_convolutions_are_those_of_the_networks(monkeypatch, tmp_path, capsys):
     small = bench_peers.FULL["instruct-pix2pix"]
     small = {name: (*small[name][:2], {**small[name][2], **config}) for name, config in (
