@@ -20,8 +20,9 @@ diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is n
 transformers = pytest.importorskip("transformers", reason="the oracle's text encoders, transformers, are not installed")
 
 import small_sd3  # noqa: E402
+from photographs import smooth  # noqa: E402
 from test_checkpoints import hub  # noqa: E402, F401 (a fixture)
-from test_editors import assert_other, assert_same, change, difference, photo  # noqa: E402
+from test_editors import assert_other, assert_same, change, difference  # noqa: E402
 from test_single_files import inverted, published  # noqa: E402, F401 (published is a fixture)
 
 import sifm_min  # noqa: E402
@@ -99,8 +100,8 @@ def test_edit_is_the_published_pipeline(config, folders):
     assert type(editor) is StableDiffusion3 and (editor.text_encoders.t5_tokenizer is None) == (config == "without T5")
     for size, strength, seed in ((SQUARE, 0.3, 0), (SQUARE, 0.6, 1), (SQUARE, 1.0, 2), (WIDE, 0.3, 3), (WIDE, 0.6, 4),
                                  (WIDE, 1.0, 5)):
-        edited = editor.edit(photo(*size), HAT, seed=seed, steps=4, strength=strength)
-        assert_same(edited, theirs(pipeline, photo(*size), HAT, seed=seed, steps=4, strength=strength))
+        edited = editor.edit(smooth(*size), HAT, seed=seed, steps=4, strength=strength)
+        assert_same(edited, theirs(pipeline, smooth(*size), HAT, seed=seed, steps=4, strength=strength))
         values = np.asarray(edited)
         assert values.std() > 20 and np.isin(values, (0, 255)).mean() < 0.1             # neither flat nor saturated
 
@@ -109,11 +110,11 @@ def test_edit_is_the_published_pipeline(config, folders):
 def test_the_comparison_would_see_what_is_left_out(config, folders):
     """Each input of the edit moves the oracle's picture: an editor that ignored it could not agree."""
     pipeline, _ = folders(config)
-    image = photo(*SQUARE)
+    image = smooth(*SQUARE)
     plain = theirs(pipeline, image, RED)
     assert_other(plain, theirs(pipeline, image, HAT))
     assert_other(plain, theirs(pipeline, image, RED, seed=1))
-    assert_other(plain, theirs(pipeline, photo(*SQUARE, seed=1), RED))
+    assert_other(plain, theirs(pipeline, smooth(*SQUARE, seed=1), RED))
     assert_other(plain, theirs(pipeline, image, RED, guidance=3))
     assert_other(plain, theirs(pipeline, image, RED, strength=0.3))
     assert_other(plain, theirs(pipeline, image, RED, steps=6))
@@ -127,10 +128,10 @@ def test_the_comparison_would_see_what_is_left_out(config, folders):
 def test_guidance_on_and_off_and_a_negative_prompt(guidance, negative, folders):
     pipeline, editor = folders("as SD3.5 medium")
     options = {"guidance": guidance, "negative_prompt": negative, "steps": 4, "seed": 7}
-    ours = editor.edit(photo(*WIDE), RED, **options)
-    assert_same(ours, theirs(pipeline, photo(*WIDE), RED, **options))
+    ours = editor.edit(smooth(*WIDE), RED, **options)
+    assert_same(ours, theirs(pipeline, smooth(*WIDE), RED, **options))
     if negative:
-        unheard = ours == editor.edit(photo(*WIDE), RED, **options | {"negative_prompt": ""})
+        unheard = ours == editor.edit(smooth(*WIDE), RED, **options | {"negative_prompt": ""})
         assert unheard == (guidance <= 1)                    # without guidance nobody asks for the negative prompt
 
 
@@ -138,15 +139,15 @@ def test_guidance_on_and_off_and_a_negative_prompt(guidance, negative, folders):
 def test_strengths_and_steps_that_do_not_divide(strength, steps, small):
     pipeline, editor = small
     taken = []
-    ours = editor.edit(photo(*SQUARE), RED, steps=steps, strength=strength, on_step=lambda i, n: taken.append((i, n)))
-    assert_same(ours, theirs(pipeline, photo(*SQUARE), RED, steps=steps, strength=strength))
+    ours = editor.edit(smooth(*SQUARE), RED, steps=steps, strength=strength, on_step=lambda i, n: taken.append((i, n)))
+    assert_same(ours, theirs(pipeline, smooth(*SQUARE), RED, steps=steps, strength=strength))
     assert taken == [(i, pipeline.num_timesteps) for i in range(pipeline.num_timesteps)]
     assert taken == [(0, 1)] or strength * steps >= 1       # less than one step is one, as in the pipeline
 
 
 def test_lists_of_pictures_and_prompts(folders):
     pipeline, editor = folders()
-    pictures, prompts = [photo(*WIDE, seed=1), photo(*WIDE, seed=2), photo(*WIDE, seed=3)], [RED, HAT, ""]
+    pictures, prompts = [smooth(*WIDE, seed=1), smooth(*WIDE, seed=2), smooth(*WIDE, seed=3)], [RED, HAT, ""]
     for options in ({}, {"guidance": 1.0}, {"negative_prompt": "blue"}):
         ours = editor.edit(pictures, prompts, seed=3, steps=3, **options)
         for one, other in zip(ours, theirs(pipeline, pictures, prompts, seed=3, steps=3, **options), strict=True):
@@ -169,7 +170,7 @@ def test_half_precision_variants_in_shards(config, words, tmp_path):
         table = json.loads((folder / f"{part}.index.fp16.json").read_text())["weight_map"]
         assert len(set(table.values())) > 1 and (folder / f"{part}.index.json").exists()
     editor = load_editor(folder, device="cpu")
-    assert_same(editor.edit(photo(*WIDE), HAT, steps=3), theirs(pipeline, photo(*WIDE), HAT, steps=3))
+    assert_same(editor.edit(smooth(*WIDE), HAT, steps=3), theirs(pipeline, smooth(*WIDE), HAT, steps=3))
     assert editor.transformer.proj_out.weight.dtype == torch.float32 and len(editor.provenance()["weights"]) > 8
     assert all(".fp16" in name for name in editor.provenance()["weights"])
 
@@ -189,7 +190,7 @@ def test_the_published_vocabularies(shared, tmp_path):
     for prompt in ("Ωmega éà ﬁ 日本 👍🏽 <|endoftext|> detailed!!!", LONG):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert_same(editor.edit(photo(*SQUARE), prompt, steps=2), theirs(pipeline, photo(*SQUARE), prompt, steps=2))
+            assert_same(editor.edit(smooth(*SQUARE), prompt, steps=2), theirs(pipeline, smooth(*SQUARE), prompt, steps=2))
 
 
 # ----------------------------------------------------------------------------------------------------------- the prompts
@@ -253,7 +254,7 @@ def loads(monkeypatch):
 def test_text_encoders_are_released_before_the_transformer(folders, loads):
     editor = load_editor(folders()[1].checkpoint.folder, device="cpu")
     assert loads == [("vae", [])]
-    editor.edit(photo(*SQUARE), RED, steps=1, strength=1.0)
+    editor.edit(smooth(*SQUARE), RED, steps=1, strength=1.0)
     assert loads[1:] == [("text_encoder", ["vae"]), ("text_encoder_2", ["vae"]), ("text_encoder_3", ["vae"]),
                          ("transformer", ["vae"])]
 
@@ -265,7 +266,7 @@ def test_prompts_said_before_are_not_encoded_again(folders, loads):
     assert loads[1:] == texts
     assert torch.equal(editor.context([HAT]).states, once.states[1:]) and loads[1:] == texts
     # An edit after that, with the usual negative prompt: only the transformer is read.
-    editor.edit(photo(*SQUARE), RED, steps=1, strength=1.0)
+    editor.edit(smooth(*SQUARE), RED, steps=1, strength=1.0)
     assert loads[1:] == [*texts, ("transformer", ["vae"])]
     many = [f"{i}" for i in range(editor.text_encoders.KEPT)]
     assert len(editor.context([RED, *many]).states) == len(many) + 1 and len(loads) == 8
@@ -293,8 +294,8 @@ def test_without_t5_it_is_neither_looked_for_nor_read(folder, folders, loads):
     editor = load_editor(folder, device="cpu", t5=False)
     oracle = without_t5(pipeline)
     for guidance in (7.0, 1.0):
-        assert_same(editor.edit(photo(*WIDE), HAT, steps=2, guidance=guidance),
-                    theirs(oracle, photo(*WIDE), HAT, steps=2, guidance=guidance))
+        assert_same(editor.edit(smooth(*WIDE), HAT, steps=2, guidance=guidance),
+                    theirs(oracle, smooth(*WIDE), HAT, steps=2, guidance=guidance))
     assert not any(component == "text_encoder_3" for component, _ in loads)
     assert not any("text_encoder_3" in name for name in editor.provenance()["weights"])
 
@@ -305,12 +306,12 @@ def test_from_a_hub_t5_is_fetched_only_if_it_is_wanted(hub, folders):  # noqa: F
     hub.add("owner/sd3", {path.relative_to(source).as_posix(): path.read_bytes() for path in source.rglob("*")
                           if path.is_file()})
     editor = load_editor("owner/sd3", device="cpu", t5=False)
-    assert_same(editor.edit(photo(*SQUARE), RED, steps=2), theirs(without_t5(pipeline), photo(*SQUARE), RED, steps=2))
+    assert_same(editor.edit(smooth(*SQUARE), RED, steps=2), theirs(without_t5(pipeline), smooth(*SQUARE), RED, steps=2))
     assert editor.provenance()["source"] == "owner/sd3" and len(editor.provenance()["revision"]) == 40
     assert not any("_3/" in name for name in hub.asked())
     editor = load_editor("owner/sd3", device="cpu")
     assert any("text_encoder_3/" in name for name in hub.asked())
-    assert_same(editor.edit(photo(*SQUARE), RED, steps=2), theirs(pipeline, photo(*SQUARE), RED, steps=2))
+    assert_same(editor.edit(smooth(*SQUARE), RED, steps=2), theirs(pipeline, smooth(*SQUARE), RED, steps=2))
 
 
 # ------------------------------------------------------------------------------------------------- what the methods use
@@ -384,7 +385,7 @@ def test_features_are_what_hooks_find_in_the_pipeline(config, folders):
             handles.append(block.register_forward_hook(keep(f"transformer_blocks.{i}")))
         handles.append(pipeline.transformer.register_forward_hook(
             lambda module, inputs, named, output: given.update(named, out=output[0]), with_kwargs=True))
-        theirs(pipeline, photo(*WIDE), RED, steps=3)
+        theirs(pipeline, smooth(*WIDE), RED, steps=3)
     finally:
         for handle in handles:
             handle.remove()
@@ -423,14 +424,14 @@ def test_one_timestep_each_and_one_context_for_a_batch(small):
 
 def test_the_gradient_passes_through_features_and_a_whole_edit(small):
     _, editor = small
-    pixels = images.to_pixels(photo(37, 50)).requires_grad_(True)
+    pixels = images.to_pixels(smooth(37, 50)).requires_grad_(True)
     context, timesteps = editor.context([RED]), torch.tensor([700, 200])
     condition = editor.encode(editor.resize(pixels)).expand(2, -1, -1, -1)
     noisy = editor.noise_latent(condition, torch.randn(condition.shape), timesteps)
     found = editor.features(condition, noisy, timesteps, context, taps=editor.default_taps)
     (gradient,) = torch.autograd.grad(sum(x.square().mean() for x in found.values()), pixels)
     assert gradient.shape == pixels.shape and (gradient != 0).float().mean() > 0.99
-    pixels = images.to_pixels(photo(32, 32)).requires_grad_(True)
+    pixels = images.to_pixels(smooth(32, 32)).requires_grad_(True)
     (gradient,) = torch.autograd.grad(editor.sample(pixels, [RED], seeds=[0], steps=3).square().mean(), pixels)
     assert gradient.abs().max() > 0
     assert not any(p.requires_grad for network in (editor.transformer, editor.vae) for p in network.parameters())
@@ -440,10 +441,10 @@ def test_the_gradient_passes_through_features_and_a_whole_edit(small):
 def test_any_size_in_the_same_size_out(size, folders):
     """Sides are floored to multiples of 16, as the published pipeline asks for; the result is brought back."""
     pipeline, editor = folders()
-    ours = editor.edit(photo(*size), RED, steps=2)
+    ours = editor.edit(smooth(*size), RED, steps=2)
     height, width = editor.frame(*size)
     assert ours.size == size and (width, height) == tuple(max(side // 16 * 16, 16) for side in size)
-    small = photo(*size).resize((width, height), Image.Resampling.LANCZOS)
+    small = smooth(*size).resize((width, height), Image.Resampling.LANCZOS)
     oracle = theirs(pipeline, small, RED, steps=2).resize(size, Image.Resampling.LANCZOS)
     assert difference(ours, oracle).max() <= 2              # 1/255 before the resize, which may amplify it
 
@@ -455,7 +456,7 @@ def test_working_sizes(folders, small):
     assert editor.frame(530, 100, size=128) == (16, 128) and editor.frame(64, 64) == (64, 64)
     resized = editor.resize(torch.rand(1, 3, 50, 75))
     assert resized.shape == (1, 3, 48, 64)
-    large, inner = photo(300, 190), photo(300, 190).resize((64, 32), Image.Resampling.LANCZOS)
+    large, inner = smooth(300, 190), smooth(300, 190).resize((64, 32), Image.Resampling.LANCZOS)
     expected = editor.edit(inner, RED, steps=2).resize((300, 190), Image.Resampling.LANCZOS)
     assert difference(editor.edit(large, RED, steps=2, size=64), expected).max() <= 1
 
@@ -463,7 +464,7 @@ def test_working_sizes(folders, small):
 def test_a_picture_beyond_the_position_table_is_one_sentence(folders):
     _, editor = folders()                                    # 12 tokens a side
     with pytest.raises(ValueError, match="does not fit") as caught:
-        editor.edit(photo(208, 64), RED, steps=1)
+        editor.edit(smooth(208, 64), RED, steps=1)
     assert "\n" not in str(caught.value)
 
 
@@ -483,7 +484,7 @@ def test_provenance_and_defaults(folders):
         50, 7.0, 0.6, 512, 256)
     assert editors.DEFAULTS["sd3"] == defaults and editor.kind == "img2img"
     taken = []
-    editor.edit(photo(16, 16), RED, on_step=lambda i, n: taken.append(n))
+    editor.edit(smooth(16, 16), RED, on_step=lambda i, n: taken.append(n))
     assert taken == [30] * 30                                # 50 at 0.6
 
 
@@ -496,7 +497,7 @@ def test_half_precision_is_the_transformers_and_the_texts_alone(folders):
     assert (half.vae_dtype, condition.dtype, noisy.dtype, *(part.dtype for part in context)) == (
         *[torch.float32] * 3, *[torch.bfloat16] * 2)
     assert half.predict(condition, noisy, torch.tensor([300]), context).dtype == torch.bfloat16
-    one, other = (e.sample(images.to_pixels(photo(32, 32)), [RED], seeds=[0], steps=2, guidance=1.0) for e in (half, half))
+    one, other = (e.sample(images.to_pixels(smooth(32, 32)), [RED], seeds=[0], steps=2, guidance=1.0) for e in (half, half))
     assert torch.equal(one, other) and one.dtype == torch.float32 and one.isfinite().all()
     one, other = (e.encode(torch.full((1, 3, 32, 32), 0.3)) for e in (half, editor))
     assert torch.equal(one, other)
@@ -543,18 +544,18 @@ def test_ultraedit_is_its_authors_loop(config, channels, folders):
     assert type(editor) is UltraEdit and editor.kind == "instruct"
     for size, options in ((SQUARE, {}), (WIDE, {"seed": 3, "negative_prompt": "blue"}), (WIDE, {"guidance": 1.0}),
                           (SQUARE, {"image_guidance": 0.9}), (WIDE, {"guidance": 3.0, "image_guidance": 1.0})):
-        ours = editor.edit(photo(*size), HAT, steps=3, **options)
-        assert_same(ours, ultraedit(pipeline, photo(*size), HAT, **options))
+        ours = editor.edit(smooth(*size), HAT, steps=3, **options)
+        assert_same(ours, ultraedit(pipeline, smooth(*size), HAT, **options))
         assert np.asarray(ours).std() > 20
 
 
 def test_the_comparison_with_ultraedit_sees_every_input(folders):
     pipeline, _ = folders(in_channels=48)
-    image = photo(*SQUARE)
+    image = smooth(*SQUARE)
     plain = ultraedit(pipeline, image, HAT)
     assert_other(plain, ultraedit(pipeline, image, RED))
     assert_other(plain, ultraedit(pipeline, image, HAT, seed=1))
-    assert_other(plain, ultraedit(pipeline, photo(*SQUARE, seed=1), HAT))
+    assert_other(plain, ultraedit(pipeline, smooth(*SQUARE, seed=1), HAT))
     assert_other(plain, ultraedit(pipeline, image, HAT, guidance=4))
     assert_other(plain, ultraedit(pipeline, image, HAT, image_guidance=1))
     assert_other(plain, ultraedit(pipeline, image, HAT, negative_prompt="blue"))
@@ -562,7 +563,7 @@ def test_the_comparison_with_ultraedit_sees_every_input(folders):
 
 def test_a_batch_of_ultraedit_gives_what_single_calls_give(folders):
     _, editor = folders(in_channels=48)
-    pictures, prompts = [photo(48, 40, 1), photo(33, 70, 2), photo(50, 41, 3)], [RED, HAT, ""]
+    pictures, prompts = [smooth(48, 40, 1), smooth(33, 70, 2), smooth(50, 41, 3)], [RED, HAT, ""]
     for i, edited in enumerate(editor.edit(pictures, prompts, seed=6, steps=3)):
         assert_same(edited, editor.edit(pictures[i], prompts[i], seed=6, steps=3))
 
@@ -597,12 +598,12 @@ def test_ultraedit_by_its_pipelines_name(folders, tmp_path):
     change(folder / "model_index.json", _class_name="StableDiffusion3InstructPix2PixPipeline")
     named = load_editor(folder, device="cpu")
     assert type(named) is UltraEdit
-    assert_same(named.edit(photo(*SQUARE), RED, steps=2), ultraedit(pipeline, photo(*SQUARE), RED, steps=2))
+    assert_same(named.edit(smooth(*SQUARE), RED, steps=2), ultraedit(pipeline, smooth(*SQUARE), RED, steps=2))
 
 
 def test_each_kind_takes_its_own_options(folders):
     (_, img2img), (_, instruct) = folders(), folders(in_channels=32)
-    image = photo(16, 16)
+    image = smooth(16, 16)
     assert_same(instruct.edit(image, RED, steps=1, image_guidance=1.5), instruct.edit(image, RED, steps=1))
     assert_other(instruct.edit(image, RED, steps=1, image_guidance=5.0), instruct.edit(image, RED, steps=1))
     assert_other(img2img.edit(image, RED, steps=4, strength=1.0), img2img.edit(image, RED, steps=4))
@@ -638,7 +639,7 @@ def test_a_single_file_gives_the_picture_of_the_folder(holds, published, folders
     for network, part in ((MMDiT, "transformer"), (AutoencoderKL, "vae")):
         one, other = (each.checkpoint.load(network, part).state_dict() for each in (alone, editor))
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    for image in (photo(*SQUARE), photo(*WIDE)):
+    for image in (smooth(*SQUARE), smooth(*WIDE)):
         ours = alone.edit(image, HAT, steps=3)
         assert_same(ours, editor.edit(image, HAT, steps=3))
         assert_same(ours, theirs(pipeline, image, HAT, steps=3))
@@ -653,7 +654,7 @@ def test_a_single_file_gives_the_picture_of_the_folder(holds, published, folders
 @pytest.mark.parametrize("channels", [None, 48])
 def test_sifm_runs_and_lowers_its_loss(channels, folders):
     _, editor = folders(in_channels=channels)
-    image = photo(48, 33)
+    image = smooth(48, 33)
     result = sifm_min.immunize(image, editor, RED, steps=3)
     assert result.image.size == image.size and 1 <= difference(result.image, image).max() <= 7
     assert result.report["options"]["timesteps"] == editor.timesteps(10).tolist()
@@ -667,7 +668,7 @@ def test_sifm_runs_and_lowers_its_loss(channels, folders):
 def test_the_command_immunizes_against_a_folder(folder, tmp_path, capsys):
     change(folder / "model_index.json", _sifm_min={"defaults": {"steps": 3}, "notice": "Only random weights."})
     path, out = tmp_path / "photo.png", tmp_path / "out"
-    photo(48, 33).save(path)
+    smooth(48, 33).save(path)
     from sifm_min.immunize import main
     command = [str(path), "--editor", str(folder), "--prompt", RED, "--steps", "2", "--timesteps", "2", "--device", "cpu",
                "-o", str(out)]
@@ -675,7 +676,7 @@ def test_the_command_immunizes_against_a_folder(folder, tmp_path, capsys):
     assert sorted(p.name for p in out.iterdir()) == ["photo.json", "photo_immunized.png", "photo_preview.png"]
     report = json.loads((out / "photo.json").read_text())
     assert report["editor"]["scheduler"] == "FlowMatchEulerDiscreteScheduler" and report["finished"]
-    assert 1 <= difference(Image.open(out / "photo_immunized.png"), photo(48, 33)).max() <= 7
+    assert 1 <= difference(Image.open(out / "photo_immunized.png"), smooth(48, 33)).max() <= 7
     assert "Only random weights." in capsys.readouterr().err
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     assert main([*command, "--overwrite"]) == 3
@@ -782,7 +783,7 @@ def test_a_wrong_call_is_one_sentence_before_anything_is_read(folders, loads):
     editor = load_editor(folders()[1].checkpoint.folder, device="cpu")
     for options, named in WRONG_CALLS:
         with pytest.raises(ValueError, match=named) as caught:
-            editor.edit(photo(16, 16), "a prompt never said", **options)
+            editor.edit(smooth(16, 16), "a prompt never said", **options)
         assert "\n" not in str(caught.value) and len(loads) == 1
 
 

@@ -13,7 +13,8 @@ import small_editors  # noqa: E402
 import small_sd3  # noqa: E402
 import test_editors  # noqa: E402
 import test_sd3  # noqa: E402
-from test_editors import HAT, RED, SQUARE, WIDE, assert_other, assert_same, photo  # noqa: E402
+from photographs import smooth  # noqa: E402
+from test_editors import HAT, RED, SQUARE, WIDE, assert_other, assert_same  # noqa: E402
 
 from sifm_min.editors import load_editor  # noqa: E402
 from sifm_min.models.checkpoints import Unfit  # noqa: E402
@@ -73,11 +74,11 @@ def test_instruct_pix2pix_is_the_published_pipeline(scale, instruct):
     pipeline, editor = instruct(scale)
     assert isinstance(editor.vae, AutoencoderTiny)
     for size, steps, seed in ((SQUARE, 3, 0), (WIDE, 6, 1)):
-        edited = editor.edit(photo(*size), RED, seed=seed, steps=steps)
-        assert_same(edited, test_editors.theirs(pipeline, photo(*size), RED, seed=seed, steps=steps))
+        edited = editor.edit(smooth(*size), RED, seed=seed, steps=steps)
+        assert_same(edited, test_editors.theirs(pipeline, smooth(*size), RED, seed=seed, steps=steps))
         values = np.asarray(edited)
         assert values.std() > 20 and np.isin(values, (0, 255)).mean() < 0.2             # neither flat nor saturated
-    assert_other(edited, test_editors.theirs(pipeline, photo(*WIDE, seed=3), RED, seed=1, steps=6))
+    assert_other(edited, test_editors.theirs(pipeline, smooth(*WIDE, seed=3), RED, seed=1, steps=6))
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -86,11 +87,11 @@ def test_sd3_is_the_published_pipeline(scale, img2img):
     pipeline, editor = img2img(scale)
     assert isinstance(editor.vae, AutoencoderTiny)
     for size, strength, seed in ((SQUARE, 0.3, 0), (WIDE, 0.6, 1), (SQUARE, 1.0, 2)):
-        edited = editor.edit(photo(*size), HAT, seed=seed, steps=4, strength=strength)
-        assert_same(edited, test_sd3.theirs(pipeline, photo(*size), HAT, seed=seed, steps=4, strength=strength))
+        edited = editor.edit(smooth(*size), HAT, seed=seed, steps=4, strength=strength)
+        assert_same(edited, test_sd3.theirs(pipeline, smooth(*size), HAT, seed=seed, steps=4, strength=strength))
         values = np.asarray(edited)
         assert values.std() > 20 and np.isin(values, (0, 255)).mean() < 0.2
-    assert_other(edited, test_sd3.theirs(pipeline, photo(*SQUARE), HAT, seed=3, steps=4, strength=1.0))
+    assert_other(edited, test_sd3.theirs(pipeline, smooth(*SQUARE), HAT, seed=3, steps=4, strength=1.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
