@@ -378,7 +378,7 @@ DAMAGE = [
     ("merges.txt", text("# q\n"), "needs the token '#q', which .*vocab.json lacks"),
     ("merges.txt", lambda file: file.write_bytes(b"\xff \xfe\n"), "merges.txt is not UTF-8"),
     ("tokenizer_config.json", text("nothing"), "tokenizer_config.json is not valid JSON"),
-    ("tokenizer_config.json", changed(tokenizer_class="T5Tokenizer"), "tokenizer_config.json is of a T5Tokenizer"),
+    ("tokenizer_config.json", changed(tokenizer_class="T5Tokenizer"), "tokenizer_config.json is of a 'T5Tokenizer', not of a CLIPTokenizer"),
     ("tokenizer_config.json", changed(model_max_length=10**30), "tokenizer_config.json gives model_max_length"),
     ("tokenizer_config.json", changed(model_max_length="77"), "model_max_length '77'.*max_position_embeddings"),
     ("tokenizer_config.json", changed(padding_side="left"), "padding_side to 'left'"),
