@@ -412,7 +412,7 @@ def test_a_damaged_tokenizer_json_is_named(change, message, tmp_path):
 
 
 @pytest.mark.parametrize(("config", "message"), [
-    ({"tokenizer_class": "CLIPTokenizer"}, "tokenizer_config.json is of a CLIPTokenizer, not of a T5Tokenizer"),
+    ({"tokenizer_class": "CLIPTokenizer"}, "tokenizer_config.json is of a 'CLIPTokenizer', not of a T5Tokenizer"),
     ({"padding_side": "left"}, "padding_side to 'left'"),
     ({"truncation_side": "left"}, "truncation_side to 'left'"),
     ({"added_tokens_decoder": ["x"]}, "added_tokens_decoder must map"),
@@ -433,7 +433,7 @@ def test_a_config_that_does_not_fit_is_refused(config, message, tmp_path):
 def test_folders_without_a_tokenizer_and_of_another_one(shared, tmp_path):
     with pytest.raises(ValueError, match="holds no tokenizer: neither tokenizer.json nor spiece.model"):
         T5Tokenizer.from_folder(str(tmp_path))
-    with pytest.raises(ValueError, match="is of a CLIPTokenizer"):
+    with pytest.raises(ValueError, match="is of a 'CLIPTokenizer'"):
         T5Tokenizer.from_folder(shared / "data" / "tokenizers" / "sd3_tokenizer")
     (tmp_path / "tokenizer.json").write_text("{'a'}")
     with pytest.raises(ValueError, match="tokenizer.json is not valid JSON"):
