@@ -380,7 +380,8 @@ class Signals:
     def _receive(self, number, frame):
         if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
             # An exception that passes through torch's C++ while it is imported aborts the process: try again soon.
-            again = threading.Timer(0.1, signal.raise_signal, [number])
+            wake = getattr(signal, "pthread_kill", lambda thread, number: signal.raise_signal(number))       # not on Windows
+            again = threading.Timer(0.1, wake, [threading.main_thread().ident, number])
             again.daemon = True
             return again.start()
         self.received = self.received or number

@@ -228,6 +228,7 @@ class Reference:
             yield q, k, heads, (side, side)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_loss_and_gradient_are_the_formulas(form, pair, contexts, x_orig):
     """Value by value, and the gradient along random directions by differences of the reference's loss."""
@@ -287,6 +288,7 @@ def drawn(objective, x, steps):
     return [loss_of(objective(x, step)).item() for step in range(steps)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_one_seed_gives_one_run_without_the_global_stream(form, editor, contexts, x_orig):
     method, options = FORMS[form]
@@ -299,6 +301,7 @@ def test_one_seed_gives_one_run_without_the_global_stream(form, editor, contexts
     assert (len(set(first)) == 1) == (fixed or bank)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "lowest"), [("mist", 0), ("sds", 0), ("ace", 600)])
 def test_timesteps_are_those_of_training(method, lowest, editor, contexts, x_orig, monkeypatch):
     seen = []
@@ -309,6 +312,7 @@ def test_timesteps_are_those_of_training(method, lowest, editor, contexts, x_ori
     assert lowest <= min(seen) < lowest + 40 and 960 < max(seen) <= 999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["photoguard-diffusion", "semantic-attack", "sds", "mist", "ace"])
 def test_prompts_take_turns(method, editor, contexts, x_orig, monkeypatch):
     asked = []
@@ -362,6 +366,7 @@ def counted(editor, monkeypatch):
         handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "prompts", "steps"), [*((form, 1, 2) for form in FORMS), ("semantic-attack", 2, 3),
                                                         ("semantic-attack", 2, 1), ("photoguard-diffusion", 2, 1)])
 def test_what_a_run_costs_is_what_it_says(form, prompts, steps, counted, editor, contexts, x_orig):
@@ -426,6 +431,7 @@ def test_memory_of_the_unrolled_edit_is_independent_of_steps(editor, contexts, x
     assert one.bytes > 50_000 and (kept[12] - kept[2]) / 10 < 0.01 * one.bytes
 
 
+@pytest.mark.slow
 def test_the_draws_of_an_edit_are_gone_before_the_next(editor, contexts, x_orig):
     """So that memory does not grow with `repeats` either: outside the loop over draws only the encoder's graph is left."""
     kept = {}
@@ -464,6 +470,7 @@ def shift(reference, x, x_orig):
     return (reference.E(x) - reference.E(x_orig)).square().mean().sqrt().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "options", "quantity", "way"), [
     ("photoguard-encoder", {}, "norm", -1), ("photoguard-encoder", {"variant": "grey"}, "from grey", -1),
     ("editshield", {}, "shift", 1), ("editshield", {"variant": "plain"}, "shift", 1),
@@ -624,6 +631,7 @@ def until(met, x, objective):
     return met(x + delta)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "picture"), [("taesd", "astronaut")])
 def test_photoguard_starves_a_real_latent_more_than_noise(name, picture, shared):
     """To at most 0.8 of its norm, and at least 0.1 below uniform noise's own ratio, within 60 steps."""
@@ -639,6 +647,7 @@ def test_photoguard_starves_a_real_latent_more_than_noise(name, picture, shared)
     assert until(met, x, objective)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "picture"), [("taesd", "astronaut")])
 def test_editshield_moves_a_real_latent_more_than_signs(name, picture, shared):
     encoder, x = tae.Encoder(shared, name), photo_of_256(shared, picture)

@@ -140,6 +140,7 @@ class Flow(Reference):
                              for t, eta in zip(timesteps, bank, strict=True)) / len(timesteps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_loss_and_gradient_are_the_formulas(form, pair, contexts, x_orig):
     pipeline, editor = pair
@@ -188,6 +189,7 @@ def test_what_makes_no_sense_there_is_refused_in_one_sentence(pair, contexts, x_
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "options", "steps"), [("photoguard-diffusion", {"unroll": 3}, 2), ("semantic-attack",
                           {"timesteps": T}, 2), ("sds", {}, 2), ("mist", {}, 2), ("ace", {}, 2)])
 def test_what_a_run_costs_is_what_it_says(method, options, steps, pair, contexts, x_orig, monkeypatch):

@@ -60,6 +60,7 @@ def run(monkeypatch, tmp_path, capsys, small):
     return run
 
 
+@pytest.mark.slow
 def test_the_naive_step_has_the_gradient_of_ours(run, small):
     found, out = run("step", "--repeat", "2", "--timesteps", "1,2", "--prompts", "2", "--taps", TAPS[small[0]])
     assert found["taps"] == TAPS[small[0]].split(",")
@@ -77,12 +78,14 @@ def test_the_naive_step_has_the_gradient_of_ours(run, small):
     assert one["floor"]["seconds"] == pytest.approx(sum(one["gflop"].values()) / 20)
 
 
+@pytest.mark.slow
 def test_the_edit_is_the_pipelines(run):
     found, out = run("edit", "--repeat", "1", "--steps", "2")
     assert found["apart"] < 1e-4 and found["ratio"]["cpu"] > 0
     assert "| pictures differ by |" in out and "peer: diffusers' pipeline, float32\n" in out
 
 
+@pytest.mark.slow
 def test_loading_is_measured_on_both_sides(run, small, monkeypatch, capsys):
     class InThisProcess:
         returncode = 0
@@ -101,6 +104,7 @@ def test_loading_is_measured_on_both_sides(run, small, monkeypatch, capsys):
         assert found["ours"]["of it anonymous"] > 0 and found["peer"]["peak memory"] >= found["peer"]["peak while loading"]
 
 
+@pytest.mark.slow
 def test_convolutions_are_those_of_the_networks(monkeypatch, tmp_path, capsys):
     small = bench_peers.FULL["instruct-pix2pix"]
     small = {name: (*small[name][:2], {**small[name][2], **config}) for name, config in (
@@ -123,6 +127,7 @@ def test_convolutions_are_those_of_the_networks(monkeypatch, tmp_path, capsys):
     assert "2\t64 -> 64\t8x8\t3x3/1\t5" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_diffusers_ours_is_measured_alone(run, monkeypatch):
     def absent():
         raise ImportError("No module named 'diffusers'")
@@ -134,6 +139,7 @@ def test_without_diffusers_ours_is_measured_alone(run, monkeypatch):
     assert "| not measured |" in out
 
 
+@pytest.mark.slow
 def test_memory_is_what_a_call_holds_at_its_worst_moment():
     size = 64 * 2**20
     if bench_measuring.most_memory(lambda: None, "cpu") is None:

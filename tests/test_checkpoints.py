@@ -610,6 +610,7 @@ print((peak - before) / sum(p.numel() * 4 for p in network.parameters()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts resident memory as Linux does")
 @pytest.mark.parametrize("shards", [1, 3])
 def test_peak_memory_is_the_network_plus_one_tensor(tmp_path, shards):
@@ -653,6 +654,7 @@ print(held / (1024 * 1025 * 4))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads what is mapped as Linux tells it")
 def test_copied_tensors_do_not_keep_the_mapping(tmp_path):
     """Weights of convolutions change their layout, biases and matrices stay where they are; each bias would keep the pages of
@@ -665,6 +667,7 @@ def test_copied_tensors_do_not_keep_the_mapping(tmp_path):
     assert 0.5 < float(ran.stdout) < 1.6, ran.stdout            # the matrix 1; the weights of the convolutions 9
 
 
+@pytest.mark.slow
 def test_loading_an_editor_does_not_import_the_compiler():
     """Two seconds and more, of every command, for networks that compile nothing."""
     code = ("import sys, torch, sifm_min; before = 'torch._dynamo' in sys.modules; sifm_min.load_editor('miniature');"
@@ -791,6 +794,7 @@ def hub(tmp_path, monkeypatch):
         yield server
 
 
+@pytest.mark.slow
 def test_only_what_is_needed_is_fetched_and_then_never_again(hub):
     checkpoint = open_checkpoint(REPO, ALL)
     assert set(hub.asked()) == NEEDED and set(checkpoint.files) == NEEDED - {"model_index.json"}
@@ -806,6 +810,7 @@ def test_only_what_is_needed_is_fetched_and_then_never_again(hub):
     assert hub.log == []
 
 
+@pytest.mark.slow
 def test_main_is_resolved_once_per_revision(hub):
     first = open_checkpoint(REPO, ALL)
     other = hub.add(REPO, pipeline(seed=1))                     # main moves on
@@ -817,6 +822,7 @@ def test_main_is_resolved_once_per_revision(hub):
     assert_same(open_checkpoint(REPO, ALL).load(Tiny, "unet").state_dict(), tensors(dtype=torch.float16))
 
 
+@pytest.mark.slow
 def test_branch_that_moves_meanwhile_gives_one_commit(hub):
     """The listing is of the old commit, which had shards; the files are of the new one."""
     new = pipeline(seed=1)
@@ -834,6 +840,7 @@ def test_branch_that_moves_meanwhile_gives_one_commit(hub):
     assert_same(checkpoint.load(Tiny, "unet").state_dict(), tensors(seed=1, dtype=torch.float16))
 
 
+@pytest.mark.slow
 def test_a_known_editor_is_asked_for_at_its_pin(hub):
     pinned = EDITORS["instruct-pix2pix"]
     hub.add(pinned.hub_id, pipeline(seed=1), commit="0" * 40)
@@ -844,6 +851,7 @@ def test_a_known_editor_is_asked_for_at_its_pin(hub):
     assert open_checkpoint("instruct-pix2pix", ALL, revision="main").revision == "0" * 40
 
 
+@pytest.mark.slow
 def test_more_components_later_fetch_only_themselves(hub):
     open_checkpoint(REPO, ["unet"])
     assert set(hub.asked("GET")) == {"model_index.json", "unet/config.json", f"unet/{HALF}"}
@@ -853,6 +861,7 @@ def test_more_components_later_fetch_only_themselves(hub):
     assert set(hub.asked("GET")) == NEEDED - {"model_index.json", "unet/config.json", f"unet/{HALF}"}
 
 
+@pytest.mark.slow
 def test_plain_file_is_fetched_without_a_variant(hub):
     files = {name: content for name, content in pipeline().items() if "fp16" not in name}
     hub.add("owner/plain", files)
@@ -924,6 +933,7 @@ OTHERS = {"model_index.json", "scheduler/scheduler_config.json", "transformer/co
           "tokenizer/merges.txt", "tokenizer_2/vocab.json", "tokenizer_2/merges.txt"}
 
 
+@pytest.mark.slow
 def test_stable_diffusion_3_is_fetched_whole_or_without_t5(hub):
     hub.add("owner/sd3", stable_diffusion_3())
     checkpoint = open_checkpoint("owner/sd3", t5=False)
@@ -942,6 +952,7 @@ def test_stable_diffusion_3_is_fetched_whole_or_without_t5(hub):
         open_checkpoint("owner/none", t5=False, offline=True)
 
 
+@pytest.mark.slow
 def test_without_t5_in_the_pipeline_nobody_looks_for_it(hub):
     hub.add("owner/small", stable_diffusion_3(NONE))
     assert open_checkpoint("owner/small").components == WITHOUT_T5 and set(hub.asked("GET")) == OTHERS
@@ -955,6 +966,7 @@ def test_pipeline_not_implemented_costs_its_index_alone(hub):
     assert set(hub.asked("GET")) == {"model_index.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [401, 403])
 @pytest.mark.parametrize("token", [None, "hf_wrong"])
 def test_the_gate_before_stable_diffusion_3_is_told(hub, monkeypatch, code, token):
@@ -972,6 +984,7 @@ def test_the_gate_before_stable_diffusion_3_is_told(hub, monkeypatch, code, toke
 
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part, fault, words", [
     ("/resolve/", status(401, **GATE), ["is gated and no token is set", "/owner/editor", "HF_TOKEN"]),
     ("/", status(401, **GATE), ["is gated and no token is set"]),
@@ -1004,6 +1017,7 @@ def test_faults_of_the_hub_are_one_sentence(hub, part, fault, words):
     assert open_checkpoint(REPO, ALL).load(Tiny, "unet").to_q.weight.dtype == torch.float16        # the fault is over
 
 
+@pytest.mark.slow
 def test_gated_with_a_token(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with hub.fault("/", unless_token("hf_right", status(403, **GATE))):
@@ -1031,6 +1045,7 @@ def test_no_network(hub, monkeypatch):
     assert "python -m sifm_min.weights download owner/editor --revision v1" in says(caught)
 
 
+@pytest.mark.slow
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50)   # what is on disk when it breaks counts, in such pieces
     content = pipeline()[f"unet/{HALF}"]
@@ -1041,6 +1056,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub, monkeypatch):
     assert (checkpoint.folder / "unet" / HALF).read_bytes() == content
 
 
+@pytest.mark.slow
 def test_interrupted_download_goes_on(hub):
     with hub.fault(f"vae/{HALF}", status(500)), pytest.raises(Unavailable):
         open_checkpoint(REPO, ALL)
@@ -1051,6 +1067,7 @@ def test_interrupted_download_goes_on(hub):
     assert set(hub.asked("GET")) == {f"vae/{HALF}", "text_encoder/model.fp16.safetensors"}
 
 
+@pytest.mark.slow
 def test_a_file_whose_content_left_the_cache_is_fetched_again(hub):
     checkpoint = open_checkpoint(REPO, ALL)
     path = checkpoint.folder / "unet" / HALF
@@ -1060,6 +1077,7 @@ def test_a_file_whose_content_left_the_cache_is_fetched_again(hub):
     assert hub.asked("GET") == [f"unet/{HALF}"]
 
 
+@pytest.mark.slow
 def test_full_disk_is_told_before_and_during(hub, monkeypatch):
     usage = shutil.disk_usage("/")
     with monkeypatch.context() as patch:
@@ -1098,6 +1116,7 @@ def outside(hub, code, **environment):
     return ran.stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_environment_is_honoured(hub, tmp_path):
     opened = f"print(open_checkpoint('{REPO}', ALL).folder)"
     home = {"HF_HOME": str(tmp_path / "home")}
@@ -1115,6 +1134,7 @@ def test_the_environment_is_honoured(hub, tmp_path):
     assert "HF_HUB_OFFLINE is set" in said and hub.log == []
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_given_up(hub, tmp_path):
     with hub.fault("/", hang):
         said = outside(hub, f"open_checkpoint('{REPO}', ALL)", HF_HOME=str(tmp_path), HF_HUB_ETAG_TIMEOUT="1")

@@ -282,6 +282,7 @@ cli.leave(cli.run_command(lambda args: cli.each_file("abc", work), parser, []))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_runs_end_with_their_code_and_no_traceback(sent, code):
     process = python(COMMAND.replace("SECONDS", "30"))

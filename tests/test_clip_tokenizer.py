@@ -162,6 +162,7 @@ def test_bytes_have_the_symbols_of_the_published_vocabulary(shared):
     assert sorted(vocab, key=vocab.get)[:512] == [*symbols, *(symbol + "</w>" for symbol in symbols)]
 
 
+@pytest.mark.slow
 def test_recorded_ids(pair, shared):
     ours, _, folder = pair
     golden = json.loads((shared / "data" / "tokenizers" / "golden.json").read_text(encoding="utf-8"))
@@ -178,6 +179,7 @@ def test_ids_of_random_texts_equal_transformers(pair):
     assert_equal_ids(ours, theirs, random_texts(1200, seed=folder.name))
 
 
+@pytest.mark.slow
 def test_every_character_is_classified_as_by_transformers(first):
     """Each assigned character of the small blocks, and a sample of the large ones, doubled between letters."""
     ours, theirs, _ = first
@@ -189,6 +191,7 @@ def test_every_character_is_classified_as_by_transformers(first):
     assert [text for text, ids in zip(texts, expected, strict=True) if ours.encode(text) != ids] == []
 
 
+@pytest.mark.slow
 def test_tokenizer_json_alone(pair, tmp_path):
     """As transformers 5 writes it: no vocab.json and no merges.txt beside it."""
     ours, theirs, _ = pair
@@ -214,6 +217,7 @@ def test_bang_is_the_padding_of_tokenizer_2(pair):
     assert ours.encode("detailed!!!")[1:] == ([0, 0, 0] if folder.name == "sd3_tokenizer_2" else [995])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("letters", ["x", "!", "\u00e9\u00e8", "abcdefgh"])
 def test_a_word_without_end_takes_seconds_at_most(first, letters):
     """The cost grows like n log n: a merge that searches the whole word each time takes minutes here."""
@@ -378,7 +382,8 @@ DAMAGE = [
     ("merges.txt", text("# q\n"), "needs the token '#q', which .*vocab.json lacks"),
     ("merges.txt", lambda file: file.write_bytes(b"\xff \xfe\n"), "merges.txt is not UTF-8"),
     ("tokenizer_config.json", text("nothing"), "tokenizer_config.json is not valid JSON"),
-    ("tokenizer_config.json", changed(tokenizer_class="T5Tokenizer"), "tokenizer_config.json is of a 'T5Tokenizer', not of a CLIPTokenizer"),
+    ("tokenizer_config.json", changed(tokenizer_class="T5Tokenizer"),
+     "tokenizer_config.json is of a 'T5Tokenizer', not of a CLIPTokenizer"),
     ("tokenizer_config.json", changed(model_max_length=10**30), "tokenizer_config.json gives model_max_length"),
     ("tokenizer_config.json", changed(model_max_length="77"), "model_max_length '77'.*max_position_embeddings"),
     ("tokenizer_config.json", changed(padding_side="left"), "padding_side to 'left'"),

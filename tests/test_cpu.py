@@ -63,6 +63,7 @@ def test_a_norm_is_as_exact_as_a_contiguous_one(name, kind, layer):
         assert error <= 5 * max(allowed, 2e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [GroupNorm, NormSiLU])
 def test_gradients_are_those_of_differences(layer, monkeypatch):
     monkeypatch.setattr(cpu, "NORM_POSITIONS", 0)

@@ -194,6 +194,7 @@ def unet():
     return net, lambda x: net(x, 421, context), (1, 4, 40, 36), NAMES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [encoder, unet])
 def test_networks_with_and_without_kernels_agree(network, smaller):
     torch.manual_seed(0)
@@ -206,6 +207,7 @@ def test_networks_with_and_without_kernels_agree(network, smaller):
         assert 0 < (mine - torch_s).abs().max() <= 5e-5 * torch_s.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(24, 40), (44, 36)], ids=str)
 def test_an_autoencoder_by_winograd_is_diffusers(size, monkeypatch, ran):
     monkeypatch.setattr(cpu, "WINOGRAD_CHANNELS", 1)

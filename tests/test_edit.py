@@ -41,6 +41,7 @@ def test_it_is_the_librarys_edit(run, tiny, capsys, argv, options):
     assert capsys.readouterr() == ("out/a_edited.png\n", f"{tiny_editor.NOTICE}\n")
 
 
+@pytest.mark.slow
 def test_the_dtypes_reach_the_editor_and_what_is_told_of_it(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photo("a.png", (40, 30))

@@ -81,6 +81,7 @@ def assert_other(one, other):
 
 # ----------------------------------------------------------------------------------------------------------- the oracle
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["Euler ancestral", "DDIM"])
 @pytest.mark.parametrize("config", small_editors.CONFIGS)
 def test_edit_is_the_published_pipeline(config, scheduler, folders):
@@ -93,6 +94,7 @@ def test_edit_is_the_published_pipeline(config, scheduler, folders):
         assert values.std() > 20 and np.isin(values, (0, 255)).mean() < 0.1             # neither flat nor saturated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", small_editors.CONFIGS)
 def test_the_comparison_would_see_what_is_left_out(config, folders):
     """Each input of the edit moves the oracle's picture: an editor that ignored it could not agree."""
@@ -146,6 +148,7 @@ def test_lists_of_pictures_and_prompts(folders):
         assert_same(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 10])
 def test_other_samplers_become_euler_ancestral(steps, folders):
     """InstructPix2Pix's own file names PNDM; everybody, its authors included, edits with Euler ancestral."""
@@ -164,6 +167,7 @@ def test_other_samplers_become_euler_ancestral(steps, folders):
     assert_other(ours, theirs(pipeline, smooth(*SQUARE), RED, steps=steps))
 
 
+@pytest.mark.slow
 def test_the_published_vocabulary(shared, tmp_path):
     folder = tmp_path / "tokenizer"
     shutil.copytree(shared / "data" / "tokenizers" / "sd15_tokenizer", folder)
@@ -227,6 +231,7 @@ def test_pictures_of_other_modes(mode, small):
     assert_same(edited, editor.edit(image.convert("RGB"), RED, steps=2))
 
 
+@pytest.mark.slow
 def test_a_batch_gives_what_single_calls_give(small):
     """Also where sizes differ: whoever shares a working size shares a batch, and each comes back in its place."""
     _, editor = small
@@ -269,6 +274,7 @@ def test_progress_is_told(small):
     assert told == [(0, 3), (1, 3), (2, 3)]
 
 
+@pytest.mark.slow
 def test_defaults_are_the_published_ones(small):
     _, editor = small
     assert (editor.defaults.steps, editor.defaults.guidance, editor.defaults.image_guidance) == (100, 7.5, 1.5)
@@ -446,6 +452,7 @@ def test_the_gradient_passes_through_a_whole_edit(small):
                    for p in network.parameters())
 
 
+@pytest.mark.slow
 def test_half_precision_is_the_u_nets_and_the_texts_alone(small):
     _, editor = small
     half = load_editor(editor.checkpoint.folder, device="cpu", dtype=torch.bfloat16)
@@ -463,6 +470,7 @@ def test_half_precision_is_the_u_nets_and_the_texts_alone(small):
         assert difference(one, other).mean() < 5            # another prompt's picture is more than 20 away
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_vae_of_half_precision_adds_up_in_single(small, dtype):
     _, single = small
@@ -495,6 +503,7 @@ def test_provenance_says_what_was_loaded(small):
     json.dumps(told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["instruct-pix2pix", "hq-edit"])
 def test_known_names_sample_with_euler_ancestral(name, folders, monkeypatch):
     _, stored = folders("two levels, short prompts", "DDIM")
@@ -574,11 +583,13 @@ def test_networks_that_do_not_belong_together_are_refused(folders, folder):
         load_editor(folder, device="cpu")
 
 
+@pytest.mark.slow
 def test_a_folder_without_an_index_is_taken_for_what_it_holds(folder):
     (folder / "model_index.json").unlink()
     assert load_editor(folder, device="cpu").edit(smooth(16, 16), RED, steps=1).size == (16, 16)
 
 
+@pytest.mark.slow
 def test_a_shipped_editor_carries_its_defaults_and_its_notice(folder):
     change(folder / "model_index.json", _sifm_min={
         "defaults": {"steps": 20, "guidance": 3.0, "image_guidance": 1.2, "size": 64}, "notice": "Only a toy."})

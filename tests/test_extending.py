@@ -62,6 +62,7 @@ def test_the_readme_has_its_files_and_commands():
     assert len(COMMANDS) == 3 and sum("--method" in line for line in COMMANDS) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_of_the_readme_runs_outside(line, outside):
     done = run(outside, line)
@@ -83,6 +84,7 @@ def test_a_command_of_the_readme_runs_outside(line, outside):
         assert report["editor"]["name"] == "toy" and report["method"] == "sifm" and len(report["loss"]) == 3
 
 
+@pytest.mark.slow
 def test_library_calls_give_what_the_command_gives(outside):
     my_editor, my_method = importlib.import_module("my_editor"), importlib.import_module("my_method")
     line = f"python -m sifm_min.immunize photo.png --prompt '{PROMPT}' --editor my_editor:Toy --method my_method:away " \
@@ -113,6 +115,7 @@ def test_methods_of_the_package_run_on_the_toy_editor(outside):
             assert report["linf_steps"] <= 7 and len(report["loss"]) == (method != "noise")
 
 
+@pytest.mark.slow
 def test_an_edited_method_is_not_done_before(outside, tiny_folder):
     line = f"python -m sifm_min.immunize photo.png --prompt x --editor {tiny_folder} --method my_method:away --steps 1 " \
            "--no-preview -o out"
@@ -191,6 +194,7 @@ def test_uncounted_passes_are_unknown_in_the_report(outside, tiny_folder):
     json.dumps(report)
 
 
+@pytest.mark.slow
 def test_a_keyword_called_prompts_gets_the_texts(tiny_folder):
     seen = []
 
@@ -295,6 +299,7 @@ def test_editors_by_name_are_refused_in_a_sentence(outside, capsys):
 
 # ------------------------------------------------------------------------------------------ options and kinds of editors
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [("--noisy", "deploy"), ("--method", "editshield", "--variant", "released"),
                                    ("--option", "noisy=deploy"),
                                    ("--method", "editshield", "--preset", "native")], ids=" ".join)

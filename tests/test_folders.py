@@ -59,6 +59,7 @@ def test_left_out_files_are_in_the_json(run, capsys):
     assert err == "1 file was not immunized:\n  no picture, by its name: in/notes.txt\n"
 
 
+@pytest.mark.slow
 def test_results_are_left_out_where_a_report_says_so(run, capsys):
     photo("in/a.png")
     assert run("in", "-o", "in") == cli.OK
@@ -87,6 +88,7 @@ def test_edits_are_results_too(tiny_folder, tmp_path, monkeypatch, capsys):
     assert "a_edited.png exists, from another picture or other options" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_compare_names_the_previews_it_leaves_out(run, capsys):
     photo("in/a.png"), photo("in/x_preview.png", seed=3)
     assert run("in") == cli.OK
@@ -113,6 +115,7 @@ def test_list_pictures(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ the main result first
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ValueError("the edit is not finite"), MemoryError(), RuntimeError("CUDA error: kernel")])
 def test_failed_preview_costs_nothing_else(run, monkeypatch, capsys, error):
     def fail(*args, **options):
@@ -133,6 +136,7 @@ def test_failed_preview_costs_nothing_else(run, monkeypatch, capsys, error):
 
 # ---------------------------------------------------------------------------------------------------- two runs at once
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["before the results", "between report and picture"])
 def test_same_question_from_two_runs_is_success(run, monkeypatch, capsys, place):
     photo("a.png")
@@ -223,6 +227,7 @@ cli.leave(cli.run_command(lambda args: cli.each_file('ab', work), parser, []))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no closed standard streams")
 @pytest.mark.parametrize("closed", [[1], [2], [1, 2], [0, 1, 2]])
 def test_closed_streams_change_nothing(tmp_path, closed):
@@ -251,6 +256,7 @@ def test_control_characters_of_arguments_are_escaped(capsys):
     assert "\x1b" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("delay", [0.25, 0.6, 1.2, 2.0, 3.0])
@@ -270,6 +276,7 @@ def test_signal_at_any_moment_has_its_code(tiny_folder, tmp_path, number, code, 
     assert not list(tmp_path.glob("out/.*.part")) and not list(tmp_path.glob("out/*.png"))
 
 
+@pytest.mark.slow
 def test_signal_while_torch_is_imported_waits_for_it(monkeypatch):
     """C++ code of torch that is passed by an exception at that time aborts the process."""
     module = type(sys)("torch")

@@ -165,6 +165,7 @@ def server():
         yield server
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("provider", WHOLE)
 def test_mutated_answers_end_in_an_answer_or_a_stop(server, provider):
     seen, started = set(), time.monotonic()

@@ -82,11 +82,13 @@ def edited(folder, picture, output):
                       "--device", "cpu"])
 
 
+@pytest.mark.slow
 def test_whole_editors_edit(editors, picture, tmp_path):
     for number, folder in enumerate(editors):
         assert edited(folder, picture, tmp_path / str(number)) == 0
 
 
+@pytest.mark.slow
 def test_mutated_editor_files_are_edits_or_sentences(editors, picture, tmp_path, capsys):
     rng, codes = random.Random(SEED), []
     for case in range(CASES):

@@ -80,6 +80,7 @@ def test_the_double_leaves_torch_as_it_was():
 
 # ------------------------------------------------------------------------------------------------------------ inside a step
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_reads_the_device_once_and_copies_nothing(method, gpu, tiny_folder):
     editor = sifm_min.load_editor(tiny_folder, device="cuda", dtype=torch.float32)
@@ -94,6 +95,7 @@ def test_a_step_reads_the_device_once_and_copies_nothing(method, gpu, tiny_folde
     assert seen[1:] == [(1, {})] * 3, seen
 
 
+@pytest.mark.slow
 def test_a_step_of_sifm_sends_nothing_new(gpu):
     editor = sifm_min.load_editor("miniature-sd3", device="cuda", dtype=torch.float32)
     sent = []
@@ -102,6 +104,7 @@ def test_a_step_of_sifm_sends_nothing_new(gpu):
     assert sent[0] and sent[1:] == [{}, {}]
 
 
+@pytest.mark.slow
 def test_an_edit_reads_only_its_result(gpu, tiny_folder):
     editor = sifm_min.load_editor(tiny_folder, device="cuda", dtype=torch.float32)
     editor.edit(picture(), "make it night")
@@ -144,6 +147,7 @@ def test_one_scale_suits_several_outputs():
     assert torch.equal(gradient, torch.zeros(9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sifm", "photoguard-encoder", "photoguard-diffusion", "semantic-attack", "mist", "ace"])
 def test_float16_signs_agree_with_float32(method, tiny_folder, monkeypatch):
     """The gradient of every method, its loss made as small as that of a large picture."""
@@ -167,6 +171,7 @@ def test_the_card_decides_the_default_dtype(capability, dtype, tiny_folder):
         assert sifm_min.load_editor(tiny_folder).dtype == dtype
 
 
+@pytest.mark.slow
 def test_float32_is_not_tf32_inside_an_edit_and_a_step(gpu, tiny_folder, monkeypatch):
     editor = sifm_min.load_editor(tiny_folder, device="cuda", dtype=torch.float32)
     seen, encode = [], editor.vae.encode
@@ -184,6 +189,7 @@ def test_float32_is_not_tf32_inside_an_edit_and_a_step(gpu, tiny_folder, monkeyp
 
 # -------------------------------------------------------------------------------------------------------------- which device
 
+@pytest.mark.slow
 def test_an_indexed_device_is_used_from_the_first_call(gpu, tiny_folder):
     editor = sifm_min.load_editor(tiny_folder, device="cuda:0", dtype=torch.float32)
     report = sifm_min.immunize(picture(), editor, "night", steps=1, timesteps=1).report
@@ -229,6 +235,7 @@ def fails_where(gpu, condition):
     gpu.before = before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["tiny", "miniature-sd3"])
 def test_text_encoders_that_do_not_fit_run_on_the_cpu(source, gpu, tiny_folder):
     source = tiny_folder if source == "tiny" else source
@@ -242,6 +249,7 @@ def test_text_encoders_that_do_not_fit_run_on_the_cpu(source, gpu, tiny_folder):
         assert ours.is_cuda and torch.allclose(ours.cpu(), theirs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_text_that_fits_nowhere_is_the_documented_error(gpu, tiny_folder, monkeypatch):
     editor = sifm_min.load_editor(tiny_folder, device="cuda", dtype=torch.float32)
 
@@ -253,6 +261,7 @@ def test_text_that_fits_nowhere_is_the_documented_error(gpu, tiny_folder, monkey
         sifm_min.immunize(picture(), editor, "night", steps=1)
 
 
+@pytest.mark.slow
 def test_an_edit_that_does_not_fit_takes_one_pass_at_a_time(gpu, tiny_folder):
     editor = sifm_min.load_editor(tiny_folder, device="cuda", dtype=torch.float32)
     whole = editor.edit([picture()] * 2, "make it night")
@@ -280,6 +289,7 @@ def test_an_edit_that_does_not_fit_takes_one_pass_at_a_time(gpu, tiny_folder):
         editor.edit(picture(), "make it night")
 
 
+@pytest.mark.slow
 def test_a_plan_that_did_not_fit_is_not_tried_again(gpu, tiny_folder):
     editor = sifm_min.load_editor(tiny_folder, device="cuda", dtype=torch.float32)
     batches = []
@@ -314,6 +324,7 @@ def hashed(monkeypatch):
     return files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [immunize, edit])
 def test_large_weights_are_hashed_once_for_all_runs(tmp_path, tiny_folder, hashed, command):
     picture().save(tmp_path / "a.png")
@@ -344,6 +355,7 @@ def test_a_rank_without_pictures_hashes_no_weights(tmp_path, tiny_folder, hashed
                           "--editor", str(tiny_folder)]) == 0 and hashed == []
 
 
+@pytest.mark.slow
 def test_an_experiment_hashes_weights_once_for_all_runs(tmp_path, tiny_folder, hashed, monkeypatch):
     argv = ["run", "white-box", "--editor", str(tiny_folder), "--images", "1", "--methods", "photoguard-encoder",
             "--steps", "1", "--edit-steps", "2", "--jobs", "1", "-o", str(tmp_path / "out"), "--quiet"]
@@ -353,6 +365,7 @@ def test_an_experiment_hashes_weights_once_for_all_runs(tmp_path, tiny_folder, h
     assert evaluate.main([*argv[:-3], "-o", str(tmp_path / "other"), "--quiet"]) == 0 and len(hashed) == 6
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_hash_once(tmp_path):
     (tmp_path / "weights").write_bytes(bytes(1 << 20))
     code = ("import sys, time; from sifm_min.files import weight_digests as kept; kept.LARGE = 0; own = kept.sha256\n"

@@ -40,6 +40,7 @@ def test_every_part_runs_and_is_written(run):
         assert one["edit"]["steps"] == 1 and one["edit"]["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_card_that_computes_wrongly_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "SIZE", 32)
     folder = gpu_check.write_editor(tmp_path, "instruct-pix2pix", networks=gpu_check.small("instruct-pix2pix"))
@@ -58,6 +59,7 @@ def test_a_card_that_computes_wrongly_is_found(tmp_path, monkeypatch):
         assert first["ok"] is (before is None), first
 
 
+@pytest.mark.slow
 def test_parts_that_come_too_late_are_named(run):
     code, found = run("--minutes", "0")
     assert code == 0 and found["checks"] == found["measures"] == [] and "sd3, measures" in found["left_out"]

@@ -47,6 +47,7 @@ def round_trip(path, folder, eps=0.03):
 
 # -- kinds of pictures -------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_photograph_is_turned_upright_and_keeps_its_profile(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                         # turn clockwise by 90 degrees to see it upright

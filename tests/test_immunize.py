@@ -154,6 +154,7 @@ def test_the_memory_plan_is_the_one_asked_for(run):
         assert told["asked"] == (argv or (0, "auto"))[1] and told["checkpointing"] is expected
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_other_seed_other_bytes(run):
     photo("a.png")
     written = []
@@ -325,6 +326,7 @@ def one_bit(path):
     return colours(image), "L"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, make", [
     ("photograph.jpg", turned_photograph), ("transparent.png", plain(mode="RGBA", icc_profile=ICC)),
     ("deep.png", sixteen_bits), ("frames.gif", palette_frames), ("grey.jpg", plain(mode="L", icc_profile=GREY_ICC)),
@@ -532,6 +534,7 @@ def test_unwritable_output_is_told_before_the_work(run, monkeypatch, capsys):
     assert told(capsys) == "error: out: permission denied\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", [0, 1, 3])               # files of the second picture that still fit
 def test_a_full_disk_ends_the_run_and_leaves_nothing_half(run, monkeypatch, capsys, written):
     for name in "abc":
@@ -573,6 +576,7 @@ def test_somebody_elses_files_are_not_overwritten_unless_asked(run, capsys, name
     assert len(files()) == 3 and report()["finished"] and content not in files().values()
 
 
+@pytest.mark.slow
 def test_a_second_run_does_only_what_is_not_done(run, capsys):
     photo("in/a.png"), photo("in/b.png", seed=1)
     assert run("in") == cli.OK
@@ -623,6 +627,7 @@ def test_another_picture_or_other_weights_are_another_run(run, tiny, monkeypatch
     assert capsys.readouterr().err.count("from another picture or other options") == 2
 
 
+@pytest.mark.slow
 def test_results_beside_the_pictures_are_not_immunized_again(run, capsys):
     photo("in/a.png"), photo("in/b.png", seed=1)
     assert run("in", "-o", "in") == cli.OK
@@ -645,6 +650,7 @@ def test_an_input_is_never_overwritten(run, capsys):
     assert "in/a_immunized.png" in told(capsys) and files("in") == before
 
 
+@pytest.mark.slow
 def test_odd_names(run, capsys):
     names = ["портрет 写真 é.png", "with  two spaces.png", "-dash.png", "dots.tar.png", "%(prog)s{}.PNG", ".hidden.png"]
     for i, name in enumerate(names):
@@ -728,6 +734,7 @@ def test_interrupted_between_the_files_of_a_picture(run, monkeypatch, capsys):
     assert "interrupted; what is finished is whole" in capsys.readouterr().err and files() == before
 
 
+@pytest.mark.slow
 def test_a_folder_run_is_stopped_and_killed_and_finishes_later(run, tiny_folder, capsys):
     names = [f"in/{name}.png" for name in "abcd"]
     for i, name in enumerate(names):

@@ -76,6 +76,7 @@ def assert_is(checkpoint, made, tolerance=0.0):
     assert not any(parameter.requires_grad for parameter in ours.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPACES)
 def test_download_fetches_the_pinned_files_once(name, filled, weights_main):  # noqa: F811
     (server, made), space = filled, SPACES[name]
@@ -112,6 +113,7 @@ def test_list_shows_the_spaces_and_asks_nobody(filled, weights_main):  # noqa: F
     assert latent_spaces.at_hand() == [SPACES["sdxl"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_folder_in_the_authors_layout(name, dtype, tmp_path, weights_main):  # noqa: F811
@@ -131,6 +133,7 @@ def test_weights_folder_in_the_authors_layout(name, dtype, tmp_path, weights_mai
     assert code == 1 and "is not the file of SHA256SUMS" in err and out.count("BAD") == 1
 
 
+@pytest.mark.slow
 def test_weights_folder_in_diffusers_layout(tmp_path, weights_main):  # noqa: F811
     """At the top of the folder, or each in a folder of the author's name; and one file of taef2."""
     made = {name: network(SPACES[name]) for name in ("sd1", "sd3", "flux2")}
@@ -221,6 +224,7 @@ def test_offline_and_broken_hubs_are_one_sentence(filled, weights_main, monkeypa
     assert code == 2 and "--revision and --no-t5 are for editors" in err
 
 
+@pytest.mark.slow
 def test_published_files_bear_their_marks(shared):
     """Every real file is known as its own, in the layout of the reference data, and no two are taken for one another."""
     folder = shared / "data" / "taesd"

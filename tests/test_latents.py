@@ -91,6 +91,7 @@ def test_steps_take_turns_between_the_sizes(editor, monkeypatch):
     assert seen == [(8, 16), (16, 32), (32, 48), (8, 16)] and losses[0] == losses[3] != losses[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["latent", "photoguard-encoder", "editshield"])
 def test_methods_for_encoders_move_every_space(method, editor):
     """More than noise of the same budget, or in PhotoGuard's case towards zero."""
@@ -123,6 +124,7 @@ def test_zero_start_and_grey_pictures(editor):
     assert result.image.mode == "L" and result.report["method"] == "latent"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (2100, 9)])
 def test_pictures_of_any_size(size, editor):
     result = sifm_min.immunize(photo(*size), editor, steps=1)
@@ -131,6 +133,7 @@ def test_pictures_of_any_size(size, editor):
     assert all(np.isfinite([found["shift"], found["noise"]]).all() for found in result.report["shifts"])
 
 
+@pytest.mark.slow
 def test_low_memory_gives_the_same_picture(editor):
     picture = photo(48, 40)
     for value in (True, False):
@@ -146,6 +149,7 @@ def test_methods_with_a_denoiser_are_refused(method, editor):
         sifm_min.immunize(photo(32, 32), editor, "a hat", method=method)
 
 
+@pytest.mark.slow
 def test_other_mistakes_are_sentences(editor, folder, run):
     with pytest.raises(ValueError, match="editshield released needs a denoiser"):
         sifm_min.immunize(photo(32, 32), editor, method="editshield", variant="released")
@@ -164,6 +168,7 @@ def test_other_mistakes_are_sentences(editor, folder, run):
 
 # ----------------------------------------------------------------------------------------------------------- the command
 
+@pytest.mark.slow
 def test_command_needs_no_prompt_and_says_the_shifts(folder, run, editor):
     photo(48, 40).save("a.png")
     argv = ("a.png", "--editor", f"latents:{folder}", "-o", "out", "--steps", "5")
@@ -181,6 +186,7 @@ def test_command_needs_no_prompt_and_says_the_shifts(folder, run, editor):
     assert "done before, skipped" in run(immunize, *argv)[2]
 
 
+@pytest.mark.slow
 def test_preview_shows_what_each_decoder_makes_of_both(folder, run, editor, monkeypatch):
     from sifm_min.files import contact_sheet
     seen, sheet = [], contact_sheet.sheet
@@ -214,6 +220,7 @@ def test_latents_are_the_spaces_on_this_machine():
     assert [space.name for space in load_editor("latents:flux2,sd1", device="cpu").spaces] == ["flux2", "sd1"]
 
 
+@pytest.mark.slow
 def test_an_editors_autoencoder_is_a_space(folder, tiny_folder, monkeypatch):
     """By a folder and by a known name; of an editor nothing else is read."""
     whole = load_editor(tiny_folder, device="cpu")
@@ -258,6 +265,7 @@ def test_wrong_items_are_sentences(source, kind, words, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- the real spaces
 
+@pytest.mark.slow
 def test_real_spaces_are_moved_far_beyond_noise(shared):
     """A photograph at 128 pixels, five published spaces at once, 8 steps; figures of a longer run are 2 to 3 times noise."""
     editor = load_editor(f"latents:{shared / 'data' / 'taesd'}", device="cpu")

@@ -271,6 +271,7 @@ def _called(node):
 
 # -------------------------------------------------------------------------------------------------- the rules hold here
 
+@pytest.mark.slow
 def test_the_two_folders_keep_the_rules():
     assert faults(ROOT) == []
 
@@ -308,6 +309,7 @@ def test_the_six_dependencies_and_no_others():
     assert all(">=" in line for line in required), "a dependency without a tested lower bound"
 
 
+@pytest.mark.slow
 def test_the_tests_need_nothing_beyond_the_test_extra():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
@@ -325,6 +327,7 @@ def sources(folder):
     return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / folder).rglob("*.py"))}
 
 
+@pytest.mark.slow
 def test_files_are_at_most_500_lines():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in [*sources("sifm_min"), *sources("models")]}
     assert {path.name: count for path, count in lines.items() if count > 500} == {}
@@ -335,11 +338,13 @@ def test_top_of_the_package_has_at_most_14_modules():
     assert len(list((ROOT / "sifm_min").glob("*.py"))) <= 14
 
 
+@pytest.mark.slow
 def test_one_name_is_one_module():
     stems = [path.stem for path in sources("sifm_min") if path.stem != "__init__"]
     assert sorted({stem for stem in stems if stems.count(stem) > 1}) == []
 
 
+@pytest.mark.slow
 def test_one_public_name_is_in_one_room():
     rooms = {}
     for path, tree in sources("sifm_min").items():
@@ -350,6 +355,7 @@ def test_one_public_name_is_in_one_room():
     assert {name: sorted(where) for name, where in rooms.items() if len(where) > 1} == {}
 
 
+@pytest.mark.slow
 def test_docstrings_say_the_thing():
     """They open with a verb in the imperative or with a noun, not with a question word."""
     found = []
@@ -361,6 +367,7 @@ def test_docstrings_say_the_thing():
     assert found == []
 
 
+@pytest.mark.slow
 def test_names_of_tests_are_at_most_60_characters():
     names = [node.name for tree in sources("tests").values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert [name for name in names if name.startswith("test_") and len(name) > 60] == []
@@ -467,6 +474,7 @@ def test_imports_of_package_and_cli_load_no_dependency():
     assert "models" not in loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_instant_and_complete(command):
     """Run as users run it: no torch, no warning about a module that runs twice, and examples that can be copied."""

@@ -186,6 +186,7 @@ def test_a_gate_is_the_plain_one_and_keeps_its_input(dtype):
     assert compare(gated_gelu, plain_gated_gelu, x) == (x.nbytes, x.nbytes * 3 // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["convolution", "few positions", "norm", "gate"])
 def test_low_precision_is_as_near_the_truth_as_plain_layers(layer, monkeypatch):
     """The mean over many elements of how far the gradient is from that in double precision, of the rounded inputs."""

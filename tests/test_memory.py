@@ -73,6 +73,7 @@ def immunized(picture, editor, method="sifm", steps=1, **options):
     return sifm_min.immunize(picture, editor, "make it night", method=method, steps=steps, seed=3, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sifm", "semantic-attack", "photoguard-diffusion", "mist"])
 def test_every_plan_gives_the_same_picture(method, miniature, picture):
     """One step of either: where a gradient is zero to rounding its sign may differ, and nowhere else."""
@@ -88,6 +89,7 @@ ENDED = {"cuda": lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 
          "python": MemoryError}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ENDED.values(), ids=ENDED)
 def test_where_memory_ends_the_next_plan_is_taken_and_said(error, miniature, picture, monkeypatch):
     """Ten timesteps do not fit, five no longer in their second step; two do, and all of it starts anew."""
@@ -113,6 +115,7 @@ def test_where_memory_ends_the_next_plan_is_taken_and_said(error, miniature, pic
     assert set(calls) == {2}
 
 
+@pytest.mark.slow
 def test_where_no_plan_fits_it_is_one_sentence(miniature, picture, monkeypatch):
     def none(*inputs, **options):
         assert miniature.checkpointing == (len(inputs[1]) == 1 and len(seen) == 4)
@@ -153,6 +156,7 @@ def test_low_lets_go_of_the_text_encoder(miniature, picture):
     assert miniature.edit(Image.new("RGB", (64, 64)), "make it night", steps=1).size == (64, 64)     # and it is read again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ENDED.values(), ids=ENDED)
 def test_a_command_tells_it_in_a_sentence_and_goes_on(error, tmp_path, monkeypatch, capsys):
     """An edit at a size that memory does not suffice for; the next picture may be smaller."""

@@ -50,6 +50,7 @@ def deep():
     return "a.png", "16 bits a channel, of which the upper 8 are kept"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [animation, webp, apng, press, deep])
 @pytest.mark.parametrize("command", ["immunize", "edit"])
 def test_the_command_says_what_reading_changed(loaded_once, capsys, command, source):
@@ -68,6 +69,7 @@ def test_the_notes_are_in_the_json_of_both_commands(loaded_once, capsys):
         assert (record["notes"] if command == "edit" else record["input"]["notes"]) == [note]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["immunize", "edit"])
 def test_another_sampler_than_the_stored_one_is_told(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)

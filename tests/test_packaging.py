@@ -116,6 +116,7 @@ def probe(executable, cwd, path=None, package="sifm_min"):
 
 # ------------------------------------------------------------------------------------------------------------ installed
 
+@pytest.mark.slow
 def test_installed(target, project, bare, foreign):
     ours = (target / "sifm_min", target / "sifm_min" / "models")
     assert probe(bare, foreign.parent, target) == ours
@@ -123,6 +124,7 @@ def test_installed(target, project, bare, foreign):
     assert probe(bare, project, target) == (project / "sifm_min", project / "models")      # the working folder wins
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lenient", "strict"])
 def test_editable(mode, project, empty_python, foreign, tmp_path):
     """What `pip install -e .` does: build the redirecting wheel and unpack it."""
@@ -233,6 +235,7 @@ def test_the_shipped_editors_are_in_the_wheel(target):
     assert (target / "sifm_min/models/miniature/tokenizer/vocab.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_source_archive_builds_the_same(project, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(project, source)
@@ -275,6 +278,7 @@ assert "torch" not in sys.modules
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imports", ORDERS.values(), ids=ORDERS)
 def test_immunize_is_module_and_function_in_any_import_order(imports):
     done = python(sys.executable, f"{imports}\n{IT_IS_BOTH}", ROOT)

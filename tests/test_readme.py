@@ -41,6 +41,7 @@ def test_every_block_has_a_known_marker_and_known_commands(page):
                 assert line.startswith(("python -m sifm_min.", "python tools/")), line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", commands("ci:main-job|", "python -m sifm_min"))
 def test_a_command_runs(line, tmp_path):
     words = shlex.split(line, comments=True)[1:]
@@ -60,6 +61,7 @@ def test_a_command_that_is_not_run_is_parsed(line):
         command._parser().parse_args([*words, "--no-such-option"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", commands(".*", "python tools/"))
 def test_a_tool_knows_the_options_of_its_command(line):
     """The tool refuses one more option, which is not there, and nothing else."""
@@ -68,6 +70,7 @@ def test_a_tool_knows_the_options_of_its_command(line):
     assert done.returncode == 2 and done.stderr.rstrip().endswith("unrecognized arguments: --no-such-option"), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page, _, language, _ in BLOCKS if language == "python"])
 def test_the_python_block_runs_and_prints_what_it_says(page, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

@@ -357,6 +357,7 @@ def test_betas_that_leave_nothing_of_a_picture_are_refused():
         load(json.dumps(SD | {"_class_name": DDIM, "num_train_timesteps": 1, "rescale_betas_zero_snr": True}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "scaled_linear"])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_euler_ancestral_stays_finite_in_few_steps(schedule, spacing):

@@ -93,6 +93,7 @@ def close(ours, oracle, tolerance=1e-5):
 
 # ----------------------------------------------------------------------------------------------------------- the oracle
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the prompt")             # CLIP reads only 20 tokens in one config, and HAT has more
 @pytest.mark.parametrize("config", CONFIGS)
 def test_edit_is_the_published_pipeline(config, folders):
@@ -106,6 +107,7 @@ def test_edit_is_the_published_pipeline(config, folders):
         assert values.std() > 20 and np.isin(values, (0, 255)).mean() < 0.1             # neither flat nor saturated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_comparison_would_see_what_is_left_out(config, folders):
     """Each input of the edit moves the oracle's picture: an editor that ignored it could not agree."""
@@ -145,6 +147,7 @@ def test_strengths_and_steps_that_do_not_divide(strength, steps, small):
     assert taken == [(0, 1)] or strength * steps >= 1       # less than one step is one, as in the pipeline
 
 
+@pytest.mark.slow
 def test_lists_of_pictures_and_prompts(folders):
     pipeline, editor = folders()
     pictures, prompts = [smooth(*WIDE, seed=1), smooth(*WIDE, seed=2), smooth(*WIDE, seed=3)], [RED, HAT, ""]
@@ -155,6 +158,7 @@ def test_lists_of_pictures_and_prompts(folders):
     assert_same(ours[1], editor.edit(pictures[1], prompts[1], seed=3, steps=3, negative_prompt="blue"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["as published", "as SD3.5 medium"])
 def test_half_precision_variants_in_shards(config, words, tmp_path):
     """As the published T5 lies there: both kinds of index, the variant's being preferred."""
@@ -175,6 +179,7 @@ def test_half_precision_variants_in_shards(config, words, tmp_path):
     assert all(".fp16" in name for name in editor.provenance()["weights"])
 
 
+@pytest.mark.slow
 def test_the_published_vocabularies(shared, tmp_path):
     source = shared / "data" / "tokenizers"
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
@@ -259,6 +264,7 @@ def test_text_encoders_are_released_before_the_transformer(folders, loads):
                          ("transformer", ["vae"])]
 
 
+@pytest.mark.slow
 def test_prompts_said_before_are_not_encoded_again(folders, loads):
     editor = load_editor(folders()[1].checkpoint.folder, device="cpu")
     texts = [("text_encoder", ["vae"]), ("text_encoder_2", ["vae"]), ("text_encoder_3", ["vae"])]
@@ -285,6 +291,7 @@ def test_contexts_of_several_prompts_read_the_text_encoders_once(folders, loads)
             assert torch.equal(part, expected)
 
 
+@pytest.mark.slow
 def test_without_t5_it_is_neither_looked_for_nor_read(folder, folders, loads):
     pipeline, _ = folders()
     for part in ("text_encoder_3", "tokenizer_3"):
@@ -300,6 +307,7 @@ def test_without_t5_it_is_neither_looked_for_nor_read(folder, folders, loads):
     assert not any("text_encoder_3" in name for name in editor.provenance()["weights"])
 
 
+@pytest.mark.slow
 def test_from_a_hub_t5_is_fetched_only_if_it_is_wanted(hub, folders):  # noqa: F811
     pipeline, local = folders()
     source = local.checkpoint.folder
@@ -468,6 +476,7 @@ def test_a_picture_beyond_the_position_table_is_one_sentence(folders):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_provenance_and_defaults(folders):
     _, editor = folders()
     told = editor.provenance()
@@ -536,6 +545,7 @@ def ultraedit(pipeline, image, prompt, *, seed=0, steps=3, guidance=7.5, image_g
     return Image.fromarray((decoded[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the prompt")
 @pytest.mark.parametrize("config, channels", [("as published", 32), ("as published", 48), ("without T5", 48),
                                               ("another VAE, short prompts", 12)])
@@ -549,6 +559,7 @@ def test_ultraedit_is_its_authors_loop(config, channels, folders):
         assert np.asarray(ours).std() > 20
 
 
+@pytest.mark.slow
 def test_the_comparison_with_ultraedit_sees_every_input(folders):
     pipeline, _ = folders(in_channels=48)
     image = smooth(*SQUARE)
@@ -615,6 +626,7 @@ def test_each_kind_takes_its_own_options(folders):
 
 # -------------------------------------------------------------------------------------------------------- single files
 
+@pytest.mark.slow
 @pytest.mark.parametrize("holds", ["transformer and VAE", "CLIP too", "T5 too"])
 def test_a_single_file_gives_the_picture_of_the_folder(holds, published, folders, tmp_path):  # noqa: F811
     pipeline, editor = folders(SINGLE)
@@ -651,6 +663,7 @@ def test_a_single_file_gives_the_picture_of_the_folder(holds, published, folders
 
 # ---------------------------------------------------------------------------------------------------------------- SIFM
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [None, 48])
 def test_sifm_runs_and_lowers_its_loss(channels, folders):
     _, editor = folders(in_channels=channels)
@@ -665,6 +678,7 @@ def test_sifm_runs_and_lowers_its_loss(channels, folders):
     assert other != sifm_min.immunize(image, editor, RED, steps=2, timesteps=3, init="zero").image
 
 
+@pytest.mark.slow
 def test_the_command_immunizes_against_a_folder(folder, tmp_path, capsys):
     change(folder / "model_index.json", _sifm_min={"defaults": {"steps": 3}, "notice": "Only random weights."})
     path, out = tmp_path / "photo.png", tmp_path / "out"

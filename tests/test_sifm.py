@@ -152,6 +152,7 @@ def assert_agree(pair, contexts, x_orig, *, step=0, batch=None, draws=1, resampl
 OPTIONS = {"taps": MIXED, "lam": 0.1, "reduction": "relative", "aggregate": "loss-mean", "noisy": "paper"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noisy", method.NOISY)
 @pytest.mark.parametrize("aggregate", method.AGGREGATES)
 @pytest.mark.parametrize("reduction", method.REDUCTIONS)
@@ -161,16 +162,19 @@ def test_the_fast_step_is_algorithm_1s(reduction, aggregate, noisy, pair, contex
     assert_agree(pair, contexts[:1], x_orig, taps=taps, lam=lam, reduction=reduction, aggregate=aggregate, noisy=noisy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3, 4, 100])
 def test_timesteps_in_any_batches(batch, pair, contexts, x_orig):
     assert_agree(pair, contexts[:1], x_orig, batch=batch, **OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [0, 1, 2, 4])
 def test_prompts_take_turns(step, pair, contexts, x_orig):
     assert_agree(pair, contexts, x_orig, step=step, **OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lam", [0.0, -2.0, 10.0])
 def test_lam_weighs_the_distance(lam, pair, contexts, x_orig):
     assert_agree(pair, contexts[:1], x_orig, **OPTIONS | {"lam": lam})
@@ -182,6 +186,7 @@ def test_the_resize_is_part_of_the_path(pair, contexts):
     assert_agree(pair, contexts[:1], x_orig, resize=pair[1].resize, size=(4, 5), **OPTIONS)
 
 
+@pytest.mark.slow
 def test_noise_is_redrawn_where_asked(pair, contexts, x_orig):
     """The third step takes the third draw of the generator, for both pictures; without resample it is always the first."""
     assert_agree(pair, contexts[:1], x_orig, step=2, draws=3, resample=True, **OPTIONS)
@@ -189,6 +194,7 @@ def test_noise_is_redrawn_where_asked(pair, contexts, x_orig):
         assert_agree(pair, contexts[:1], x_orig, step=2, draws=3, resample=False, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_the_defaults_are_those_of_the_design(pair, contexts, x_orig):
     """10 timesteps over what the editor visits, the taps of its rule, balanced, mean over losses, lam 0.1."""
     pipeline, editor = pair
@@ -204,6 +210,7 @@ def test_the_defaults_are_those_of_the_design(pair, contexts, x_orig):
     assert torch.cosine_similarity(gradient.flatten(), expected.flatten(), 0) > 0.9999
 
 
+@pytest.mark.slow
 def test_a_whole_run_is_algorithm_1(pair, contexts, x_orig):
     """Zero start, literal reduction, Eq. 3 to the letter, a constant step: three iterations end at the same picture.
 
@@ -277,6 +284,7 @@ def test_distance_alone_from_a_random_start_grows(distance_alone, editor, contex
     assert told[-1] > 1.5 * told[0] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noisy", method.NOISY)
 def test_the_loss_goes_down(noisy, editor, contexts, x_orig):
     """Within 20 steps, and both terms go where they should: features fade, and leave the original's."""

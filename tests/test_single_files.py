@@ -195,6 +195,7 @@ def test_the_shapes_tell_the_published_config(part, kind, manifest, keys, shared
 # ------------------------------------------------------------------------------------------------- small files that load
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
 def test_a_small_single_file_loads_bit_for_bit(published, tmp_path, dtype):
     tensors, networks = contents(published, clips=True)
@@ -359,6 +360,7 @@ def test_text_encoders_as_files_of_their_own(published, tmp_path, where):
     assert set(checkpoint.hashes()) == {"clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp8_e4m3fn.safetensors"}
 
 
+@pytest.mark.slow
 def test_components_come_from_the_hub_and_only_those_that_lack(published, tmp_path, hub, monkeypatch):  # noqa: F811
     tensors, _ = contents(published, clips=True)
     file = write(tmp_path, tensors)
@@ -518,6 +520,7 @@ print((peak - before) / sum(t.numel() * 4 for t in network.state_dict().values()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts resident memory as Linux does")
 def test_peak_memory_is_the_network_plus_one_tensor(tmp_path):
     config = TRANSFORMER | {"num_attention_heads": 8, "caption_projection_dim": 512, "num_layers": 5}

@@ -55,6 +55,7 @@ def as_hq_edit(editor):
         and editor.scheduler.config.sampler == "EulerAncestralDiscreteScheduler"
 
 
+@pytest.mark.slow
 def test_every_spelling_of_hq_edit_has_its_defaults(cache, plain):
     place = staged(cache, plain, HQ_EDIT.hub_id, main=COMMIT)
     for source in ("hq-edit", "MudeHui/HQ-Edit", "mudehui/hq-edit", place / "snapshots" / COMMIT):
@@ -168,6 +169,7 @@ def test_wrong_values_end_with_exit_code_3(tiny_folder, tmp_path, capsys, how):
     assert words in told and str(folder) in told and "Traceback" not in told and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_edit_that_is_not_finite_names_the_weights(tiny_folder, tmp_path, capsys):
     folder = shutil.copytree(tiny_folder, tmp_path / "editor")
     file = Path(folder / "unet/diffusion_pytorch_model.safetensors")
@@ -178,6 +180,7 @@ def test_edit_that_is_not_finite_names_the_weights(tiny_folder, tmp_path, capsys
     assert "not a finite picture: the weights hold such values, in conv_out.weight of the UNet" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_edit_that_is_not_finite_names_float16(tiny_folder, monkeypatch):
     editor = load_editor(tiny_folder, device="cpu")
     monkeypatch.setattr(editor, "decode", lambda latent: torch.full((1, 3, 32, 32), float("inf")))

@@ -143,6 +143,7 @@ def assert_equal_ids(our, theirs, texts):
 # ------------------------------------------------------------------------------------------------- the published ones
 
 
+@pytest.mark.slow
 def test_recorded_ids(our, shared):
     golden = json.loads((shared / "data" / "tokenizers" / "golden.json").read_text(encoding="utf-8"))
     assert [[*our.encode(prompt), 1] for prompt in golden["prompts"]] == golden["t5_with_eos_unpadded"]
@@ -163,6 +164,7 @@ def test_ids_of_hard_texts_equal_the_oracle(our, theirs):
     assert_equal_ids(our, theirs, [*HARD, "a\x85b", "\x85", "a \x85 b", "a\x85", "<extra_id_0>\x85b", "a\x85\u0301"])
 
 
+@pytest.mark.slow
 def test_ids_of_random_texts_equal_the_oracle(our, theirs):
     assert_equal_ids(our, theirs, random_texts(3000, seed=0, beside=["\x85"]))
 
@@ -175,6 +177,7 @@ def test_rows_equal_those_of_the_pipeline(our, fast):
     assert our(texts, length=77) == fast(texts, max_length=77, **call).input_ids
 
 
+@pytest.mark.slow
 def test_every_character_is_treated_as_by_the_oracle(ours, theirs):
     """Each assigned character of the small blocks, and a sample of the large ones: behind an accent, before one, alone."""
     points = [*range(0x3400), *range(0xa000, 0xac00), *range(0xf900, 0x20000, 5), *range(0x3400, 0x110000, 127),

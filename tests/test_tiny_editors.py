@@ -69,6 +69,7 @@ def img2img(tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 def test_instruct_pix2pix_is_the_published_pipeline(scale, instruct):
     pipeline, editor = instruct(scale)
@@ -81,6 +82,7 @@ def test_instruct_pix2pix_is_the_published_pipeline(scale, instruct):
     assert_other(edited, test_editors.theirs(pipeline, smooth(*WIDE, seed=3), RED, seed=1, steps=6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 def test_sd3_is_the_published_pipeline(scale, img2img):
     """Nothing is drawn for the latent: the noise of the edit is the generator's first draw."""
@@ -94,6 +96,7 @@ def test_sd3_is_the_published_pipeline(scale, img2img):
     assert_other(edited, test_sd3.theirs(pipeline, smooth(*SQUARE), HAT, seed=3, steps=4, strength=1.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_gradient_reaches_the_picture_in_every_dtype(dtype, instruct):
     folder = instruct("as published")[1].checkpoint.folder
@@ -104,6 +107,7 @@ def test_gradient_reaches_the_picture_in_every_dtype(dtype, instruct):
     assert (true.sign() == found.sign()).double().mean() > {torch.float32: 0.999, torch.float16: 0.97}.get(dtype, 0.9)
 
 
+@pytest.mark.slow
 def test_file_of_another_class_is_refused(instruct, tmp_path):
     """An AutoencoderTiny that calls itself AutoencoderKL, and one with another activation."""
     pipeline, _ = instruct("as published")

@@ -106,6 +106,7 @@ def test_pool_branch_is_added_before_the_block():
     assert_parity(ours.double(), theirs.double(), draw(24, 40, torch.float64), 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loads_strictly_what_save_pretrained_writes(name, tmp_path):
     theirs = oracle(CONFIGS[name])
@@ -148,6 +149,7 @@ def astronaut(shared):
     return torch.from_numpy(np.array(picture)).float().permute(2, 0, 1)[None] / 127.5 - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_weights_in_both_layouts(name, shared):
     """In diffusers' network, in ours, and a photograph comes back."""

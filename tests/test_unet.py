@@ -85,6 +85,7 @@ def assert_parity(ours, theirs, size=SIZES["even"]):
         assert_close(mine, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "dtype"), [("even", torch.float32), ("odd", torch.float32), ("odd", torch.float64)],
                          ids=["even", "odd", "double"])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -93,6 +94,7 @@ def test_parity_with_diffusers(name, size, dtype):
     assert_parity(ours_like(theirs), theirs, SIZES[size])
 
 
+@pytest.mark.slow
 def test_timesteps_of_every_form():
     theirs = oracle(CONFIGS[SMALL])
     ours = ours_like(theirs)
@@ -180,6 +182,7 @@ WRONG_CONFIGS = [{"flip_sin_to_cos": False}, {"freq_shift": 1}, {"norm_eps": 1e-
                  {"attention_head_dim": (4, 8, 3)}, {"attention_head_dim": (2, 8, 6)}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_parity_sees(fault, monkeypatch):
     """The comparison above is worth something only if it fails on a wrong network."""
@@ -190,6 +193,7 @@ def test_parity_sees(fault, monkeypatch):
         assert_parity(ours_like(theirs), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", WRONG_CONFIGS, ids=str)
 def test_parity_sees_a_wrong_config(changes):
     theirs = oracle(CONFIGS[SMALL])                 # in float32: these are seen by far
@@ -199,6 +203,7 @@ def test_parity_sees_a_wrong_config(changes):
 
 # ----------------------------------------------------------------------------------------------------------------- taps
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_tap_is_what_a_hook_of_that_name_sees(name, size):
@@ -235,6 +240,7 @@ def test_tap_names_are_what_walk_yields_and_walk_leaves_it_alone(name):
     assert yielded[-1][0] == "out" and torch.equal(yielded[-1][1], prediction)
 
 
+@pytest.mark.slow
 def test_features_stop_after_the_last_tap():
     ours = UNet(CONFIGS["miniature"])
     arguments = inputs(ours.config, (4, 4))
@@ -292,6 +298,7 @@ def their_maps(theirs, arguments):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_attention_maps_are_those_of_their_queries_and_keys(name):
     theirs = oracle(CONFIGS[name])
@@ -310,6 +317,7 @@ def test_attention_maps_are_those_of_their_queries_and_keys(name):
     assert_close(mine, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_wanted_maps_change_nothing_else(name):
     """Explicit and fused attention agree to rounding; what is not wanted is not yielded, and is the same to the bit."""
@@ -352,6 +360,7 @@ def test_default_taps(shared):
 
 # -------------------------------------------------------------------------------------------------------- prepared once
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["miniature", SMALL])
 def test_what_is_prepared_is_computed_once_and_changes_nothing(name, checkpointing):
@@ -417,6 +426,7 @@ def test_memory_format_does_not_matter():
 
 # --------------------------------------------------------------------------------------------------------------- config
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_reads_what_save_pretrained_writes(name, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")

@@ -96,6 +96,7 @@ def picture(name, side=96):
     return 0.1 + torch.randn(pixels.shape, generator=torch.Generator().manual_seed(2)) / 127
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grey", "graphic on white", "two colours", "faint noise"])
 def test_flat_pictures_are_encoded_as_exactly_as_by_diffusers(name):
     theirs = oracle(VAEConfig(block_out_channels=(32, 64), layers_per_block=2, latent_channels=4, norm_num_groups=8))

@@ -38,6 +38,7 @@ def test_there_are_six_commands():
     assert COMMANDS == ["compare", "edit", "evaluate", "immunize", "judge", "weights"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_the_vendored_command(command, place):
     done = vendored(place, command, "--help")
@@ -57,6 +58,7 @@ ADVICE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ADVICE)
 def test_advice_names_the_vendored_command(case, place):
     words, code, advice = ADVICE[case]
@@ -66,6 +68,7 @@ def test_advice_names_the_vendored_command(case, place):
     assert "-m sifm_min" not in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_no_message_spells_the_name_out():
     """A text in the code that names a command starts with PROGRAM; docstrings may show the usual name."""
     import ast

@@ -68,6 +68,7 @@ def test_list_shows_every_editor_and_asks_nobody(hub, shipped, weights_main):  #
         assert word in rows(out)["hq-edit"]
 
 
+@pytest.mark.slow
 def test_list_as_json_and_the_states_of_the_cache(hub, shipped, weights_main):  # noqa: F811
     hub.add(PIX2PIX.hub_id, pipeline(), commit=PIX2PIX.revision)
     hub.add(EDITORS["hq-edit"].hub_id, pipeline(seed=1))
@@ -96,6 +97,7 @@ def test_list_as_json_and_the_states_of_the_cache(hub, shipped, weights_main):  
     assert json.loads(weights_main("list", shipped, "--json")[1])["missing"].startswith(str(shipped))
 
 
+@pytest.mark.slow
 def test_download_says_licence_and_size_fetches_and_verifies(hub, weights_main, monkeypatch):  # noqa: F811
     hub.add("MudeHui/HQ-Edit", pipeline())
     code, out, err = weights_main("download", "hq-edit")
@@ -111,6 +113,7 @@ def test_download_says_licence_and_size_fetches_and_verifies(hub, weights_main, 
     assert len(record["files"]) == 12 and all(file["ok"] for file in record["files"])
 
 
+@pytest.mark.slow
 def test_stable_diffusion_3_with_and_without_t5(hub, weights_main, monkeypatch):  # noqa: F811
     source = EDITORS["sd3"]
     hub.add(source.hub_id, stable_diffusion_3(), commit=source.revision)
@@ -147,6 +150,7 @@ def test_quiet_is_quiet_about_retries_too(hub, weights_main):  # noqa: F811
     assert code == 3 and out == "" and err.count("\n") == 1 and "answered 500" in err
 
 
+@pytest.mark.slow
 def test_download_of_a_hub_id_at_a_revision(hub, weights_main):  # noqa: F811
     commit = hub.add(REPO, pipeline(seed=3), branch="v1")
     code, _, err = weights_main("download", REPO, "--revision", "v1")
@@ -155,6 +159,7 @@ def test_download_of_a_hub_id_at_a_revision(hub, weights_main):  # noqa: F811
     assert weights_main("verify", REPO)[0] == 3                 # main was never fetched
 
 
+@pytest.mark.slow
 def test_what_the_published_checksum_does_not_fit_is_bad(hub, weights_main):  # noqa: F811
     hub.add(PIX2PIX.hub_id, pipeline(), commit=PIX2PIX.revision)
     code, out, err = weights_main("download", "instruct-pix2pix", "--quiet")
@@ -165,6 +170,7 @@ def test_what_the_published_checksum_does_not_fit_is_bad(hub, weights_main):  # 
     assert weights_main("download", "instruct-pix2pix", "--revision", other)[0] == 0
 
 
+@pytest.mark.slow
 def test_verify_finds_one_flipped_bit(hub, weights_main):  # noqa: F811
     folder = open_checkpoint(REPO, ALL).folder
     code, out, _ = weights_main("verify", REPO)

@@ -104,6 +104,7 @@ def table(capsys, *argv, folder="out"):
 
 # ------------------------------------------------------------------------------------------------------------- white box
 
+@pytest.mark.slow
 def test_the_memory_plan_reaches_every_immunization(run, calls, monkeypatch):
     counted, asked = runner.immunize, []
     monkeypatch.setattr(runner, "immunize", lambda *given, memory, **more: (asked.append(memory),
@@ -112,6 +113,7 @@ def test_the_memory_plan_reaches_every_immunization(run, calls, monkeypatch):
     assert run("white-box") == cli.OK and calls == []        # the results are the same, so a plan is no other run
 
 
+@pytest.mark.slow
 def test_every_step_is_done_once_and_a_second_run_does_nothing(run, calls, capsys):
     assert run("white-box") == cli.OK
     assert sorted(calls) == sorted(["immunize noise", "immunize photoguard-encoder", *["edit 6"] * 3] * 2)
@@ -127,6 +129,7 @@ def test_every_step_is_done_once_and_a_second_run_does_nothing(run, calls, capsy
     assert table(capsys) == first and "PhotoGE, paper" in first
 
 
+@pytest.mark.slow
 def test_results_are_what_the_library_says(run, loaded):
     """One cell by hand: immunize, edit with another seed, distances, and both judges."""
     from sifm_min import images, metrics
@@ -148,6 +151,7 @@ def test_results_are_what_the_library_says(run, loaded):
         assert cell["judges"][name] == [said.semantic_mismatch, said.perceptual_degradation, "ok"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv, immunizations, edits", [
     (("--eps", "0.05"), 4, 24),                              # other pictures; the clean edits are the same
     (("--steps", "2"), 2, 12),                               # neither is noise
@@ -164,6 +168,7 @@ def test_a_changed_option_redoes_what_it_touches(run, calls, argv, immunizations
     assert (calls.count_of("immunize"), calls.edits) == (immunizations, edits)
 
 
+@pytest.mark.slow
 def test_a_default_that_is_spelled_out_is_the_default(run, calls):
     run("white-box", "--methods", "sifm", quick=False)
     assert run("lambda") == cli.OK
@@ -172,6 +177,7 @@ def test_a_default_that_is_spelled_out_is_the_default(run, calls):
     assert calls.count_of("immunize sifm") == 2 * 2 and calls.count_of("immunize noise") == 0
 
 
+@pytest.mark.slow
 def test_lpips_that_comes_later_is_all_that_is_measured(run, calls, capsys, monkeypatch):
     from sifm_min import metrics
     monkeypatch.setattr(metrics, "lpips_weights", _absent)
@@ -190,6 +196,7 @@ def _absent(network, file):
     raise Unavailable("there are none")
 
 
+@pytest.mark.slow
 def test_the_table_of_another_version_still_prints(run, calls, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(plan, "__version__", "0.0.1")
@@ -200,6 +207,7 @@ def test_the_table_of_another_version_still_prints(run, calls, capsys, monkeypat
     assert [group["missing"] for group in results.collect("out")] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_lost_picture_is_made_again(run, calls):
     run("white-box")
     lost = steps()["edit"][0]["sha256"]
@@ -208,6 +216,7 @@ def test_a_lost_picture_is_made_again(run, calls):
     assert Path(f"out/pictures/{lost}.png").exists()
 
 
+@pytest.mark.slow
 def test_noise_is_drawn_once_for_all_editors(run, calls, loaded):
     run("white-box")
     second = list(loaded)[1]
@@ -223,6 +232,7 @@ def command(*argv):
             *argv]
 
 
+@pytest.mark.slow
 def test_kill_9_and_two_processes_in_one_folder(run, calls, loaded, tmp_path):
     """Two share the work without being told to; one is killed amid it. What they finished is not done again."""
     surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -239,6 +249,7 @@ def test_kill_9_and_two_processes_in_one_folder(run, calls, loaded, tmp_path):
     assert len(set(names)) == len(names) == 4 + 36 + 24 + 36
 
 
+@pytest.mark.slow
 def test_jobs_share_the_work_and_helpers_end_with_their_run(run, calls, loaded, monkeypatch):
     assert run("white-box", "--jobs", "2", "--images", "3") == cli.OK
     names = [row["name"] for rows in steps().values() for row in rows]
@@ -253,6 +264,7 @@ def test_jobs_share_the_work_and_helpers_end_with_their_run(run, calls, loaded, 
     assert workers.jobs(SimpleNamespace(**{**vars(args), "shard": (0, 2)}), loaded) == 1
 
 
+@pytest.mark.slow
 def test_a_picture_that_another_process_holds_comes_last():
     class Runner:
         order = []
@@ -266,6 +278,7 @@ def test_a_picture_that_another_process_holds_comes_last():
     assert Runner.order == [1, 2, 1, 1] and len(told) == 1
 
 
+@pytest.mark.slow
 def test_shares_and_ranks_give_the_table_of_one_process(run, calls, capsys, monkeypatch):
     run("white-box")
     whole = table(capsys, "--format", "csv")
@@ -283,6 +296,7 @@ def timeless(text):
     return [[value for key, value in zip(rows[0], row, strict=True) if key != "seconds"] for row in rows]
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_table_of_one_process(run, capsys, loaded, tmp_path):
     """Two ranks by torch's own launcher, started as its users start it."""
     alone = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}          # more threads round otherwise
@@ -295,6 +309,7 @@ def test_torchrun_gives_the_table_of_one_process(run, capsys, loaded, tmp_path):
     assert timeless(table(capsys, "--format", "csv")) == timeless(table(capsys, "--format", "csv", folder="whole"))
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_at_any_moment(run, calls, capsys):
     """Two processes at work, both killed without warning, four times over: the table is that of a run that nobody disturbed,
     and nothing was done twice."""
@@ -337,6 +352,7 @@ def test_share(shard, environment, expected):
 
 # --------------------------------------------------------------------------------------------------------- what fails
 
+@pytest.mark.slow
 def test_a_step_that_fails_is_listed_and_tried_again(run, calls, capsys, monkeypatch):
     real = runner.immunize
 
@@ -375,6 +391,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(run, calls, capsys, small_disk):
     """Whatever write is the one that does not fit, what is there is whole, and room is all that the next run needs."""
     filler = small_disk / "filler"
@@ -391,6 +408,7 @@ def test_a_disk_that_is_really_full(run, calls, capsys, small_disk):
     assert len(made) == len(set(made)) == 4 + 36 + 24 + 36 and before < set(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["journal", "original"])
 def test_what_cannot_be_read_is_listed_and_the_rest_goes_on(run, calls, capsys, broken):
     """A folder stands where a file should: not even root can read that."""
@@ -411,6 +429,7 @@ def test_what_cannot_be_read_is_listed_and_the_rest_goes_on(run, calls, capsys, 
     assert run("white-box", "--seeds", "2") == cli.OK and calls.edits == 18 and calls.count_of("immunize") == 0
 
 
+@pytest.mark.slow
 def test_a_broken_picture_and_a_damaged_journal(run, calls, capsys):
     sample = miniature.samples(2)
     items = []
@@ -463,6 +482,7 @@ def test_a_folder_without_results(tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------------------- other suites
 
+@pytest.mark.slow
 def test_transfer_goes_both_ways(run, calls, loaded, capsys):
     second = list(loaded)[1]
     assert run("transfer", "--other", second) == cli.OK
@@ -475,6 +495,7 @@ def test_transfer_goes_both_ways(run, calls, loaded, capsys):
     assert f"Transfer: {names[0]} → {names[1]}" in table(capsys)
 
 
+@pytest.mark.slow
 def test_large_editors_take_turns_in_transfer(run, capsys, loaded, monkeypatch):
     """No editor is used between two uses of another but once, it is let go of in between, and the table is the same."""
     first, second = loaded
@@ -515,6 +536,7 @@ class Broken:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
+@pytest.mark.slow
 def test_robustness_attacks_every_arm_with_what_applies(run, calls, capsys):
     assert run("robustness", "--images", "1") == cli.OK
     made = steps()
@@ -527,6 +549,7 @@ def test_robustness_attacks_every_arm_with_what_applies(run, calls, capsys):
     assert "| worst for each picture | - |" in text and "| jpeg-50 |" in text
 
 
+@pytest.mark.slow
 def test_consistency_shares_the_edits_and_lists_them_for_people(run, calls, capsys):
     run("white-box")
     assert run("consistency") == cli.OK and calls == []
@@ -535,6 +558,7 @@ def test_consistency_shares_the_edits_and_lists_them_for_people(run, calls, caps
     assert "| Judge to judge |" in table(capsys)
 
 
+@pytest.mark.slow
 def test_people_and_judges_are_compared_on_rated_edits(run, capsys, loaded):
     """From the exported sheet to Table I, its shares by counting; edits of another editor hear nothing of them."""
     second = list(loaded)[1]
@@ -587,6 +611,7 @@ def panel_answers(folder="out"):
     return [row for path in paths for row in read_rows(path) if row["kind"] == "verdict"]
 
 
+@pytest.mark.slow
 def test_a_panel_judges_after_the_edits_and_buys_nothing_twice(run, calls, capsys, panel):
     ours = ("ablation", "--panel", "panel.json", "--images", "1")
     assert run(*ours) == cli.OK
@@ -602,6 +627,7 @@ def test_a_panel_judges_after_the_edits_and_buys_nothing_twice(run, calls, capsy
     assert all(said == [True, False, "ok"] for cell in group["cells"] for said in cell["judges"].values())
 
 
+@pytest.mark.slow
 def test_answers_before_a_kill_are_in_the_table_and_stay_bought(run, loaded, capsys, panel, monkeypatch):
     ours, append, done = ("white-box", "--panel", "panel.json", "--images", "1"), Ledger.append, []
 
@@ -629,6 +655,7 @@ def test_answers_before_a_kill_are_in_the_table_and_stay_bought(run, loaded, cap
     assert len(answers) == len(set(answers)) == 2 * len(edits)
 
 
+@pytest.mark.slow
 def test_verdicts_that_an_older_version_copied_still_print(run, capsys, panel):
     ours = ("white-box", "--panel", "panel.json", "--images", "1")
     assert run(*ours) == cli.OK
@@ -644,6 +671,7 @@ def test_verdicts_that_an_older_version_copied_still_print(run, capsys, panel):
     assert run(*ours) == cli.OK and len(panel.calls) == asked
 
 
+@pytest.mark.slow
 def test_answers_of_two_shares_are_one_table(run, panel):
     ours = ("white-box", "--panel", "panel.json")
     for share in ("0/2", "1/2"):
@@ -655,6 +683,7 @@ def test_answers_of_two_shares_are_one_table(run, panel):
     assert run(*ours) == cli.OK and len(panel.calls) == asked
 
 
+@pytest.mark.slow
 def test_the_estimate_counts_and_times_every_kind_of_step(loaded, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(editors, "load_editor", lambda source, **options: loaded[source])

@@ -72,6 +72,7 @@ def printed(capsys, *argv):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_white_box_and_consistency_end_in_the_papers_tables(run, capsys, name):
     code, asked = run("white-box", name)
@@ -89,6 +90,7 @@ def test_white_box_and_consistency_end_in_the_papers_tables(run, capsys, name):
     assert evaluate.main(["report", "out"]) == cli.OK and "ISR against prompts" in Path("out/report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", ["ablation", "lambda"])
 def test_ablation_and_lambda_by_img2img(run, capsys, suite):
     assert run(suite, "sd3")[0] == cli.OK
@@ -97,6 +99,7 @@ def test_ablation_and_lambda_by_img2img(run, capsys, suite):
     assert text.count(", paper |") == {"ablation": 3, "lambda": 7}[suite]
 
 
+@pytest.mark.slow
 def test_transfer_between_an_instruction_and_a_caption(run, models, capsys):
     """Each editor is told its own words, and options that one of them has are not forced upon the other."""
     told = {name: [] for name in NAMES}
@@ -124,6 +127,7 @@ def test_an_option_that_no_editor_has_is_refused_before_any_work(run, capsys, ar
     assert run(*argv) == (cli.USAGE, 0) and sentence in capsys.readouterr().err and not Path("out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, other", [("sd3", "hq-edit"), ("instruct-pix2pix", "sd3")])
 def test_attacks_that_need_an_editor_or_move_the_picture(run, models, capsys, monkeypatch, name, other):
     kept = ("crop-0.75", "vae", "vae-other", "regenerate-0.15")

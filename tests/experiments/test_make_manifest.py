@@ -137,6 +137,7 @@ def lines_told(capsys):
 
 # ------------------------------------------------------------------------------------------------------------- the dataset
 
+@pytest.mark.slow
 def test_a_set_has_its_composition_and_its_sources(server, tmp_path, capsys):
     assert make(server, tmp_path) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'manifest.jsonl'}\n"
@@ -156,6 +157,7 @@ def test_a_set_has_its_composition_and_its_sources(server, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"images", "manifest.jsonl", "selection.json"}
 
 
+@pytest.mark.slow
 def test_the_papers_composition_is_the_default(tmp_path):
     with Rows(total=1700) as server:
         assert make(server, tmp_path, "--review", composition=None) == 0
@@ -165,6 +167,7 @@ def test_the_papers_composition_is_the_default(tmp_path):
         assert not server.fetched(), "--review fetches nothing"
 
 
+@pytest.mark.slow
 def test_the_same_command_again_asks_for_nothing(server, tmp_path):
     assert make(server, tmp_path) == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -181,6 +184,7 @@ def test_the_seed_alone_decides_which_rows(server, tmp_path):
     assert chosen[0] == chosen[1] != chosen[2]
 
 
+@pytest.mark.slow
 def test_a_person_corrects_a_category_and_rejects_a_row(server, tmp_path, capsys):
     make(server, tmp_path, "--review")
     path = tmp_path / "selection.json"
@@ -201,6 +205,7 @@ def test_a_person_corrects_a_category_and_rejects_a_row(server, tmp_path, capsys
     assert rejected["row"] not in items and items[moved["row"]].category == "artwork"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_was(server, tmp_path, monkeypatch):
     make(server, tmp_path, "--review")
     rows = [row["row"] for row in json.loads((tmp_path / "selection.json").read_text())["rows"]]
@@ -224,6 +229,7 @@ def test_an_interrupted_run_goes_on_where_it_was(server, tmp_path, monkeypatch):
     assert len(manifest.read_manifest(tmp_path)) == 9 and all(item.picture() for item in manifest.read_manifest(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_published_selection_gives_the_same_set_or_says_so(server, tmp_path, capsys):
     make(server, tmp_path / "mine")
     (tmp_path / "yours").mkdir()
@@ -243,6 +249,7 @@ STUMBLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["/rows", "/pictures/"])
 @pytest.mark.parametrize("stumble", STUMBLES)
 def test_what_passes_is_waited_for(server, tmp_path, waits, stumble, part, capsys):
@@ -259,6 +266,7 @@ def test_a_wait_is_told_in_a_sentence(server, tmp_path, waits, capsys):
     assert waits == [120]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_ends_the_run_and_loses_nothing(server, tmp_path, waits, capsys):
     server.faults["length=100"] = [None, answers(502)]
     assert make(server, tmp_path) == 3
@@ -312,6 +320,7 @@ BROKEN_ROWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part, fault, sentence", BROKEN_ROWS.values(), ids=BROKEN_ROWS)
 def test_a_picture_that_is_none_fails_alone(server, tmp_path, waits, capsys, monkeypatch, part, fault, sentence):
     make(server, tmp_path, "--review")
@@ -577,6 +586,7 @@ def test_a_limit_on_the_calls_is_kept(photos, tmp_path, model, monkeypatch, caps
     assert asked(photos, tmp_path, "--overwrite") == 0 and len(model.calls) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system kills otherwise")
 def test_calls_in_flight_at_a_kill_count_in_the_limits(photos, tmp_path, model, monkeypatch, capsys):
     """One picture is answered and three calls hang: with a limit of six calls, two are left."""

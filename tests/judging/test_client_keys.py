@@ -135,6 +135,7 @@ def test_tokens_are_counted_by_the_service_or_bounded_here(bench):
     assert bench.client(price=None).estimate(ask())[1] is None
 
 
+@pytest.mark.slow
 def test_many_calls_at_once_take_as_long_as_the_slowest(bench):
     client = bench.client()
     client.ask(ask())
@@ -149,6 +150,7 @@ def test_a_request_without_a_schema_is_answered_by_its_text(bench):
     assert (answer.status, answer.text) == ("ok", "hello")
 
 
+@pytest.mark.slow
 def test_a_picture_is_encoded_once_for_all_threads(monkeypatch):
     encoded, frombytes = [], Image.frombytes
     monkeypatch.setattr(payload.Image, "frombytes", lambda *given: (encoded.append(given[1]), time.sleep(0.05),

@@ -27,6 +27,7 @@ from fake_gemini import (
 from sifm_min.judging import transport
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [silence, drip(), drip(head="HTTP/1.1 200 OK\r\nX-Slow: ")], ids=["silence", "body", "header"])
 def test_21_the_deadline_is_for_all_of_a_call(bench, step):
     started = time.monotonic()
@@ -66,6 +67,7 @@ def test_23_redirects_are_not_followed(bench, provider, code):
     assert bench.stop([redirect(code, bench.server.base_url(provider))], provider)[1] == 1
 
 
+@pytest.mark.slow
 def test_24_bodies_without_measure(bench):
     steps = endless, announced, bomb(100), sends(" " * (transport.BODY_CAP + 1))
     tracemalloc.start()

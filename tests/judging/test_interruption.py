@@ -110,6 +110,7 @@ def wait_until(condition, seconds=20):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked runs; this system has no fork")
 @pytest.mark.parametrize("signum, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)], ids=["kill", "ctrl-c"])
 def test_calls_in_flight_at_the_end_count_in_the_limits(signum, code, server, tmp_path, nursery, capsys):
@@ -201,6 +202,7 @@ def test_a_full_disk_sends_no_call(server, tmp_path, monkeypatch):
     assert judge.main(call) == 1 and server.calls == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked runs; this system has no fork")
 def test_kill_9_loses_no_verdict_and_buys_none_twice(server, tmp_path, nursery):
     server.script(PRO, lambda call: after(0.004, knowing(call)))

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = ("judging", "experiments", "judge.py", "evaluate.py")
 PROBE = """
@@ -25,6 +27,7 @@ def python(folder, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_rooms_left_out_break_nothing_else(tmp_path):
     skip = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "sifm_min", tmp_path / "sifm_min", ignore=skip)

@@ -45,6 +45,7 @@ pytestmark = pytest.mark.usefixtures("small_canaries")
 
 # --------------------------------------------------------------------------------------------------------------- a run
 
+@pytest.mark.slow
 def test_a_run_from_manifest_to_rates(server, tmp_path, capsys):
     path, out = manifest(tmp_path, 12, ("control", "sifm")), tmp_path / "out"
     call = ["run", path, "--panel", panel_file(tmp_path, server), "-o", str(out)]

@@ -68,6 +68,7 @@ def test_downsampled_ssim_has_piqs_values(vectors):
             assert value == pytest.approx(values["ssim"]["piq_down_f64"], abs=1e-6, rel=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.float64, 2e-8)])
 def test_vifp_has_the_published_values(vectors, dtype, tolerance):
     for name, dist, ref, values in vectors:
@@ -87,6 +88,7 @@ def test_vifp_has_the_published_values(vectors, dtype, tolerance):
             assert channels.mean().item() == pytest.approx(float(values["vifp"]["ref64_rgb_mean"]), abs=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fsim_has_the_published_values(vectors, dtype):
     for name, dist, ref, values in vectors:
@@ -120,6 +122,7 @@ def test_fsim_reduces_by_means_of_blocks(vectors):
     assert metrics.fsim(dist, ref).item() == pytest.approx(phase._fsimc(*by_hand).item(), abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["alex", "squeeze", "vgg"])
 def test_lpips_has_the_values_of_its_package(vectors, shared, network):
     stored = json.loads((shared / "data/metrics/lpips_fixture/lpips_values.json").read_text())["nets"][network]

@@ -33,6 +33,7 @@ def noisy(image, strength):
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_samples_have_what_the_design_promises(samples):
     sample = samples[0]
     assert sample.image.size == sample.target.size == (64, 64) and sample.image.mode == "RGB"
@@ -49,6 +50,7 @@ def test_an_unknown_split_is_refused():
         miniature.samples(1, split="test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", miniature.judges)
 def test_the_exact_target_is_obeyed_and_the_source_is_not(samples, name):
     judge = miniature.judges[name]
@@ -75,6 +77,7 @@ def test_a_destroyed_target_is_degraded(samples, name, damage):
         assert sum(v.perceptual_degradation for v in found) >= 0.85 * SAMPLES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", miniature.judges)
 def test_slight_softness_and_grain_are_forgiven(samples, name):
     judge = miniature.judges[name]
@@ -90,6 +93,7 @@ def elsewhere(scene, rng):
     return drawing.render(replace(scene, jitter=tuple(rng.uniform(-1, 1) for _ in scene.jitter)).changed(values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", miniature.caption_judges)
 def test_judges_of_img2img_allow_for_another_pose_alone(samples, name):
     judge, rng, few = miniature.caption_judges[name], random.Random(0), samples[:16]
@@ -138,6 +142,7 @@ MODELS = Path(sifm_min.models.__file__).parent
 SHIPPED = ("miniature", "miniature-plain", "miniature-sd3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_editor_loads_like_a_real_folder(name):
     by_name, by_folder = sifm_min.load_editor(name), sifm_min.load_editor(str(MODELS / name))
@@ -175,6 +180,7 @@ def test_the_shipped_tokenizer_is_small_and_takes_any_text():
         assert len(ids) == editor.text_encoder.config.max_position_embeddings and max(ids) < len(vocabulary)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["miniature", "miniature-sd3"])
 def test_the_editor_obeys(name):
     editor, samples = sifm_min.load_editor(name), miniature.samples(30, seed=11)
@@ -185,6 +191,7 @@ def test_the_editor_obeys(name):
     assert wrong <= 1
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_same_picture_from_the_folder():
     diffusers = pytest.importorskip("diffusers", reason="the oracle is diffusers (the test extra)")
     pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(MODELS / "miniature", torch_dtype=torch.float32)
@@ -197,6 +204,7 @@ def test_diffusers_draws_the_same_picture_from_the_folder():
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_same_picture_from_the_sd3():
     diffusers = pytest.importorskip("diffusers", reason="the oracle is diffusers (the test extra)")
     pipeline = diffusers.StableDiffusion3Img2ImgPipeline.from_pretrained(

@@ -208,6 +208,7 @@ def test_samples_are_exact():
         assert sample.target_caption == world.caption(sample.instruction.target)
 
 
+@pytest.mark.slow
 def test_samples_have_five_unseen_prompts_of_other_kinds(unrendered):
     kinds = []
     for sample in miniature.samples(300, seed=5):
