@@ -3,7 +3,7 @@
 from . import cli
 from .files import reports, writing
 from .files.weight_digests import hash_weights
-from .immunize import editor_of, find, question
+from .immunize import editor_of, find, question, tell_skipped
 
 EXAMPLES = """examples:
   %(prog)s photo.png --prompt "make her a witch" -o out
@@ -51,10 +51,7 @@ def _body(args):
         asked = question(path, editor, args)
         before = reports.earlier(report_path, asked, [target], overwrite=args.overwrite)
         if before and target.exists():
-            cli.say(f"{path}: done before, skipped", quiet=args.quiet)
-            if args.json:
-                cli.out(cli.to_json(reports.in_short(before) | {"skipped": True}))
-            return
+            return tell_skipped(path, before, args)
         picture = images.read(path)
         cli.say_notes(path, picture.info["notes"], quiet=args.quiet)
         with cli.progress(total=len(editor.plan(args.steps).timesteps), what=path.name, quiet=args.quiet) as bar:

@@ -386,10 +386,7 @@ def _immunize_file(path, editor, args):
     before = reports.earlier(report_path, asked, paths[:1] if args.no_preview else paths[:2], overwrite=args.overwrite)
     done = before is not None and immunized_path.exists()
     if done and (args.no_preview or preview_path.exists()):
-        cli.say(f"{path}: done before, skipped", quiet=args.quiet)
-        if args.json:
-            cli.out(cli.to_json(reports.in_short(before) | {"skipped": True}))
-        return
+        return tell_skipped(path, before, args)
     picture = images.read(path)
     cli.say_notes(path, picture.info["notes"], quiet=args.quiet)
     if done:                                                 # all but the preview
@@ -413,6 +410,13 @@ def _immunize_file(path, editor, args):
                as_json=args.json)
     if not args.no_preview:
         _write_preview(picture, immunized, preview_path, editor, args)
+
+
+def tell_skipped(path, report, args):
+    """Say that a picture's results are there already; with --json, print their report."""
+    cli.say(f"{path}: done before, skipped", quiet=args.quiet)
+    if args.json:
+        cli.out(cli.to_json(reports.in_short(report) | {"skipped": True}))
 
 
 def _write_preview(picture, immunized, path, editor, args):

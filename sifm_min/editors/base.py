@@ -112,6 +112,11 @@ class Editor:
         return self.working_size < 512
 
     @property
+    def networks(self):
+        """The networks whose activations may be computed again in the backward pass."""
+        return [network for network in (self.denoiser, self.vae) if network is not None]
+
+    @property
     def checkpointing(self):
         """True where the networks compute their activations again in the backward pass, instead of keeping them."""
         return self._checkpointing
@@ -119,9 +124,8 @@ class Editor:
     @checkpointing.setter
     def checkpointing(self, value):
         self._checkpointing = value
-        for network in (self.denoiser, self.vae):
-            if network is not None:
-                network.checkpointing = value
+        for network in self.networks:
+            network.checkpointing = value
 
     def forget_text(self):
         """Release the text encoders until they are needed again."""

@@ -76,14 +76,8 @@ class Latents(Editor):
         return max(space.network.factor for space in self.spaces)
 
     @property
-    def checkpointing(self):
-        return self._checkpointing
-
-    @checkpointing.setter
-    def checkpointing(self, value):
-        self._checkpointing = value
-        for space in self.spaces:
-            space.network.checkpointing = value
+    def networks(self):
+        return [space.network for space in self.spaces]
 
     def provenance(self):
         """As `Editor.provenance`; the weights of every space, below its name."""
