@@ -1,11 +1,13 @@
 """The KL autoencoder of latent diffusion: pixels to latents at 1/8 of the size, and back.
 
 Reads: the `vae/` of timbrooks/instruct-pix2pix, MudeHui/HQ-Edit and every SD 1.x (4 latent channels, 1x1 convolutions
-around the latent), and of stabilityai/stable-diffusion-3-medium (16 channels, without them). Parameters carry the names
-of the published files. Paper: Rombach et al. 2022, section 3.1 and appendix G.
+around the latent), of stabilityai/stable-diffusion-3-medium and FLUX.1 (16 channels, without them), and of FLUX.2 (32
+channels, with them). Parameters carry the names of the published files. Paper: Rombach et al. 2022, section 3.1 and
+appendix G.
 
 `encode` returns the posterior's mean and log variance, and `decode` takes an unscaled latent, such as that mean. The
-diffusion model works on (latent - shift_factor) * scaling_factor; the editor converts.
+diffusion model works on (latent - shift_factor) * scaling_factor; the editor converts. FLUX.2 has statistics in place of
+the two numbers: its diffusion model works on `normalised(latent)`, and `denormalised` is the inverse.
 """
 
 from dataclasses import dataclass
@@ -23,9 +25,11 @@ from .lean import Conv2d, GroupNorm, NormSiLU
 HARMLESS = EMA | {
     "sample_size": "the training resolution; the network is convolutional",
     "force_upcast": "which dtype to run in is the caller's decision",
+    "batch_norm_momentum": "training only: how fast the statistics follow",
 }
 # Keys that are not fields, and their implemented values.
-IMPLEMENTED = {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,)}
+IMPLEMENTED = {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,), "patch_size": ([2, 2], (2, 2))}
+PATCH = 2                                           # side of FLUX.2's patches: each latent channel becomes PATCH^2 channels
 BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 # Older files spell the attention's four layers differently (the fp32 file of SD 1.5, for one).
@@ -42,7 +46,7 @@ class VAEConfig(Config):
     NETWORK: ClassVar = "the VAE"
     HARMLESS: ClassVar = HARMLESS
     IMPLEMENTED: ClassVar = IMPLEMENTED
-    RANGE: ClassVar = {"layers_per_block": LAYERS}
+    RANGE: ClassVar = {"layers_per_block": LAYERS, "batch_norm_eps": (0, 1)}
 
     block_out_channels: tuple[int, ...]             # channels per resolution, finest first
     layers_per_block: int                           # residual blocks per resolution; the decoder has one more
@@ -55,22 +59,33 @@ class VAEConfig(Config):
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    decoder_block_out_channels: tuple[int, ...] | None = None               # None: as many as the encoder's
+    batch_norm_eps: float | None = None             # FLUX.2, with statistics in place of scaling_factor and shift_factor
 
     def __post_init__(self):
         super().__post_init__()
-        widths = self.block_out_channels
+        widths, decoder_widths = self.block_out_channels, self.decoder_block_out_channels or ()
         object.__setattr__(self, "shift_factor", 0.0 if self.shift_factor is None else self.shift_factor)
+        if self.batch_norm_eps is not None:
+            object.__setattr__(self, "scaling_factor", 1.0)
         if not widths:
             raise self.refusal("sets block_out_channels to an empty list")
+        if decoder_widths and len(decoder_widths) != len(widths):
+            raise self.refusal(f"has {len(decoder_widths)} decoder_block_out_channels for {len(widths)} block_out_channels")
         if self.scaling_factor <= 0:
             raise self.refusal(f"sets scaling_factor to {self.scaling_factor}, not to a number above 0")
-        if uneven := [width for width in widths if width % self.norm_num_groups]:
-            raise self.refusal(f"has {uneven[0]} in block_out_channels, which is not a multiple of norm_num_groups "
-                               f"{self.norm_num_groups}")
+        for key, given in (("block_out_channels", widths), ("decoder_block_out_channels", decoder_widths)):
+            if uneven := [width for width in given if width % self.norm_num_groups]:
+                raise self.refusal(f"has {uneven[0]} in {key}, which is not a multiple of norm_num_groups "
+                                   f"{self.norm_num_groups}")
 
     @classmethod
     def translated(cls, given):
         """Check the block types and drop them: there is one implementation of each."""
+        if given.get("batch_norm_eps") is not None:
+            for key in ("scaling_factor", "shift_factor"):
+                if given.get(key) is not None:
+                    raise cls.refusal(f"sets {key} to {shown(given[key])} beside batch_norm_eps; only one of the two is used")
         widths = given.get("block_out_channels")
         for key, kind in BLOCK_TYPES.items():
             if key in given and isinstance(widths, list) and given[key] != [kind] * len(widths):
@@ -215,7 +230,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, groups = config.block_out_channels[::-1], config.norm_num_groups          # coarsest first
+        widths = (config.decoder_block_out_channels or config.block_out_channels)[::-1]     # coarsest first
+        groups = config.norm_num_groups
         self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
         self.up_blocks = nn.ModuleList(
@@ -231,8 +247,26 @@ class Decoder(nn.Module):
         return self.conv_out(self.conv_norm_out(x))
 
 
+class Statistics(nn.Module):
+    """Mean and variance of each channel of a patched latent: a batch norm after training, and its inverse.
+
+    They are parameters here, so that a network on the meta device has no other tensors than those that a file fills.
+    """
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.running_mean = nn.Parameter(torch.zeros(channels))
+        self.running_var = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x, inverse=False):                                    # (B, C, h, w) -> the same shape
+        deviation = (self.running_var + self.eps).sqrt()
+        mean, deviation = (part.to(x.dtype)[:, None, None] for part in (self.running_mean, deviation))
+        return x * deviation + mean if inverse else (x - mean) / deviation
+
+
 class AutoencoderKL(nn.Module):
-    """Encoder, decoder, and the optional 1x1 convolutions between them and the latent.
+    """Encoder, decoder, and the optional 1x1 convolutions between them and the latent; for FLUX.2 its statistics.
 
     `checkpointing`: recompute residual blocks and attention in the backward pass, which saves memory.
     """
@@ -248,6 +282,7 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(config)
         self.quant_conv = Conv2d(2 * latent, 2 * latent, 1) if config.use_quant_conv else None
         self.post_quant_conv = Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
+        self.bn = None if config.batch_norm_eps is None else Statistics(PATCH**2 * latent, config.batch_norm_eps)
 
     @property
     def factor(self) -> int:
@@ -271,7 +306,24 @@ class AutoencoderKL(nn.Module):
             latent = self.post_quant_conv(latent)
         return self.decoder(latent, self.checkpointing)
 
+    def normalised(self, latent: torch.Tensor) -> torch.Tensor:
+        """FLUX.2's latent for its transformer, (B, 4 * latent_channels, h // 2, w // 2), of an unscaled one (B, C, h, w).
+
+        Each patch of 2x2 positions becomes one, whose channels are in the order channel, row, column. Each channel then
+        gets a mean of 0 and a deviation of 1. h and w must be even.
+        """
+        return self.bn(F.pixel_unshuffle(latent, PATCH))
+
+    def denormalised(self, latent: torch.Tensor) -> torch.Tensor:
+        """The inverse of `normalised`: the unscaled latent that `decode` takes."""
+        return F.pixel_shuffle(self.bn(latent, inverse=True), PATCH)
+
     @staticmethod
-    def rename(name: str) -> str:
-        """Translate a tensor's name from a published file, in either spelling of the attention's layers."""
+    def rename(name: str) -> str | None:
+        """Translate a tensor's name from a published file, in either spelling of the attention's layers.
+
+        None for the counter of a batch norm's training steps, which no result depends on.
+        """
+        if name == "bn.num_batches_tracked":
+            return None
         return ".".join(LEGACY_NAMES.get(part, part) for part in name.split("."))
