@@ -88,9 +88,9 @@ def _edit(plan, editors, case, arm, **_):
 
 
 def _attack(plan, editors, case, arm, **_):
-    from . import robustness
+    from ..purifiers import attacks
     image, started = case.read(), time.perf_counter()
-    robustness.apply(arm["attack"]["name"], image, editor=editors.get(arm["attack"]["editor"]), seed=plan["seed"])
+    attacks.apply(arm["attack"]["name"], image, editor=editors.get(arm["attack"]["editor"]), seed=plan["seed"])
     return time.perf_counter() - started
 
 

@@ -14,7 +14,7 @@ from .. import __version__
 from ..files.digests import digest
 from ..immunize import METHODS, PROTOCOL, options_of, settings
 
-STEPS = {"immunize": 2, "attack": 1, "edit": 1, "metrics": 1, "lpips": 1, "verdict": 1}   # raised when code changes results
+STEPS = {"immunize": 2, "attack": 2, "edit": 1, "metrics": 1, "lpips": 1, "verdict": 1}   # raised when code changes results
 PIXEL_METRICS = ("psnr", "ssim", "vifp", "fsim")
 CONTROL, NOISE = "control", "noise"
 
@@ -56,7 +56,7 @@ def make_arm(name, method=None, *, source, target, options=None, attack=None):
     """One row of a table, JSON-ready: `method` immunizes against the editor `source`, the attacker edits with `target`.
 
     method None stands for the clean picture. options: those of this arm beside the plan's. attack: a change of the picture
-    before the edit, {"name", "editor" (the name of the editor that it uses, or None), "moves"}; see robustness.py.
+    before the edit, {"name", "editor" (the name of the editor that it uses, or None), "moves"}; see purifiers/attacks.py.
     """
     return {"name": name, "method": method, "source": source, "target": target, "options": options or {}, "attack": attack}
 

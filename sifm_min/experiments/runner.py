@@ -149,11 +149,11 @@ class Runner:
 
     def _attack(self, journal, arm, key, sha256):
         from .. import images, metrics
-        from . import robustness
+        from ..purifiers import attacks
         started = time.perf_counter()
         before = journal.image(sha256)
-        image = robustness.apply(arm["attack"]["name"], before, seed=self.plan["seed"],
-                                 editor=self.editors.get(arm["attack"]["editor"]))
+        image = attacks.apply(arm["attack"]["name"], before, seed=self.plan["seed"],
+                              editor=self.editors.get(arm["attack"]["editor"]))
         damage = metrics.psnr(images.to_pixels(image), images.to_pixels(before)).item()
         return journal.add(key, "attack", image, seconds=_since(started), psnr=_plain(damage))
 

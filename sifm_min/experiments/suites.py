@@ -47,10 +47,10 @@ def arms(suite, editors, methods, *, moving=True):
 
 def _attacked(plain, editors, moving):
     """(arms, remarks): the arms as they are, and again after each attack that applies."""
-    from . import robustness
+    from ..purifiers import attacks
     arms, remarks = list(plain), []
     own, other = [*editors, None][:2]
-    for name, attack in robustness.ATTACKS.items():
+    for name, attack in attacks.ATTACKS.items():
         used = {"own": own, "other": other}.get(attack.needs)
         if attack.needs and used is None:
             remarks.append(f"{name} is left out: it needs another editor, which --other NAME adds")

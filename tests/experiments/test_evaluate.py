@@ -23,12 +23,13 @@ from PIL import Image
 
 import sifm_min
 from sifm_min import cli, editors, evaluate, judge, miniature
-from sifm_min.experiments import estimate, figures, manifest, plan, results, robustness, runner, store, suites, workers
+from sifm_min.experiments import estimate, figures, manifest, plan, results, runner, store, suites, workers
 from sifm_min.files.digests import picture_sha256
 from sifm_min.files.ledger import Busy, Ledger, read_rows
 from sifm_min.judging import canaries as canary_file
 from sifm_min.judging.edits import read_edits
 from sifm_min.models.checkpoints import Unavailable
+from sifm_min.purifiers import attacks
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("control", "noise", "photoguard-encoder")
@@ -687,7 +688,7 @@ def test_answers_of_two_shares_are_one_table(run, panel):
 def test_the_estimate_counts_and_times_every_kind_of_step(loaded, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(editors, "load_editor", lambda source, **options: loaded[source])
-    monkeypatch.setattr(robustness, "ATTACKS", {"jpeg-50": robustness.ATTACKS["jpeg-50"]})
+    monkeypatch.setattr(attacks, "ATTACKS", {"jpeg-50": attacks.ATTACKS["jpeg-50"]})
 
     def announced(*argv):
         capsys.readouterr()

@@ -12,8 +12,9 @@ from fake_gemini import FakeGemini, serve_panel, verdict
 
 import sifm_min
 from sifm_min import cli, editors, evaluate, miniature
-from sifm_min.experiments import manifest, results, robustness
+from sifm_min.experiments import manifest, results
 from sifm_min.judging import canaries
+from sifm_min.purifiers import attacks
 
 NAMES = ("instruct-pix2pix", "hq-edit", "sd3")
 TABLES = {"instruct-pix2pix": "Table III", "hq-edit": "Table IV", "sd3": "Table II"}
@@ -131,7 +132,7 @@ def test_an_option_that_no_editor_has_is_refused_before_any_work(run, capsys, ar
 @pytest.mark.parametrize("name, other", [("sd3", "hq-edit"), ("instruct-pix2pix", "sd3")])
 def test_attacks_that_need_an_editor_or_move_the_picture(run, models, capsys, monkeypatch, name, other):
     kept = ("crop-0.75", "vae", "vae-other", "regenerate-0.15")
-    monkeypatch.setattr(robustness, "ATTACKS", MappingProxyType({one: robustness.ATTACKS[one] for one in kept}))
+    monkeypatch.setattr(attacks, "ATTACKS", MappingProxyType({one: attacks.ATTACKS[one] for one in kept}))
     assert run("robustness", name, "--other", models[other][0])[0] == cli.OK
     (group,) = results.collect("out")
     found = {cell["attack"] for cell in group["cells"]}

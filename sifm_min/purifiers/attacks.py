@@ -1,7 +1,7 @@
 """Attacks on a protection: recompress, rescale, blur, clean a picture, or pass it through an autoencoder, before the edit.
 
-    attacked = robustness.apply("jpeg-75", image, seed=0)                     # PIL in, PIL out, same size and mode
-    for name, attack in robustness.ATTACKS.items():
+    attacked = attacks.apply("jpeg-75", image, seed=0)                     # PIL in, PIL out, same size and mode
+    for name, attack in attacks.ATTACKS.items():
         attack.needs                                         # "", "own" (the editor under attack) or "other" (another one)
         attack.refusal(editor)                               # None, or why it does not apply to this editor
 
@@ -62,7 +62,7 @@ class Attack:
         if why := self.refusal(editor):
             raise ValueError(why)
         picture = images.picture(image)
-        colours = picture.image.convert("L") if picture.mode in ("L", "LA") else picture.image
+        colours = picture.image.convert("L") if picture.channels == 1 else picture.image     # the pixels decide, not the mode
         attacked = self.function(colours, editor=editor, seed=seed, **self.parameters)
         return picture.put_together(attacked)
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 import sifm_min
 from sifm_min import images
-from sifm_min.experiments import robustness
-from sifm_min.experiments.robustness import ATTACKS, apply
 from sifm_min.miniature import drawing, world
+from sifm_min.purifiers import attacks
+from sifm_min.purifiers.attacks import ATTACKS, apply
 
 FREE = [name for name, attack in ATTACKS.items() if not attack.needs]
 
@@ -47,7 +47,7 @@ def test_the_table_is_data_that_a_report_can_hold():
     for name, attack in ATTACKS.items():
         assert attack.name == name and attack.source and attack.function.__doc__
         assert attack.needs in ("", "own", "other") and isinstance(attack.kinds, tuple)
-        assert json.loads(json.dumps(attack.parameters)) == attack.parameters != {} or attack.function is robustness.autoencoder
+        assert json.loads(json.dumps(attack.parameters)) == attack.parameters != {} or attack.function is attacks.autoencoder
     assert [name for name, attack in ATTACKS.items() if attack.needs] == ["vae", "vae-other", "regenerate-0.15"]
     assert [name for name, attack in ATTACKS.items() if attack.moves] == ["crop-0.75"]
     assert len({id(row) for row in ATTACKS.values()}) == len(ATTACKS)
@@ -88,6 +88,14 @@ def test_only_the_noise_depends_on_the_seed():
 def test_a_palette_picture_becomes_what_reading_it_gives():
     attacked = apply("jpeg-75", picture().convert("P"))
     assert attacked.mode == images.picture(picture().convert("P")).mode == "RGB"
+
+
+@pytest.mark.parametrize("name", ["noise-0.1", "adverse-cleaner", "jpeg-50"])
+def test_greyness_is_in_the_pixels_and_not_in_the_mode(name):
+    grey = picture(mode="L")
+    attacked = apply(name, grey.convert("RGB"), seed=3)
+    assert attacked.mode == "RGB"
+    assert attacked.tobytes() == apply(name, grey, seed=3).convert("RGB").tobytes()
 
 
 @pytest.mark.parametrize("call, sentence", [
@@ -156,8 +164,8 @@ def test_bit_depth_leaves_as_many_levels_each_value_the_nearest(bits):
 @pytest.mark.parametrize("sigma", [0.05, 0.1])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_noise_has_its_standard_deviation_in_colour_and_in_grey(sigma, mode):
-    grey = Image.new(mode, (200, 200), 128 if mode == "L" else (128, 128, 128))
-    drawn = (array(apply(f"noise-{sigma}", grey, seed=5)) - 128) / 255
+    flat = Image.new(mode, (200, 200), 128 if mode == "L" else (120, 128, 136))
+    drawn = (array(apply(f"noise-{sigma}", flat, seed=5)) - array(flat)) / 255
     assert drawn.std() == pytest.approx(sigma, rel=0.02) and abs(drawn.mean()) < 0.002
     if mode == "RGB":
         assert abs(np.corrcoef(drawn[..., 0].ravel(), drawn[..., 1].ravel())[0, 1]) < 0.03, "the channels share their noise"
@@ -206,7 +214,7 @@ def test_the_bilateral_filter_is_the_sum_written_out():
                     expected[y, x] += weight * other
                     total += weight
             expected[y, x] /= total
-    found = robustness.bilateral(torch.from_numpy(values).permute(2, 0, 1).float(), 5, 8.0, 8.0)
+    found = attacks.bilateral(torch.from_numpy(values).permute(2, 0, 1).float(), 5, 8.0, 8.0)
     assert np.abs(found.permute(1, 2, 0).numpy() - expected).max() < 1e-3
     assert np.abs(expected - values).max() > 1
 
@@ -230,7 +238,7 @@ def test_the_guided_filter_is_a_ridge_regression_in_every_window():
             window = [(doubled(y + i, height), doubled(x + j, width)) for i in range(-4, 5) for j in range(-4, 5)]
             mean = np.mean([slopes[p] for p in window], 0)
             expected[y, x] = guide[y, x] @ mean + np.mean([offsets[p] for p in window], 0)
-    found = robustness._Guide(as_values(guide), 4, 16.0).filter(as_values(values))
+    found = attacks._Guide(as_values(guide), 4, 16.0).filter(as_values(values))
     assert np.abs(found.permute(1, 2, 0).numpy() - expected).max() < 1e-3
 
 
