@@ -176,6 +176,26 @@ def sent(values, device, dtype=None):
     return values.pin_memory().to(device, non_blocking=True)
 
 
+class Sent:
+    """A cache on the device of numbers that depend on timesteps alone."""
+
+    KEPT = 64
+
+    def __init__(self):
+        self.known = {}
+
+    def __call__(self, make, timesteps, latent):
+        """The tensors of make(timesteps), each (1 or B, 1, ...) for a latent (B, ...), of its dtype and on its device."""
+        timesteps = torch.as_tensor(timesteps, device="cpu").detach()
+        key = (*timesteps.reshape(-1).tolist(), latent.ndim, latent.dtype, latent.device, torch.is_inference_mode_enabled())
+        if key not in self.known:
+            if len(self.known) >= self.KEPT:
+                self.known.clear()
+            shape = -1, *[1] * (latent.ndim - 1)
+            self.known[key] = [sent(part.reshape(shape), latent.device, latent.dtype) for part in make(timesteps)]
+        return self.known[key]
+
+
 class Prepared:
     """The part of each block's input that depends on a timestep or a text alone. `prepared[block]` is `block.prepare(value)`,
     computed at the first use and then kept."""

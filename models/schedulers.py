@@ -1,5 +1,5 @@
-"""Noise levels and single denoising steps from a published `scheduler_config.json`: DDIM, Euler, Euler ancestral, and the
-Euler steps of rectified flow (Stable Diffusion 3).
+"""Noise levels and single denoising steps from a published `scheduler_config.json`: DDIM, Euler and Euler ancestral; those
+of rectified flow (Stable Diffusion 3, FLUX) are in `flow_matching.py`.
 
 `load(text)` gives a `Scheduler`, or for rectified flow a `FlowScheduler`: the training noise levels, and `add_noise`, which
 is the same for every sampler of a kind. `scheduler.plan(steps)` gives a plan: the timesteps of one edit and the step from each
@@ -24,10 +24,13 @@ from typing import ClassVar
 import torch
 
 from .config import Config, parsed, shown
-from .lean import sent
+from .flow_matching import FILE, FLOW, TIMESTEPS, FlowConfig, FlowPlan, FlowScheduler
+from .lean import Sent
+
+__all__ = ["ANCESTRAL", "DDIM", "EULER", "FLOW", "DDIMPlan", "EulerPlan", "FlowConfig", "FlowPlan", "FlowScheduler",
+           "Scheduler", "SchedulerConfig", "load"]
 
 DDIM, EULER, ANCESTRAL = "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
-FLOW = "FlowMatchEulerDiscreteScheduler"
 
 # Keys that the class of that name reads and this file does not implement: accepted only with a value that means "off".
 OFF = {
@@ -42,7 +45,6 @@ OFF = {
     },
     ANCESTRAL: {},
     FLOW: {
-        "use_dynamic_shifting": (False, None),
         "invert_sigmas": (False, None),
         "shift_terminal": (None,),
         "stochastic_sampling": (False, None),
@@ -78,9 +80,6 @@ CHOICES = {
     "timestep_spacing": ("leading", "linspace", "trailing"),
 }
 
-
-FILE = "scheduler_config.json"
-TIMESTEPS = (1, 100_000)
 BETAS = (1e-6, 0.999)                               # below, 1 - beta is 1 in float32; above, nothing of a picture remains
 
 
@@ -118,18 +117,6 @@ class SchedulerConfig(Config):
             raise self.refusal("sets rescale_betas_zero_snr and num_train_timesteps to 1: that one would be pure noise")
 
 
-@dataclass(frozen=True, kw_only=True)
-class FlowConfig(Config):
-    """`scheduler_config.json` of rectified flow."""
-
-    FILE: ClassVar = FILE
-    RANGE: ClassVar = {"num_train_timesteps": TIMESTEPS, "shift": (0.001, 1000)}
-
-    sampler: str = FLOW
-    num_train_timesteps: int = 1000
-    shift: float = 1.0                              # above 1, more of the steps are spent on noisy latents
-
-
 def load(text: str | None, *, ancestral: bool = False) -> "Scheduler | FlowScheduler":
     """The scheduler that the text of a `scheduler_config.json` describes.
 
@@ -156,7 +143,7 @@ def load(text: str | None, *, ancestral: bool = False) -> "Scheduler | FlowSched
 
 def flow_config(given: dict) -> FlowConfig:
     """The config of a file of rectified flow; a key or value that is not implemented is refused."""
-    known = {"num_train_timesteps", "shift"}
+    known = {field.name for field in fields(FlowConfig)} - {"sampler"}
     check(FLOW, given, known)
     return FlowConfig(**{key: given[key] for key in given.keys() & known})
 
@@ -191,26 +178,6 @@ def from_betas(stored: str | None, given: dict) -> SchedulerConfig:
                          f"cannot take its place; implemented are {', '.join(OFF)}")
     kept = {key: given[key] for key in TRAINED if key in given}
     return SchedulerConfig(sampler=ANCESTRAL, timestep_spacing="linspace", **kept)
-
-
-class Sent:
-    """A cache on the device of numbers that depend on timesteps alone."""
-
-    KEPT = 64
-
-    def __init__(self):
-        self.known = {}
-
-    def __call__(self, make, timesteps, latent):
-        """The tensors of make(timesteps), each (1 or B, 1, ...) for a latent (B, ...), of its dtype and on its device."""
-        timesteps = torch.as_tensor(timesteps, device="cpu").detach()
-        key = (*timesteps.reshape(-1).tolist(), latent.ndim, latent.dtype, latent.device, torch.is_inference_mode_enabled())
-        if key not in self.known:
-            if len(self.known) >= self.KEPT:
-                self.known.clear()
-            shape = -1, *[1] * (latent.ndim - 1)
-            self.known[key] = [sent(part.reshape(shape), latent.device, latent.dtype) for part in make(timesteps)]
-        return self.known[key]
 
 
 class Scheduler:
@@ -375,81 +342,6 @@ class DDIMPlan:
         if self.config.clip_sample:
             clean = clean.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         return kept_next**0.5 * clean + (1 - kept_next) ** 0.5 * noise_pred
-
-
-class FlowScheduler:
-    """Rectified flow: a noisy latent is (1 - sigma) latent + sigma noise, and the network predicts noise - latent from it.
-
-    The network's timestep is sigma times num_train_timesteps.
-    """
-
-    draws_noise, note = False, ""
-
-    def __init__(self, config: FlowConfig):
-        self.config = config
-        self._sent = Sent()
-
-    def plan(self, steps: int, strength: float = 1.0) -> "FlowPlan":
-        """The timesteps and transitions of one edit: the last `strength` of that many steps from noise to picture."""
-        if not 1 <= steps <= self.config.num_train_timesteps:
-            raise ValueError(f"{steps} denoising steps: between 1 and {self.config.num_train_timesteps} are possible")
-        if not 0 < strength <= 1:
-            raise ValueError(f"strength {strength}: above 0, where nothing changes, and at most 1, where nothing is kept")
-        return FlowPlan(self, steps, strength)
-
-    def add_noise(self, latent, noise, timesteps):
-        """(1 - sigma) latent + sigma noise: latent (scaled) and noise (B, C, h, w), timesteps a number or (B,)."""
-        (sigma,) = self.shares(timesteps, latent)
-        return sigma * noise + (1.0 - sigma) * latent
-
-    def shares(self, timesteps, latent):
-        """(sigma at the timesteps, (1 or B, 1, 1, 1), like latent). Sent to the device once."""
-        return self._sent(lambda timesteps: (self.sigma_at(timesteps),), timesteps, latent)
-
-    def sigma_at(self, timesteps) -> torch.Tensor:
-        """The share of noise at timesteps (a number or a tensor), of their shape, float32."""
-        timesteps = torch.as_tensor(timesteps).detach().float()
-        if bool((timesteps < 0).any()) or bool((timesteps > self.config.num_train_timesteps).any()):
-            raise ValueError(f"timestep {timesteps.min():g} to {timesteps.max():g}: this scheduler was trained "
-                             f"with 0 to {self.config.num_train_timesteps}")
-        return timesteps / self.config.num_train_timesteps
-
-
-class FlowPlan:
-    """Euler steps along the flow, from the noise level of the strength down to the picture.
-
-    timesteps: the last n of `steps`, (n,) float32 on the CPU; n follows from `strength`. sigmas: (n + 1,), the last one 0. An
-    edit begins with `scheduler.add_noise(latent, noise, timesteps[0])`, which at strength 1 is the noise alone.
-    """
-
-    draws_noise, fault = False, ""
-    sigma_start = 1.0
-
-    def __init__(self, scheduler: FlowScheduler, steps: int, strength: float):
-        train, shift = scheduler.config.num_train_timesteps, scheduler.config.shift
-
-        def shifted(sigma):
-            return shift * sigma / (1 + (shift - 1) * sigma)
-
-        # From 1 to the least training noise. That one is shifted here and then again with the rest, as in the published
-        # samples. The levels are float32 numbers, the arithmetic between them float64.
-        lowest = shifted(torch.ones((), device="cpu") / train).item()
-        even = torch.linspace(train, lowest * train, steps, dtype=torch.float64, device="cpu") / train
-        sigmas = shifted(even).float()
-        skipped = int(steps - min(steps * strength, steps))                     # float arithmetic as in diffusers: 50 * 0.8
-        if skipped >= steps:
-            raise ValueError(f"strength {strength} of {steps} denoising steps is less than one step; raise either")
-        self.timesteps = (sigmas * train)[skipped:]
-        self.sigmas = torch.cat([sigmas[skipped:], sigmas.new_zeros(1)])
-
-    def scale_input(self, latent, i):
-        """The latent, unchanged: this network takes it as it is."""
-        return latent
-
-    def step(self, velocity, i, latent, noise=None):
-        """The latent of step i + 1, in velocity's dtype (summed in at least float32). noise is not used."""
-        latent = latent.to(torch.promote_types(latent.dtype, torch.float32))
-        return (latent + (self.sigmas[i + 1] - self.sigmas[i]) * velocity).to(velocity.dtype)
 
 
 def visited(config: SchedulerConfig, steps: int) -> list[float]:

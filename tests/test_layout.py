@@ -34,7 +34,7 @@ FLAT = {}
 # Inside models/: loading stands on networks, which stand on layers; a network imports no other network.
 LOADING = {"models.checkpoints", "models.hub", "models.latent_spaces", "models.layout", "models.readahead",
            "models.single_files", "models.sources"}
-LAYERS = {"models.lean", "models.winograd", "models.config", "models.cpu", "models.tokens"}
+LAYERS = {"models.lean", "models.winograd", "models.config", "models.cpu", "models.tokens", "models.flow_matching"}
 
 # distribution -> what it is imported as; no others, ever
 SIX = {"torch": "torch", "safetensors": "safetensors", "huggingface-hub": "huggingface_hub", "numpy": "numpy",

@@ -622,8 +622,7 @@ def test_every_option_of_a_flow_is_decided_on():
 
 @pytest.mark.parametrize(("change", "named"), [
     *(({key: True}, f"sets {key} to True; for {FLOW} only False is implemented") for key in (
-        "use_dynamic_shifting", "invert_sigmas", "stochastic_sampling", "use_karras_sigmas", "use_exponential_sigmas",
-        "use_beta_sigmas")),
+        "invert_sigmas", "stochastic_sampling", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")),
     ({"shift_terminal": 0.1}, "sets shift_terminal to 0.1; .* only None is implemented"),
     ({"beta_start": 0.1}, f"sets beta_start, which {FLOW} here does not implement"),
     *(({"shift": wrong}, "sets shift to .*, not to a number from 0.001") for wrong in (

@@ -723,6 +723,8 @@ SPOILED = {
                          "does not name FlowMatchEulerDiscreteScheduler"),
     "a PNDM scheduler": (lambda f: diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012).save_pretrained(f / "scheduler"),
                          "does not name FlowMatchEulerDiscreteScheduler"),
+    "FLUX's scheduler": (lambda f: change(f / "scheduler/scheduler_config.json", use_dynamic_shifting=True),
+                         "sets use_dynamic_shifting, which is implemented for FLUX alone"),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json"),
     "no second tokenizer": (lambda f: shutil.rmtree(f / "tokenizer_2"), "tokenizer_2/ needs"),
     "another kind of tokenizer": (lambda f: shutil.copytree(f / "tokenizer", f / "tokenizer_3", dirs_exist_ok=True),

@@ -33,6 +33,8 @@ class StableDiffusion3(Editor):
         if not isinstance(self.scheduler, schedulers.FlowScheduler):
             raise ValueError(f"{name}: scheduler_config.json does not name {schedulers.FLOW}, which Stable Diffusion 3 is "
                              "sampled by")
+        if self.scheduler.config.use_dynamic_shifting:
+            raise ValueError(f"{name}: scheduler_config.json sets use_dynamic_shifting, which is implemented for FLUX alone")
         latent = self.vae.config.latent_channels
         if config.in_channels not in self.takes(latent) or config.out_channels != latent:
             wanted = " or ".join(str(n) for n in self.takes(latent))
