@@ -39,6 +39,14 @@ def loaded_once(tiny, tiny_folder, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def forked():
+    """Run Python commands in processes of their own that have torch already: see forked_python.py."""
+    from forked_python import ForkedPython
+    with ForkedPython() as python:
+        yield python
+
+
 @pytest.fixture
 def in_process(capfd):
     """Run the main function of a command in this process: (exit code, stdout, stderr)."""

@@ -613,13 +613,13 @@ class Reached(Exception):
     pass
 
 
-def photo_of_256(shared, name):
+def photo_of_128(shared, name):
     with Image.open(shared / "data" / "photos" / f"{name}.png") as image:
-        return images.to_pixels(image.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS))
+        return images.to_pixels(image.convert("RGB").resize((128, 128), Image.Resampling.LANCZOS))
 
 
 def until(met, x, objective):
-    """Run at most 60 steps, until met(x'): whether it was."""
+    """Run at most 60 steps, until met(x'); True if it was met."""
     def checked(x_imu, step):
         if step and step % 5 == 0 and met(x_imu.detach()):
             raise Reached
@@ -635,7 +635,7 @@ def until(met, x, objective):
 @pytest.mark.parametrize(("name", "picture"), [("taesd", "astronaut")])
 def test_photoguard_starves_a_real_latent_more_than_noise(name, picture, shared):
     """To at most 0.8 of its norm, and at least 0.1 below uniform noise's own ratio, within 60 steps."""
-    encoder, x = tae.Encoder(shared, name), photo_of_256(shared, picture)
+    encoder, x = tae.Encoder(shared, name), photo_of_128(shared, picture)
     with torch.no_grad():
         clean, noise = (encoder.scaled(encoder.encode(pixels)).norm() for pixels in (x, moved(x).clamp(0, 1)))
     goal = min(0.8, noise / clean - 0.1)
@@ -650,7 +650,7 @@ def test_photoguard_starves_a_real_latent_more_than_noise(name, picture, shared)
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "picture"), [("taesd", "astronaut")])
 def test_editshield_moves_a_real_latent_more_than_signs(name, picture, shared):
-    encoder, x = tae.Encoder(shared, name), photo_of_256(shared, picture)
+    encoder, x = tae.Encoder(shared, name), photo_of_128(shared, picture)
 
     def shift(x_imu):
         with torch.no_grad():

@@ -613,7 +613,7 @@ print((peak - before) / sum(p.numel() * 4 for p in network.parameters()))
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts resident memory as Linux does")
 @pytest.mark.parametrize("shards", [1, 3])
-def test_peak_memory_is_the_network_plus_one_tensor(tmp_path, shards):
+def test_peak_memory_is_the_network_plus_one_tensor(tmp_path, shards, forked):
     """Half precision on disk, float32 in memory: to keep the file's pages would take half as much again."""
     write(tmp_path / "unet/config.json", "{}")
     state = {f"w{i}": torch.zeros(1024, 1024, dtype=torch.float16) for i in range(48)}
@@ -621,8 +621,8 @@ def test_peak_memory_is_the_network_plus_one_tensor(tmp_path, shards):
         save_file(state, tmp_path / "unet" / PLAIN)
     else:
         shard(tmp_path, state, [f"m-{i}.safetensors" for i in range(shards)])
-    ran = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], cwd=ROOT, check=True, capture_output=True,
-                         text=True)
+    ran = forked("-c", PEAK, tmp_path)
+    assert not ran.returncode, ran.stderr
     assert 0.9 < float(ran.stdout) < 1.15, ran.stdout           # the network 1; a tensor 0.02, a renewal 0.08
 
 
@@ -656,24 +656,25 @@ print(held / (1024 * 1025 * 4))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads what is mapped as Linux tells it")
-def test_copied_tensors_do_not_keep_the_mapping(tmp_path):
+def test_copied_tensors_do_not_keep_the_mapping(tmp_path, forked):
     """Weights of convolutions change their layout, biases and matrices stay where they are; each bias would keep the pages of
     the weights that were read beside it."""
     write(tmp_path / "unet/config.json", "{}")
     state = {f"layers.{i}.weight": torch.zeros(256, 256, 3, 3) for i in range(16)}
     state |= {f"layers.{i}.bias": torch.zeros(256) for i in range(16)}
     save_file(state | {"linear.weight": torch.zeros(1024, 1024), "linear.bias": torch.zeros(1024)}, tmp_path / "unet" / PLAIN)
-    ran = subprocess.run([sys.executable, "-c", MAPPED, str(tmp_path)], cwd=ROOT, check=True, capture_output=True, text=True)
+    ran = forked("-c", MAPPED, tmp_path)
+    assert not ran.returncode, ran.stderr
     assert 0.5 < float(ran.stdout) < 1.6, ran.stdout            # the matrix 1; the weights of the convolutions 9
 
 
 @pytest.mark.slow
-def test_loading_an_editor_does_not_import_the_compiler():
+def test_loading_an_editor_does_not_import_the_compiler(forked):
     """Two seconds and more, of every command, for networks that compile nothing."""
     code = ("import sys, torch, sifm_min; before = 'torch._dynamo' in sys.modules; sifm_min.load_editor('miniature');"
             "sifm_min.load_editor('miniature-sd3'); print(before or 'torch._dynamo' not in sys.modules)")
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert ran.stdout == "True\n"
+    ran = forked("-c", code)
+    assert ran.stdout == "True\n", ran.stderr
 
 
 # ------------------------------------------------------------------------------- folders that the real libraries wrote

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -43,11 +42,11 @@ def outside(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def run(folder, line):
-    """A command as the README shows it, from a folder that is not the checkout."""
+@pytest.fixture
+def run(forked):
+    """Run a command as the README shows it, from a folder that is not the checkout."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=folder, env=environment, stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True)
+    return lambda folder, line: forked(*shlex.split(line)[1:], cwd=folder, env=environment)
 
 
 def module(name, text):
@@ -64,7 +63,7 @@ def test_the_readme_has_its_files_and_commands():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_the_readme_runs_outside(line, outside):
+def test_a_command_of_the_readme_runs_outside(line, outside, run):
     done = run(outside, line)
     assert done.returncode == cli.OK, done.stderr
     assert "Traceback" not in done.stderr and done.stdout.strip()
@@ -85,7 +84,7 @@ def test_a_command_of_the_readme_runs_outside(line, outside):
 
 
 @pytest.mark.slow
-def test_library_calls_give_what_the_command_gives(outside):
+def test_library_calls_give_what_the_command_gives(outside, run):
     my_editor, my_method = importlib.import_module("my_editor"), importlib.import_module("my_method")
     line = f"python -m sifm_min.immunize photo.png --prompt '{PROMPT}' --editor my_editor:Toy --method my_method:away " \
            "--option weight=3 --steps 4 --no-preview -o out"
@@ -116,7 +115,7 @@ def test_methods_of_the_package_run_on_the_toy_editor(outside):
 
 
 @pytest.mark.slow
-def test_an_edited_method_is_not_done_before(outside, tiny_folder):
+def test_an_edited_method_is_not_done_before(outside, tiny_folder, run):
     line = f"python -m sifm_min.immunize photo.png --prompt x --editor {tiny_folder} --method my_method:away --steps 1 " \
            "--no-preview -o out"
     assert run(outside, line).returncode == cli.OK

@@ -11,15 +11,37 @@ from pretended_gpu import PretendedGPU
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import gpu_check  # noqa: E402
 
+# As gpu_check.SMALL, with two levels and layers: each operation on the pretended card takes long.
+TWO = {"block_out_channels": [32, 64], "layers_per_block": 1, "norm_num_groups": 8}
+TINY = {
+    "instruct-pix2pix": gpu_check.SMALL["instruct-pix2pix"] | {"unet": {
+        **TWO, "cross_attention_dim": 64, "attention_head_dim": 4, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}},
+    "sd3": gpu_check.SMALL["sd3"] | {"transformer": gpu_check.SMALL["sd3"]["transformer"] | {"num_layers": 2}},
+}
+
+
+def test_small_networks_have_every_kind_of_module():
+    for kind, networks in gpu_check.FULL.items():
+        small = gpu_check.small(kind)
+        assert small.keys() == networks.keys()
+        for component, (network, _, config) in networks.items():
+            with torch.device("meta"):
+                kinds = [{type(part) for part in network(network.Config.from_json(json.dumps(given))).modules()}
+                         for given in (config, small[component][2])]
+            assert kinds[0] == kinds[1], component
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """The command on a pretended card, with small pictures: its exit code and its file."""
     def call(*words):
         monkeypatch.setattr(gpu_check, "SIZE", 32)
+        monkeypatch.setattr(gpu_check, "TIMESTEPS", 2)
+        monkeypatch.setattr(gpu_check, "SMALL", TINY)
         with PretendedGPU():
             code = gpu_check.main(["--json", str(tmp_path / "gpu.json"), "--small", "--methods", "mist",
-                                   "--denoising-steps", "1", *words])
+                                   "--denoising-steps", "1", "--repeat", "1", *words])
         capsys.readouterr()
         return code, json.loads((tmp_path / "gpu.json").read_text())
     return call

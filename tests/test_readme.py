@@ -63,10 +63,9 @@ def test_a_command_that_is_not_run_is_parsed(line):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", commands(".*", "python tools/"))
-def test_a_tool_knows_the_options_of_its_command(line):
+def test_a_tool_knows_the_options_of_its_command(line, forked):
     """The tool refuses one more option, which is not there, and nothing else."""
-    command = [sys.executable, *shlex.split(line, comments=True)[1:], "--no-such-option"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = forked(*shlex.split(line, comments=True)[1:], "--no-such-option")
     assert done.returncode == 2 and done.stderr.rstrip().endswith("unrecognized arguments: --no-such-option"), done.stderr
 
 

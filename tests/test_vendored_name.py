@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,11 +25,12 @@ def place(tmp_path_factory):
     return folder
 
 
-def vendored(place, command, *words):
+@pytest.fixture
+def vendored(forked, place):
+    """Run a command of the vendored package, offline and with an empty cache."""
     settings = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
     settings |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run([sys.executable, "-m", f"{NAME}.{command}", *words], cwd=place, env=settings,
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    return lambda command, *words: forked("-m", f"{NAME}.{command}", *words, cwd=place, env=settings)
 
 
 def test_there_are_six_commands():
@@ -40,8 +39,8 @@ def test_there_are_six_commands():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_names_the_vendored_command(command, place):
-    done = vendored(place, command, "--help")
+def test_help_names_the_vendored_command(command, vendored):
+    done = vendored(command, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"python -m {NAME}.{command}") >= 2 and "-m sifm_min" not in done.stdout
 
@@ -60,10 +59,10 @@ ADVICE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ADVICE)
-def test_advice_names_the_vendored_command(case, place):
+def test_advice_names_the_vendored_command(case, place, vendored):
     words, code, advice = ADVICE[case]
     (place / "mine.py").write_text("def make():\n    return 3\n")
-    done = vendored(place, *words)
+    done = vendored(*words)
     assert done.returncode == code and advice in done.stderr, done.stderr
     assert "-m sifm_min" not in done.stderr and "Traceback" not in done.stderr
 

@@ -35,6 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 AGREE = {"float32": 0.995, "bfloat16": 0.90, "float16": 0.95}
 OPTIONS = {"sifm": {"timesteps": 4}, "photoguard-diffusion": {"unroll": 2}, "semantic-attack": {"timesteps": 4}}
 SIZE = 64                                                    # of the pictures of the checks
+TIMESTEPS = 4                                                # of the step whose memory plans are compared
 
 # As published, narrower: every kind of block. Groups are wide enough for the one position of the coarsest level.
 CLIP = {"vocab_size": len(TOKENS), "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
@@ -111,14 +112,14 @@ def check_plans(folder, kind, device):
     """Every memory plan gives the same gradient."""
     editor = load_editor(folder, device=device, dtype=torch.float32)
     original, first = images.to_image(pixels(SIZE, "cpu")), None
-    for plan in memory.plans("auto", editor, 4):
+    for plan in memory.plans("auto", editor, TIMESTEPS):
         editor.checkpointing = plan.checkpointing
         try:
             with torch.no_grad():
                 contexts = editor.contexts(PROMPTS[:1])
             start = images.to_pixels(original).to(device)
             objective = sifm_min.METHODS["sifm"](editor, start, contexts, generator=torch.Generator().manual_seed(2),
-                                                 timesteps=4, batch=plan.batch)
+                                                 timesteps=TIMESTEPS, batch=plan.batch)
             x = (start * 0.9).requires_grad_()
             with full_float32():
                 (found,) = torch.autograd.grad(objective(x, 0)[0], x)
@@ -131,7 +132,7 @@ def check_plans(folder, kind, device):
 
 # ---------------------------------------------------------------------------------------------------------------- measures
 
-def timed(call, device, repeat=3):
+def timed(call, device, repeat):
     """(least seconds, peak bytes on the device above those at rest) of a call, after a warm-up."""
     call()
     wait(device)
@@ -145,7 +146,7 @@ def timed(call, device, repeat=3):
     return {"seconds": round(least, 5), "peak_bytes": torch.cuda.max_memory_allocated(device), "resting_bytes": rests}
 
 
-def measure(folder, kind, device, size, steps):
+def measure(folder, kind, device, size, steps, repeat):
     """Loading to the end of the first step, a SIFM step, and an edit."""
     started = time.perf_counter()
     editor = load_editor(folder, device=device, dtype=torch.bfloat16)
@@ -166,7 +167,7 @@ def measure(folder, kind, device, size, steps):
                 step()
                 wait(device)
                 found["load_and_first_step_seconds"] = round(time.perf_counter() - started, 3)
-            found[f"step_of_{count}"] = timed(step, device)
+            found[f"step_of_{count}"] = timed(step, device, repeat)
     image = images.to_image(original.cpu())
     edit = timed(lambda: editor.edit(image, PROMPTS[0], steps=steps), device, repeat=1)
     return found | {"edit": edit | {"steps": steps}}
@@ -215,7 +216,8 @@ def run(args):
                 place = Path(folder) / f"{kind}-full"
                 place.mkdir()
                 write_editor(place, kind, dtype=torch.bfloat16)
-            found["measures"].append(measure(place, kind, device, SIZE if args.small else 512, args.denoising_steps))
+            found["measures"].append(measure(place, kind, device, SIZE if args.small else 512, args.denoising_steps,
+                                             args.repeat))
             tell(json.dumps(found["measures"][-1]))
     found["seconds"] = round(time.perf_counter() - started, 1)
     Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -232,6 +234,7 @@ def main(argv=None):
     parser.add_argument("--minutes", type=float, default=6.5, help="no part starts later (default: 6.5)")
     parser.add_argument("--small", action="store_true", help="measure the small editors, not those at full size")
     parser.add_argument("--denoising-steps", type=int, default=10, help="of the edit that is measured (default: 10)")
+    parser.add_argument("--repeat", type=int, default=3, help="of these steps the fastest counts (default: 3)")
     parser.add_argument("--methods", type=lambda text: text.split(","), help="comma-separated (default: all)",
                         default=[name for name in sifm_min.METHODS if name not in ("noise", "latent")])
     args = parser.parse_args(argv)

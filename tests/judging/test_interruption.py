@@ -5,20 +5,17 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from fake_gemini import after, quota, verdict
+from forked_python import ForkedPython
 from judged_edits import PRO, answers, but, calls, canary, knowing, manifest, number, panel_file, records, truth
 
 from sifm_min import judge
 from sifm_min.files.ledger import Ledger, read_rows
 from sifm_min.judging.answers import ANSWERS
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("small_canaries")
 
 
@@ -68,39 +65,20 @@ def test_a_run_that_has_not_ended_is_not_shown(server, tmp_path, capsys, monkeyp
 
 # --------------------------------------------------------------------------------------------------------- kill -9
 
-# Loads everything once, then forks a run for each line of arguments: what is killed is a run, not an import.
-NURSERY = """
-import json, os, signal, sys
-from sifm_min import images, judge
-from sifm_min.judging import canaries, client
+RUN = """
+import os, sys
+from sifm_min import judge
+from sifm_min.judging import canaries
 canaries.SIZE = 48
-signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's background job ignores it, and so its children
-print("ready", flush=True)
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        os._exit(judge.main(json.loads(line)))
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(judge.main(sys.argv[1:]))
 """
 
 
-@pytest.fixture
-def nursery():
-    """A function that starts a run in a forked process and returns (its id, function that waits for its exit code)."""
-    process = subprocess.Popen([sys.executable, "-c", NURSERY], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE)
-    assert process.stdout.readline() == "ready\n"
-
-    def start(call):
-        process.stdin.write(json.dumps(call) + "\n")
-        process.stdin.flush()
-        return int(process.stdout.readline()), lambda: int(process.stdout.readline())
-    yield start
-    process.kill()
-    process.communicate()
+@pytest.fixture(scope="module")
+def start():
+    """A function that starts a run in a process of its own, which has its imports: what is killed is a run, not an import."""
+    with ForkedPython("sifm_min.images", "sifm_min.judge", "sifm_min.judging.canaries", "sifm_min.judging.client") as python:
+        yield lambda call: python.start("-c", RUN, *call)
 
 
 def wait_until(condition, seconds=20):
@@ -113,16 +91,16 @@ def wait_until(condition, seconds=20):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked runs; this system has no fork")
 @pytest.mark.parametrize("signum, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)], ids=["kill", "ctrl-c"])
-def test_calls_in_flight_at_the_end_count_in_the_limits(signum, code, server, tmp_path, nursery, capsys):
+def test_calls_in_flight_at_the_end_count_in_the_limits(signum, code, server, tmp_path, start, capsys):
     """Ten canaries and four samples are answered, three calls hang: with a limit of 20 calls, three are left."""
     hang, out = after(60, verdict(True, True)), tmp_path / "out"
     server.script(PRO, lambda call: knowing(call) if canary(call) or len(server.calls) <= 14 else hang)
     call = ["run", manifest(tmp_path, 12), "--panel", panel_file(tmp_path, server, [PRO]), "-o", str(out),
             "--concurrency", "3", "--max-calls", "20"]
-    child, exit_code = nursery(call)
+    child = start(call)
     wait_until(lambda: len(server.calls) == 17 and len(answers(out)) == 14)
-    os.kill(child, signum)
-    assert exit_code() == code
+    os.kill(child.pid, signum)
+    assert child.wait().returncode == code
     settled, intents = calls(out)
     assert intents == set(range(1, 18)) and len([c for c in settled.values() if c is not None]) == 14
     server.script(PRO, knowing)
@@ -204,7 +182,7 @@ def test_a_full_disk_sends_no_call(server, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked runs; this system has no fork")
-def test_kill_9_loses_no_verdict_and_buys_none_twice(server, tmp_path, nursery):
+def test_kill_9_loses_no_verdict_and_buys_none_twice(server, tmp_path, start):
     server.script(PRO, lambda call: after(0.004, knowing(call)))
     concurrency, out, rng = 4, tmp_path / "out", random.Random()
     call = ["run", manifest(tmp_path, 200), "--panel", panel_file(tmp_path, server, [PRO]), "-o", str(out),
@@ -213,13 +191,13 @@ def test_kill_9_loses_no_verdict_and_buys_none_twice(server, tmp_path, nursery):
     for reach in [*sorted(rng.sample(range(1, 200), 7)), None]:
         before = {row["sample_id"] for row in answers(out) if row["kind"] == "verdict"}
         seen = len(server.calls)
-        child, exit_code = nursery(call)
+        child = start(call)
         if reach:
             wait_until(lambda enough=reach + kills * concurrency: len(server.calls) >= enough)
             time.sleep(rng.uniform(0, 0.01))
-            os.kill(child, signal.SIGKILL)
+            os.kill(child.pid, signal.SIGKILL)
             kills += 1
-        code = exit_code()
+        code = child.wait().returncode
         assert code in ((-9, 0) if reach else (0,))
         whole = [one for one in server.calls[seen:] if one.body]         # not the one whose sender died over it
         again = [f"s{number(one)}" for one in whole if canary(one) is None]

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,14 +19,18 @@ print(json.dumps([modules, judge(sample, sample.target).obeyed, sorted(sifm_min.
 """
 
 
-def python(folder, *arguments):
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def python(forked):
+    """What a command prints that Python runs in a folder."""
+    def printed(folder, *arguments):
+        done = forked(*arguments, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    return printed
 
 
 @pytest.mark.slow
-def test_rooms_left_out_break_nothing_else(tmp_path):
+def test_rooms_left_out_break_nothing_else(tmp_path, python):
     skip = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "sifm_min", tmp_path / "sifm_min", ignore=skip)
     (tmp_path / "models").symlink_to(ROOT / "models", target_is_directory=True)
@@ -42,7 +44,7 @@ def test_rooms_left_out_break_nothing_else(tmp_path):
         assert f"sifm_min.{command}" in python(tmp_path, "-m", f"sifm_min.{command}", "--help")
 
 
-def test_the_client_keeps_its_old_name():
+def test_the_client_keeps_its_old_name(python):
     """Under each form of the import it is the same file, and `import sifm_min` alone does not load it."""
     code = ("import sys, sifm_min; assert 'requests' not in sys.modules\n"
             "import sifm_min.gemini as by_path\nfrom sifm_min.gemini import Client\nfrom sifm_min import gemini\n"

@@ -41,6 +41,7 @@ class Answers(BaseHTTPRequestHandler):
     """The answers to one connection. cut: the bytes of the next body after which the connection is closed, or None."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True                           # else each body waits 40 ms for the headers to be acknowledged
     cut = None
 
     def reply(self, status, body=b"", **headers):

@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 PACKAGE = tuple(str(Path(__file__).resolve().parents[2] / folder) for folder in ("sifm_min", "models"))
 aten = torch.ops.aten
@@ -87,13 +86,11 @@ class OnCard(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        gpu = next(tensor.gpu for tensor in tree_flatten((args, kwargs))[0] if isinstance(tensor, OnCard))
-        return gpu.call(function, args, kwargs or {})
+        kwargs = kwargs or {}
+        gpu = next(tensor.gpu for tensor in _tensors(args, kwargs) if isinstance(tensor, OnCard))
+        return gpu.call(function, args, kwargs)
 
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **kwargs or {})
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
 
 class PretendedGPU(contextlib.AbstractContextManager):
@@ -147,7 +144,7 @@ class PretendedGPU(contextlib.AbstractContextManager):
     # -- operations ----------------------------------------------------------------------------------------------------
 
     def call(self, function, args, kwargs):
-        tensors = [tensor for tensor in tree_flatten((args, kwargs))[0] if isinstance(tensor, torch.Tensor)]
+        tensors = _tensors(args, kwargs)
         on_card = [tensor for tensor in tensors if isinstance(tensor, OnCard)]
         device = kwargs.get("device")
         wanted = device is not None and torch.device(device).type == "meta" and not self._building
@@ -161,16 +158,25 @@ class PretendedGPU(contextlib.AbstractContextManager):
         if function in (aten.lift_fresh.default, aten.lift.default):
             return args[0]
         self._check(function, args, kwargs, tensors)
-        plain, options = tree_map(_value, args), tree_map(_value, kwargs)
+        plain, options = [_plain(value) for value in args], {key: _plain(value) for key, value in kwargs.items()}
         if wanted:
             options["device"] = torch.device("cpu")
         results = function(*plain, **options)
-        fresh = {storage._cdata: storage.nbytes() for result in tree_flatten(results)[0] if isinstance(result, torch.Tensor)
+        several = isinstance(results, (tuple, list))
+        fresh = {storage._cdata: storage.nbytes() for result in (results if several else [results])
+                 if isinstance(result, torch.Tensor)
                  for storage in [result.untyped_storage()] if storage._cdata not in self._held}
         self.allocate(sum(fresh.values()))
         written = {id(tensor.value): tensor for tensor in on_card} if function._schema.is_mutable else {}
-        return tree_map(lambda result: written.get(id(result)) if id(result) in written
-                        else OnCard(result, self) if isinstance(result, torch.Tensor) else result, results)
+        carried = [self._carried(result, written) for result in (results if several else [results])]
+        return type(results)(carried) if several else carried[0]
+
+    def _carried(self, result, written):
+        """The result on the device: the tensor that was written to, or a new one; no tensor as it is."""
+        if not isinstance(result, torch.Tensor):
+            return result
+        known = written.get(id(result))
+        return OnCard(result, self) if known is None else known
 
     def _copied(self, source, args, kwargs):
         """Tensor.to: between devices, or to another dtype or layout."""
@@ -202,7 +208,7 @@ class PretendedGPU(contextlib.AbstractContextManager):
         if function in READS:
             self.read(READS[function])
         if function in INDEXING:
-            indices = [tensor for tensor in tree_flatten(args[1])[0] if isinstance(tensor, torch.Tensor)]
+            indices = [tensor for tensor in args[1] if isinstance(tensor, torch.Tensor)]
             if any(index.dtype == torch.bool for index in indices):
                 self.read("mask as index")
             if any(not isinstance(index, OnCard) for index in indices):
@@ -266,6 +272,22 @@ def _value(item):
     return item.value if isinstance(item, OnCard) else item
 
 
+def _plain(argument):
+    """An argument of an operator with CPU tensors for those on the device; lists in it hold no further lists."""
+    return [_value(item) for item in argument] if isinstance(argument, (list, tuple)) else _value(argument)
+
+
+def _tensors(args, kwargs):
+    """All tensors among the arguments of an operator."""
+    found = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [item for item in value if isinstance(item, torch.Tensor)]
+    return found
+
+
 def _is_cuda(item):
     return isinstance(item, torch.device) and item.type == "cuda" or (
         isinstance(item, str) and (item == "cuda" or item.startswith("cuda:")))
@@ -275,6 +297,10 @@ class _Operations(TorchDispatchMode):
     def __init__(self, gpu):
         super().__init__()
         self.gpu = gpu
+
+    @classmethod
+    def _should_skip_dynamo(cls):                            # nothing is compiled here, and the wrapper costs time
+        return False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return self.gpu.call(function, args, kwargs or {})
@@ -298,10 +324,10 @@ class _Devices(TorchFunctionMode):
             return pinned
         if function is torch.Tensor.__getitem__ and isinstance(args[0], OnCard):
             args = (args[0], self._index(args[1]))
-        given = (*args, *kwargs.values())
-        if any(isinstance(value, torch.device) and value.type == "meta" for value in given):
+        named = [value for value in (*args, *kwargs.values()) if isinstance(value, (torch.device, str))]
+        if any(isinstance(value, torch.device) and value.type == "meta" for value in named):
             return self._build(function, args, kwargs)
-        if not any(map(_is_cuda, given)):
+        if not any(map(_is_cuda, named)):
             return function(*args, **kwargs)
         args = tuple(self.gpu.carrier(arg) if _is_cuda(arg) else arg for arg in args)
         kwargs = {key: self.gpu.carrier(value) if _is_cuda(value) else value for key, value in kwargs.items()}
