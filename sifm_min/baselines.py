@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from . import images
 from .models import schedulers
 from .models.lean import sent
+from .purifiers.draws import blurred
 
 NOT_IN_THE_PAPER = ("the paper leaves this method out on Stable Diffusion 3, as incompatible with its transformer; "
                     "this rectified-flow form is ours")
@@ -59,6 +60,7 @@ def photoguard_encoder(editor, x_orig, contexts, *, generator, variant="zero"):
         return (editor.scaled(editor.encode(editor.resize(x_imu))) - target).norm()
 
     objective.passes = lambda steps: passes(encoder=(steps + (variant == "grey"), steps))
+    objective.see = None
     return objective
 
 
@@ -87,7 +89,7 @@ def editshield(editor, x_orig, contexts, *, generator, variant="eot"):
                          "image latent; this editor's denoiser has the noisy latent alone: choose eot or plain")
     with torch.no_grad():
         resized = editor.resize(x_orig)
-        E_orig = editor.encode(resized)
+        E_orig = editor.encode(resized) if variant != "eot" else None
 
     def denoiser_input(E):
         t, eta = _draw(editor, E, generator)
@@ -107,7 +109,7 @@ def editshield(editor, x_orig, contexts, *, generator, variant="eot"):
             aim = editor.encode(tau(resized))
         return -F.mse_loss(editor.encode(tau(pixels)), aim)
 
-    objective.passes = lambda steps: passes(encoder=(1 + steps * (2 if variant == "eot" else 1), steps))
+    objective.passes = lambda steps: passes(encoder=(2 * steps if variant == "eot" else 1 + steps, steps))
     return objective
 
 
@@ -119,13 +121,7 @@ def transformation(pixels, generator):
     if kind == "none":
         return lambda pixels: pixels
     if kind == "blur":
-        reach = torch.arange(-4, 5, dtype=pixels.dtype, device=pixels.device)
-        weights = (-reach.square() / (2 * (0.5 + a) ** 2)).softmax(0).expand(3, 1, 1, -1)
-
-        def blur(pixels):
-            pixels = F.conv2d(F.pad(pixels, (4, 4, 0, 0), mode="replicate"), weights, groups=3)
-            return F.conv2d(F.pad(pixels, (0, 0, 4, 4), mode="replicate"), weights.transpose(2, 3), groups=3)
-        return blur
+        return partial(blurred, sigma=0.5 + a, radius=4)
     if kind == "crop":                                       # this share of each side, at a random place
         share = 0.8 + 0.2 * a
         rows = [[share, 0, (1 - share) * (2 * b - 1)], [0, share, (1 - share) * (2 * c - 1)]]
@@ -165,6 +161,7 @@ def sds(editor, x_orig, contexts, *, generator, variant="minus"):
         return sign * (residual.square().mean() + ((z - z.detach()) * residual).sum())
 
     objective.passes = lambda steps: passes(encoder=(steps, steps), denoiser=(steps, 0))
+    objective.see = None
     return _noted(objective, editor, NOT_IN_THE_PAPER)
 
 
@@ -204,6 +201,7 @@ def mist(editor, x_orig, contexts, *, generator, variant="fused"):
     denoised = variant != "textural"
     objective.passes = lambda steps: passes(encoder=(steps + (target is not None), steps),
                                             denoiser=(steps * denoised, steps * denoised))
+    objective.see = None
     return _noted(objective, editor, NOT_IN_THE_PAPER)
 
 
@@ -235,6 +233,7 @@ def ace(editor, x_orig, contexts, *, generator, variant="ace+"):
         return score + 100 * latent, {"score": score, "latent": latent}
 
     objective.passes = lambda steps: passes(encoder=(steps + 1, steps), denoiser=(steps, steps))
+    objective.see = None
     return _noted(objective, editor, NOT_IN_THE_PAPER)
 
 
@@ -311,7 +310,7 @@ def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repea
         runs = evaluations * (1 if editor.is_small else 2)
         return passes(encoder=(steps + 1, steps), denoiser=(runs, evaluations), decoder=(times, times))
 
-    objective.passes = count
+    objective.passes, objective.see = count, None
     return objective
 
 
@@ -377,6 +376,12 @@ def semantic_attack(editor, x_orig, contexts, *, generator, prompts, content=Non
     bank = torch.randn((len(T), *E_orig.shape[1:]), generator=generator).to(E_orig).split(batch or len(T))
     masks = {}                                               # prompt -> mask, made once from the original
 
+    def see(x_orig):
+        nonlocal E_orig
+        with torch.no_grad():
+            E_orig = editor.encode(editor.resize(x_orig))
+        masks.clear()
+
     def attention(E, t, eta, n):
         """Att_t, (t,h,w)."""
         size = E.shape[-2:]
@@ -400,6 +405,7 @@ def semantic_attack(editor, x_orig, contexts, *, generator, prompts, content=Non
             value, g = value + loss.detach(), g + torch.autograd.grad(loss, E_imu)[0]
         return value + ((E - E.detach()) * g).sum()
 
+    objective.see = see
     objective.passes = lambda steps: passes(encoder=(steps + 1, steps),
                                             denoiser=(len(T) * (steps + min(steps, len(prompts))), len(T) * steps))
     return _noted(objective, editor, "the paper does not say what this attack is on Stable Diffusion 3, which has no "

@@ -58,6 +58,7 @@ def _parser():
     option("--eps", type=cli.eps, default=0.03, help="budget, as 0.03 or 8/255 (default: 0.03)")
     option("--steps", type=cli.count, help="PGD iterations (default: 100)")
     option("--preset", choices=PRESETS, default="protocol", help="how baselines are run; see immunize --help")
+    option("--robust", action="store_true", help="methods expect purifiers; see immunize --help")
     option("--set", action="append", type=_setting, default=[], metavar="NAME=VALUE",
            help="an option of the methods that have it, such as lam=0.5; several times")
     option("--edit-steps", type=cli.count, help="denoising steps of an edit (default: the editor's)")
@@ -131,7 +132,8 @@ def _run(args):
     planned = plan.make_plan(
         args.suite, {name: plan.about_editor(editor) for name, editor in editors.items()}, cases, arms,
         seeds=list(dict.fromkeys(args.seeds)), seed=args.seed, eps=args.eps,
-        options=dict(args.set) | ({"steps": args.steps} if args.steps else {}), preset=args.preset,
+        options=dict(args.set) | ({"steps": args.steps} if args.steps else {})
+        | ({"robust": True} if args.robust else {}), preset=args.preset,
         edit={key: value for key, value in edit.items() if value is not None},
         prompts=suites.PROMPTS.get(args.suite, ("original",)), lpips=about_lpips,
         judge={"kind": "panel", **panel.record()} if panel else {"kind": "oracle", "judges": list(miniature.judges)})

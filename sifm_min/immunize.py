@@ -38,7 +38,7 @@ class Result:
 
 
 def immunize(image, editor, prompts=(), *, method=None, eps=0.03, steps=None, seed=0, step_size=None,
-             schedule=None, init=None, preset="protocol", mask=None, memory="auto", on_step=None, **options):
+             schedule=None, init=None, preset="protocol", mask=None, robust=False, memory="auto", on_step=None, **options):
     """Immunize a picture against one editor.
 
     image: a PIL picture, an `images.Picture`, or a path.
@@ -51,6 +51,8 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, steps=None, se
     preset: decides these and the options where they are not given; "protocol", the paper's (100 steps of 1/255, constant,
       random), or "native", a baseline as its original was run.
     mask: the path of a picture of the same size; only where it is bright is the picture perturbed.
+    robust: True makes the loss an expectation over what pictures meet on their way: every step draws nothing, a JPEG, a resize
+      or a blur, and the method sees both pictures after it (see `purifiers`); "cleaner" draws AdverseCleaner as well.
     memory: "fast", "low", or "auto", which gives way where memory ends and warns (see `memory.plans`); the result is the
       same.
     on_step(step, loss, terms): called after each step, and from the first again where a memory plan did not fit.
@@ -65,6 +67,8 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, steps=None, se
     from .editors.precision import full_float32
     from .models import cpu
     from .pgd import pgd
+    from .purifiers import draws
+    from .purifiers.expectation import purify_steps
 
     if isinstance(editor, str | Path):
         raise ValueError(f"editor {str(editor)!r} is a name; load it first: load_editor({str(editor)!r})")
@@ -77,11 +81,12 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, steps=None, se
     check(editor)
     methods.check_fit(name, options, editor)
     images.budget(eps)                                       # an impossible budget is refused before any work
+    purifiers = draws.describe(robust) if robust else False
     picture = _picture(image)
     region = images.read_mask(mask, *picture.image.size) if mask is not None else None
 
     started = time.perf_counter()
-    _reset_peak(editor.device)
+    plans.reset_peak(editor.device)
     with in_words(), torch.no_grad():
         original = images.to_pixels(picture.image).to(editor.device)
         contexts = editor.contexts(prompts)
@@ -100,7 +105,12 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, steps=None, se
         curve.clear()
         generator = torch.Generator().manual_seed(seed)
         batch = {"batch": plan.batch} if timesteps else {}
-        objective = function(editor, original, contexts, generator=generator, **texts, **options | batch)
+
+        def build(x_orig):
+            return function(editor, x_orig, contexts, generator=generator, **texts, **options | batch)
+
+        objective = (purify_steps(build, original, draws.Draws(robust, seed), generator, name) if robust
+                     else build(original))
         loss = methods.checked_loss(objective, name)
 
         def in_colour(x, step):                              # a grey picture is perturbed as one channel, and stays grey
@@ -124,10 +134,10 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, steps=None, se
         "editor": editor.provenance(),
         "method": name, "note": getattr(objective, "note", ""), "prompts": prompts, "preset": _preset(name, preset),
         "options": {"eps": eps, **loop, "seed": seed, "mask": str(mask) if mask is not None else None,
-                    **_spelled_out(name, function, editor, options)},
+                    "robust": purifiers, **_spelled_out(name, function, editor, options)},
         **_measured(picture, immunized, eps), **measures,
-        "loss": curve, "passes": methods.counted_passes(objective, len(curve)), **seconds,
-        "memory": {"asked": memory, **plan._asdict()}, "peak_memory_bytes": _peak(editor.device),
+        "loss": _with_draws(curve, objective), "passes": methods.counted_passes(objective, len(curve)), **seconds,
+        "memory": {"asked": memory, **plan._asdict()}, "peak_memory_bytes": plans.peak(editor.device),
         "cpu_kernels": cpu.describe(kernels, editor.device),
         "versions": {"sifm_min": import_module(__package__).__version__, "torch": torch.__version__,
                      "python": platform.python_version()},
@@ -171,6 +181,12 @@ def _measures(editor, picture, immunized, eps, region, seed):
     return editor.measures(before, images.to_pixels(immunized), images.to_pixels(noisy))
 
 
+def _with_draws(curve, objective):
+    """The loss of every step; with robust, beside the purifier that was drawn in it."""
+    drawn = getattr(objective, "drawn", ())
+    return [step | {"purifier": purifier} for step, purifier in zip(curve, drawn, strict=True)] if drawn else curve
+
+
 def _timesteps_of(method, options):
     """The number of the method's timesteps, and how many at once were asked for: what its memory depends on."""
     if not {"batch", "timesteps"} <= {*options_of(method)}:
@@ -198,25 +214,6 @@ def _preset(method, preset):
     """The preset as a report states it; "native" with its source, and with the original's budget, which is not used."""
     native = methods.native(method) if preset == "native" else None
     return {"name": preset} | ({"source": native.source, "budget": native.budget} if native else {})
-
-
-def _reset_peak(device):
-    if device.type == "cuda":
-        import torch
-        torch.cuda.init()                                    # else an indexed device is an error before its first tensor
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak(device):
-    """Peak memory in bytes: of the device on cuda, of this process since its start elsewhere; None on Windows."""
-    if device.type == "cuda":
-        import torch
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class _CallableModule(type(sys)):
@@ -263,6 +260,10 @@ def _parser():
     add("--schedule", choices=("constant", "linear"), help="of the step size (protocol: constant)")
     add("--init", choices=("random", "zero"), help="where the perturbation starts (protocol: random)")
     add("--mask", type=cli.path, metavar="PICTURE", help="perturb only where this picture is bright")
+    add("--robust", action="store_true",
+        help="expect what pictures meet before an edit: each step sees both pictures after a JPEG, a resize, a blur or nothing")
+    add("--robust-cleaner", dest="robust", action="store_const", const="cleaner",
+        help="the same with AdverseCleaner among them, for about half as much time again")
     own = parser.add_argument_group("options of single methods, named behind each").add_argument
     own("--lam", "--lambda", type=cli.number, help="weight of the distance term (sifm; default: 0.1)")
     own("--timesteps", type=cli.timesteps,
@@ -395,7 +396,7 @@ def _immunize_file(path, editor, args):
         steps = settings(args.method, args.preset, **_given(args))[0]["steps"]
         with cli.progress(total=steps, what=path.name, quiet=args.quiet) as bar:
             result = immunize(picture, editor, args.prompt or (), method=args.method, eps=args.eps, seed=args.seed,
-                              preset=args.preset, mask=args.mask, memory=args.memory,
+                              preset=args.preset, mask=args.mask, robust=args.robust, memory=args.memory,
                               on_step=lambda step, loss, terms: bar.update(), **_given(args))
         immunized = result.image
         report = {"finished": True, "asked": asked, "results": [immunized_path.name, preview_path.name], "picture": str(path),

@@ -8,6 +8,7 @@ import gc
 import itertools
 import math
 import re
+import sys
 import warnings
 import weakref
 from typing import NamedTuple
@@ -127,6 +128,26 @@ def in_words():
             raise
         raise ValueError("out of memory; a smaller picture or --size, a narrower --dtype, --no-t5 with Stable Diffusion 3, or "
                          "another --device may help") from error
+
+
+def reset_peak(device):
+    """Begin a new measurement of `peak` on a cuda device; elsewhere it cannot be reset."""
+    if device.type == "cuda":
+        import torch
+        torch.cuda.init()                                    # else an indexed device is an error before its first tensor
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device):
+    """Peak memory in bytes: of the device on cuda, of this process since its start elsewhere; None on Windows."""
+    if device.type == "cuda":
+        import torch
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def release(editor):

@@ -2,7 +2,8 @@
 
 A method is a function (editor, x_orig, contexts, *, generator, **options) that returns the objective, a function
 (x_imu, step) -> loss or (loss, {term: number}) to minimise. A method from outside the package is the function itself or
-"module:name". An objective that has `passes(steps)` counts its forward and backward passes for the report.
+"module:name". An objective that has `passes(steps)` counts its forward and backward passes for the report. One that has
+`see(x_orig)`, or `see` None, is not built anew where both pictures change with every step: see `purifiers.expectation`.
 """
 
 import inspect
@@ -40,7 +41,7 @@ PROTOCOL = {"steps": 100, "step_size": 1 / 255, "schedule": "constant", "init": 
 PRESETS = ("protocol", "native")
 ENCODER_METHODS = ("latent", "photoguard-encoder", "editshield", "noise")     # which need no denoiser
 GIVEN = ("generator", "prompts")                             # keywords that are passed to a method, and no options of it
-TAKEN = (*PROTOCOL, "method", "eps", "seed", "preset", "mask", "memory", "on_step")      # arguments of `immunize`
+TAKEN = (*PROTOCOL, "method", "eps", "seed", "preset", "mask", "robust", "memory", "on_step")      # arguments of `immunize`
 OPTION_TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 WORDS = {"true": True, "yes": True, "false": False, "no": False}
 # Options that need an image latent beside the noisy latent: (method, option, value) -> the reason.

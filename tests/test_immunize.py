@@ -87,7 +87,7 @@ def test_three_files_and_what_the_report_holds(run, tiny, tiny_folder, tmp_path,
     assert (found["preset"], found["note"]) == ({"name": "protocol"}, "")
     assert found["options"] == {
         "eps": 0.03, "steps": 2, "step_size": 1 / 255, "schedule": "constant", "init": "random", "seed": 3, "mask": None,
-        "lam": 0.1, "timesteps": [999, 50], "taps": list(tiny.default_taps), "reduction": "balanced",
+        "robust": False, "lam": 0.1, "timesteps": [999, 50], "taps": list(tiny.default_taps), "reduction": "balanced",
         "aggregate": "loss-mean", "noisy": "paper", "resample": False, "batch": None}
     assert found["input"] == {"width": 40, "height": 30, "mode": "RGB", "format": "PNG", "frames": 1, "notes": []}
     assert found["seconds"] > found["loop_seconds"] > 0 and found["peak_memory_bytes"] > 1e7
@@ -211,8 +211,8 @@ def test_options_reach_the_objective(run, tiny):
     assert run("a.png", "--no-preview", "--lambda", "1/4", "--timesteps", "700,30", "--taps", "mid_block,conv_in",
                "--reduction", "mean", "--noisy", "deploy", "--resample", "--batch", "1", "--schedule", "linear", "--init",
                "zero", "--step-size", "2/255") == cli.OK
-    assert report()["options"] | {"eps": 0.03, "steps": 2, "seed": 0, "mask": None} == report()["options"] == {
-        "eps": 0.03, "steps": 2, "seed": 0, "mask": None, "lam": 0.25, "timesteps": [700, 30],
+    assert report()["options"] | {"eps": 0.03, "steps": 2, "seed": 0, "mask": None, "robust": False} == report()["options"] == {
+        "eps": 0.03, "steps": 2, "seed": 0, "mask": None, "robust": False, "lam": 0.25, "timesteps": [700, 30],
         "taps": ["mid_block", "conv_in"], "reduction": "mean", "aggregate": "loss-mean", "noisy": "deploy", "resample": True,
         "batch": 1, "schedule": "linear", "init": "zero", "step_size": 2 / 255}
     [first, second] = report()["loss"]
@@ -230,7 +230,7 @@ def test_every_method_writes_its_picture_and_what_it_took(run, tiny, method):
     assert (found["method"], found["preset"], found["note"]) == (method, {"name": "protocol"}, "")
     assert found["options"] == {
         "eps": 0.03, "steps": 0 if method == "noise" else 2, "step_size": 1 / 255, "schedule": "constant", "init": "random",
-        "seed": 0, "mask": None, **{name: found["options"][name] for name in immunize.options_of(method)}}
+        "seed": 0, "mask": None, "robust": False, **{name: found["options"][name] for name in immunize.options_of(method)}}
     assert all(type(count) is int for count in found["passes"].values())
     assert len(found["loss"]) == found["passes"]["encoder_backward"] == found["options"]["steps"]
 

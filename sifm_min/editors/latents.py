@@ -156,11 +156,13 @@ def latent(editor, x_orig, contexts, *, generator, sizes=SIZES):
     Cost: encoder 1F 1B a step and space.
     """
     frames = editor.frames(x_orig.shape[3], x_orig.shape[2], (sizes,) if isinstance(sizes, int) else sizes)
-    with torch.no_grad():
-        originals = {frame: [space.encode(images.resize(x_orig, *frame)) for space in editor.spaces] for frame in frames}
+    originals = {}                                           # frame -> the latents of each space, made once
 
     def objective(x_imu, step):
         frame = frames[step % len(frames)]
+        if frame not in originals:
+            with torch.no_grad():
+                originals[frame] = [space.encode(images.resize(x_orig, *frame)) for space in editor.spaces]
         pixels = images.resize(x_imu, *frame)
         leaf = pixels.detach().requires_grad_()
         shifts, g = {}, torch.zeros_like(leaf)
@@ -170,8 +172,9 @@ def latent(editor, x_orig, contexts, *, generator, sizes=SIZES):
         return -sum(shifts.values()).detach() + ((pixels - leaf.detach()) * g).sum(), shifts
 
     count = len(editor.spaces)
-    objective.passes = lambda steps: {"encoder_forward": count * (len(frames) + steps), "encoder_backward": count * steps,
-                                      "denoiser_forward": 0, "denoiser_backward": 0}
+    objective.passes = lambda steps: {
+        "encoder_forward": count * (min(len(frames), steps) + steps), "encoder_backward": count * steps,
+        "denoiser_forward": 0, "denoiser_backward": 0}
     return objective
 
 

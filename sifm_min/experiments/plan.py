@@ -82,9 +82,10 @@ def make_plan(suite, editors, cases, arms, *, seeds, seed=0, eps=0.03, options=N
               prompts=None, judge=None, lpips=None):
     """The plan of a run, JSON-ready.
 
-    editors: name -> about_editor(...). seeds: of the edits; seed: of the perturbation. options: of the loop and of methods;
-    each goes to the methods that have it. edit: options of every edit. prompts: the types ("original", "unseen") that are
-    edited. judge: {"kind": "oracle"} or the record of a panel. lpips: the hash of its weights, or the reason of their absence.
+    editors: name -> about_editor(...). seeds: of the edits; seed: of the perturbation. options: of the loop and of methods,
+    each for the methods that have it; {"robust": True} is for all but the controls. edit: options of every edit. prompts: the
+    types ("original", "unseen") that are edited. judge: {"kind": "oracle"} or the record of a panel. lpips: the hash of its
+    weights, or the reason of their absence.
     """
     options = options or {}
     arms = [{**arm, "settings": _settings(arm, options, preset)} for arm in arms]
@@ -93,17 +94,19 @@ def make_plan(suite, editors, cases, arms, *, seeds, seed=0, eps=0.03, options=N
             "prompts": list(prompts or ("original", "unseen")), "judge": judge or {"kind": "oracle"}, "lpips": lpips or {}}
 
 
-def _settings(arm, options, preset):
+def _settings(arm, given, preset):
     """The loop of an arm's method in full, and its options that are not the method's defaults; {} for the controls."""
     if arm["method"] in (None, NOISE):
         return {}
     from ..baselines import NATIVE
     known = (*PROTOCOL, *options_of(arm["method"]))
-    chosen = {name: value for name, value in options.items() if name in known} | arm["options"]
+    chosen = {name: value for name, value in given.items() if name in known} | arm["options"]
     preset = preset if arm["method"] in NATIVE else "protocol"
     loop, options = settings(arm["method"], preset, **chosen)
     defaults = inspect.signature(METHODS[arm["method"]]).parameters      # a default has the same key, given or not
-    return {"preset": preset, **loop, **{name: value for name, value in options.items() if value != defaults[name].default}}
+    robust = {"robust": True} if given.get("robust") else {}             # recorded only where it differs from the default
+    return {"preset": preset, **loop, **robust,
+            **{name: value for name, value in options.items() if value != defaults[name].default}}
 
 
 def group_key(plan):

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from .. import images
+from .filters import Guide, along, bilateral
 
 BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 
@@ -124,7 +125,7 @@ def gaussian_blur(image, *, sigma, taps, editor=None, seed=0):
     weights = weights / weights.sum()
     values = _values(image)
     for axis in (1, 2):
-        values = _along(values, weights, axis, "reflect")
+        values = along(values, weights.tolist(), axis, "reflect")
     return _image(values, image.mode)
 
 
@@ -138,68 +139,10 @@ def adverse_cleaner(image, *, bilateral_times, diameter, sigma_colour, sigma_spa
     cleaned = attacked
     for _ in range(bilateral_times):
         cleaned = bilateral(cleaned, diameter, sigma_colour, sigma_space)
-    guide = _Guide(attacked, radius, eps)
+    guide = Guide(attacked, radius, eps)
     for _ in range(guided_times):
         cleaned = guide.filter(cleaned)
     return _image(cleaned, "RGB").convert(image.mode)
-
-
-def bilateral(values, diameter, sigma_colour, sigma_space):
-    """The bilateral filter (Tomasi and Manduchi 1998) of values (C,H,W), with the conventions of OpenCV.
-
-        y(p) = sum_q w(p,q) x(q) / sum_q w(p,q),   w(p,q) = exp(-|p-q|^2 / 2 sigma_space^2) exp(-d(p,q)^2 / 2 sigma_colour^2)
-
-    d is the sum over channels of the absolute differences. q runs over the disc of this diameter. Edges are mirrored without
-    repeating the last pixel.
-    """
-    radius = diameter // 2
-    height, width = values.shape[1:]
-    padded = _pad(values, radius, "reflect")
-    total, weights = torch.zeros_like(values), torch.zeros_like(values[:1])
-    for dy in range(-radius, radius + 1):
-        for dx in range(-radius, radius + 1):
-            if dy ** 2 + dx ** 2 > radius ** 2:
-                continue
-            neighbour = padded[:, radius + dy:radius + dy + height, radius + dx:radius + dx + width]
-            distance = (neighbour - values).abs_().sum(0, keepdim=True)
-            near = (dy ** 2 + dx ** 2) / (2 * sigma_space ** 2)
-            weight = distance.square_().mul_(-1 / (2 * sigma_colour ** 2)).sub_(near).exp_()
-            total.addcmul_(weight, neighbour)
-            weights.add_(weight)
-    return total / weights
-
-
-class _Guide:
-    """The guided filter (He, Sun and Tang 2013) by a colour guide (3,H,W): in each window of (2 radius + 1)^2 pixels the
-    input is fitted linearly to the guide, eps holding the slopes down, and each pixel takes the mean of its windows' fits.
-
-        a = (cov(I, I) + eps)^-1 cov(I, p),   b = mean(p) - a^T mean(I),   q = mean(a)^T I + mean(b)      (equations 14 to 16)
-
-    Double precision, since a variance is the small difference of two large numbers. Edges are mirrored with the last pixel.
-    """
-
-    def __init__(self, guide, radius, eps):
-        self.guide, self.radius = guide.double(), radius
-        self.mean = self._box(self.guide)
-        outer = self._box((self.guide[:, None] * self.guide[None]).flatten(0, 1)).unflatten(0, (3, 3))
-        covariance = (outer - self.mean[:, None] * self.mean[None]).permute(2, 3, 0, 1)
-        self.inverse = torch.linalg.inv(covariance + eps * torch.eye(3, dtype=torch.float64))
-
-    def filter(self, values):
-        """Filter values (3,H,W), each channel by itself."""
-        values = values.double()
-        mean = self._box(values)
-        crossed = self._box((self.guide[:, None] * values[None]).flatten(0, 1)).unflatten(0, (3, 3))
-        covariance = crossed - self.mean[:, None] * mean[None]                           # (guide channel, channel, H, W)
-        slopes = torch.einsum("hwij,jchw->ichw", self.inverse, covariance)
-        offset = mean - torch.einsum("ichw,ihw->chw", slopes, self.mean)
-        slopes = self._box(slopes.flatten(0, 1)).unflatten(0, (3, 3))
-        return (torch.einsum("ichw,ihw->chw", slopes, self.guide) + self._box(offset)).float()
-
-    def _box(self, values):
-        taps = 2 * self.radius + 1
-        weights = torch.full((taps,), 1 / taps, dtype=torch.float64)
-        return _along(_along(values, weights, 1, "symmetric"), weights, 2, "symmetric")
 
 
 # ------------------------------------------------------------------------------------------------------------ by an editor
@@ -264,17 +207,3 @@ def _values(image):
 def _image(values, mode):
     array = values.clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
     return Image.fromarray(array[:, :, 0] if mode == "L" else array)
-
-
-def _pad(values, radius, edge):
-    """(C,H,W) with a border, also of pictures smaller than the border: numpy's "reflect" or "symmetric"."""
-    rows, columns = (torch.from_numpy(np.pad(np.arange(side), radius, mode=edge)) for side in values.shape[1:])
-    return values[:, rows][:, :, columns]
-
-
-def _along(values, weights, axis, edge):
-    """The weighted sums of (C,H,W) along one axis, centred on each pixel; the number of weights is odd."""
-    side, radius = values.shape[axis], len(weights) // 2
-    places = torch.from_numpy(np.pad(np.arange(side), radius, mode=edge))
-    padded = values.index_select(axis, places)
-    return sum(weight * padded.narrow(axis, i, side) for i, weight in enumerate(weights))

@@ -13,7 +13,7 @@ from PIL import Image
 import sifm_min
 from sifm_min import images
 from sifm_min.miniature import drawing, world
-from sifm_min.purifiers import attacks
+from sifm_min.purifiers import attacks, filters
 from sifm_min.purifiers.attacks import ATTACKS, apply
 
 FREE = [name for name, attack in ATTACKS.items() if not attack.needs]
@@ -214,7 +214,7 @@ def test_the_bilateral_filter_is_the_sum_written_out():
                     expected[y, x] += weight * other
                     total += weight
             expected[y, x] /= total
-    found = attacks.bilateral(torch.from_numpy(values).permute(2, 0, 1).float(), 5, 8.0, 8.0)
+    found = filters.bilateral(torch.from_numpy(values).permute(2, 0, 1).float(), 5, 8.0, 8.0)
     assert np.abs(found.permute(1, 2, 0).numpy() - expected).max() < 1e-3
     assert np.abs(expected - values).max() > 1
 
@@ -238,7 +238,7 @@ def test_the_guided_filter_is_a_ridge_regression_in_every_window():
             window = [(doubled(y + i, height), doubled(x + j, width)) for i in range(-4, 5) for j in range(-4, 5)]
             mean = np.mean([slopes[p] for p in window], 0)
             expected[y, x] = guide[y, x] @ mean + np.mean([offsets[p] for p in window], 0)
-    found = attacks._Guide(as_values(guide), 4, 16.0).filter(as_values(values))
+    found = filters.Guide(as_values(guide), 4, 16.0).filter(as_values(values))
     assert np.abs(found.permute(1, 2, 0).numpy() - expected).max() < 1e-3
 
 
