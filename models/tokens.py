@@ -1,10 +1,11 @@
-"""Shared by CLIP's and T5's tokenizers: reading their files, and cutting special tokens out of a text.
+"""Shared by the tokenizers: reading their files, cutting special tokens out of a text, and the kinds of characters.
 
 Standard library only.
 """
 
 import json
 import re
+import unicodedata
 
 # Unicode White_Space. str.isspace would add U+001C to U+001F, which the published pattern takes for symbols.
 WHITE_SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | {chr(c) for c in range(8192, 8203)}
@@ -63,3 +64,11 @@ def splitter(texts):
 def alternate(splitter, text):
     """The parts of `text` with True for those that the splitter matched."""
     return [(part, index % 2 == 1) for index, part in enumerate(splitter.split(text))]
+
+
+def kind(character):
+    """"L" for a letter, "N" for a number, " " for white space and "S", symbol, for all else, by Python's Unicode tables."""
+    if character in WHITE_SPACE:
+        return " "
+    major = unicodedata.category(character)[0]
+    return major if major in "LN" else "S"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sifm_min.models.clip_tokenizer import END, START, CLIPTokenizer, byte_symbols
+from sifm_min.models.byte_pairs import byte_symbols
+from sifm_min.models.clip_tokenizer import END, START, CLIPTokenizer
 
 transformers = pytest.importorskip("transformers", reason="the oracle, transformers, is not installed")
 

@@ -34,7 +34,8 @@ FLAT = {}
 # Inside models/: loading stands on networks, which stand on layers; a network imports no other network.
 LOADING = {"models.checkpoints", "models.hub", "models.latent_spaces", "models.layout", "models.readahead",
            "models.single_files", "models.sources"}
-LAYERS = {"models.lean", "models.winograd", "models.config", "models.cpu", "models.tokens", "models.flow_matching"}
+LAYERS = {"models.lean", "models.winograd", "models.config", "models.cpu", "models.tokens", "models.byte_pairs",
+          "models.flow_matching"}
 
 # distribution -> what it is imported as; no others, ever
 SIX = {"torch": "torch", "safetensors": "safetensors", "huggingface-hub": "huggingface_hub", "numpy": "numpy",
@@ -58,7 +59,7 @@ def third_party(name):
     """The packages that a file may import."""
     if name in ("__init__", "models.__init__") or name.startswith("models.") and name.endswith("tokenizer"):
         return set()                                         # tokenizers are vendored alone by people who have no torch
-    if name in ("models.config", "models.tokens"):
+    if name in ("models.byte_pairs", "models.config", "models.tokens"):
         return set()
     if room(name) != "models":
         return set(SIX.values())

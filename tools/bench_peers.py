@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sifm_min.editors import load_editor  # noqa: E402
+from sifm_min.models.byte_pairs import byte_symbols  # noqa: E402
 from sifm_min.models.clip import CLIPText  # noqa: E402
-from sifm_min.models.clip_tokenizer import END, START, byte_symbols  # noqa: E402
+from sifm_min.models.clip_tokenizer import END, START  # noqa: E402
 from sifm_min.models.mmdit import MMDiT  # noqa: E402
 from sifm_min.models.unet import UNet  # noqa: E402
 from sifm_min.models.vae import AutoencoderKL  # noqa: E402

@@ -14,7 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sifm_min.models.clip_tokenizer import END, START, byte_symbols, normalise, words  # noqa: E402
+from sifm_min.models.byte_pairs import byte_symbols  # noqa: E402
+from sifm_min.models.clip_tokenizer import END, START, normalise, words  # noqa: E402
 
 
 def train_bpe(texts, size):
