@@ -9,7 +9,6 @@ is a plain match by name. Paper: Esser et al. 2024 (arXiv 2403.03206), section 4
 are two streams with their own weights, which meet in every block's attention.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import EMA, LAYERS, Config, shown
 from .lean import Prepared
+from .modulation import NORM_EPS, FeedForward, Modulation, TwoLayers, normed, waves
 
 # Keys of the published config.json that are not fields of `MMDiTConfig`.
 HARMLESS = EMA | {"sample_size": "decides the position table, which is in the file"}
 
-NORM_EPS = 1e-6                                     # of every norm
 WAVES = 256                                         # sines and cosines that a timestep becomes
 
 
@@ -113,18 +112,6 @@ class PatchEmbedding(nn.Module):
         return x.flatten(2).transpose(1, 2).contiguous() + table.to(x.dtype)
 
 
-class TwoLayers(nn.Module):
-    """A linear layer, SiLU, a linear layer."""
-
-    def __init__(self, ins: int, width: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(ins, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, x):
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
 class TimeTextEmbedding(nn.Module):
     """Timestep and pooled text as one vector per picture, which modulates every block."""
 
@@ -134,29 +121,8 @@ class TimeTextEmbedding(nn.Module):
         self.text_embedder = TwoLayers(config.pooled_projection_dim, config.width)
 
     def forward(self, timestep, pooled):                                    # a number or (T,); (B or 1, P) -> (B, width)
-        timestep = torch.as_tensor(timestep, device=pooled.device).reshape(-1, 1).float()
-        steps = torch.arange(WAVES // 2, dtype=torch.float32, device=pooled.device)
-        # In float32 whatever the weights' dtype, in the published code's order of operations, which decides the last digits.
-        angle = timestep * torch.exp(-math.log(10000) * steps / (WAVES // 2))
-        waves = torch.cat([angle.cos(), angle.sin()], dim=1).to(pooled.dtype)
-        return self.timestep_embedder(waves) + self.text_embedder(pooled)
-
-
-class Modulation(nn.Module):
-    """adaLN: `count` vectors, computed from the time and text vector, that shift, scale and gate one stream's tokens."""
-
-    def __init__(self, width: int, count: int):
-        super().__init__()
-        self.count = count
-        self.linear = nn.Linear(width, count * width)
-
-    def forward(self, temb):                                                # (B, C) -> count times (B, 1, C)
-        return self.linear(F.silu(temb)).unsqueeze(1).chunk(self.count, dim=-1)
-
-
-def normed(x, shift, scale):
-    """Normalise each token of x (B, L, C) to zero mean and unit variance, then scale and shift it by (B, 1, C)."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
+        timestep = waves(torch.as_tensor(timestep, device=pooled.device), WAVES).to(pooled.dtype)
+        return self.timestep_embedder(timestep) + self.text_embedder(pooled)
 
 
 class Attention(nn.Module):
@@ -202,19 +168,6 @@ class Attention(nn.Module):
         seen = seen.transpose(1, 2).flatten(2)
         answer = self.to_add_out(seen[:, count:]) if self.to_add_out is not None else None
         return self.to_out[0](seen[:, :count]), answer, probs
-
-
-class FeedForward(nn.Module):
-    """Two layers, to four times the width and back. The identity replaces the dropout of the published layout."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        first = nn.Module()
-        first.proj = nn.Linear(width, 4 * width)                            # the files say net.0.proj
-        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * width, width)])
-
-    def forward(self, x):
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
 
 
 class JointBlock(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sifm_min.models import mmdit
+from sifm_min.models import mmdit, modulation
 from sifm_min.models.config import EMA
 from sifm_min.models.mmdit import MMDiT, MMDiTConfig, default_taps, tap_names
 
@@ -199,9 +199,9 @@ def across_for_down(self, latent):
 
 right_normed = mmdit.normed
 FAULTS = {                                          # each is one plausible mistake: where, what, and its wrong value
-    "another epsilon": (mmdit, "NORM_EPS", 1e-5),
-    "another activation": (mmdit, "F", Wrong(F, silu=F.gelu)),
-    "exact GELU": (mmdit, "F", Wrong(F, gelu=lambda x, approximate: F.gelu(x))),
+    "another epsilon": (modulation, "NORM_EPS", 1e-5),
+    "another activation": (modulation, "F", Wrong(F, silu=F.gelu)),
+    "exact GELU": (modulation, "F", Wrong(F, gelu=lambda x, approximate: F.gelu(x))),
     "unscaled attention": (mmdit, "F", Wrong(F, scaled_dot_product_attention=lambda q, k, v: (
         F.scaled_dot_product_attention(q, k, v, scale=1.0)))),
     "heads interleaved": (mmdit.Attention, "split", lambda self, tokens, norm=None: (
@@ -212,9 +212,9 @@ FAULTS = {                                          # each is one plausible mist
         self.linear(temb).unsqueeze(1).chunk(self.count, dim=-1))),
     "positions from the corner": (mmdit.PatchEmbedding, "forward", from_the_corner),
     "across for down": (mmdit.PatchEmbedding, "forward", across_for_down),
-    "sines first": (mmdit, "torch", Wrong(torch, cat=lambda parts, dim: (
+    "sines first": (modulation, "torch", Wrong(torch, cat=lambda parts, dim: (
         torch.cat(parts[::-1] if dim == 1 else parts, dim=dim)))),
-    "frequencies in double": (mmdit, "torch", Wrong(torch, arange=lambda n, dtype, device: (
+    "frequencies in double": (modulation, "torch", Wrong(torch, arange=lambda n, dtype, device: (
         torch.arange(n, dtype=torch.float64, device=device)))),
 }
 
