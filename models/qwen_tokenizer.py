@@ -159,7 +159,8 @@ def _check_single(path, whole):
     """A ValueError where a `tokenizer.json` splits or merges text in another way."""
     steps = whole.get("pre_tokenizer")
     steps = steps.get("pretokenizers") if isinstance(steps, dict) else None
-    patterns = [step.get("pattern") for step in steps or () if isinstance(step, dict) and step.get("type") == "Split"]
+    steps = steps if isinstance(steps, list) else []
+    patterns = [step.get("pattern") for step in steps if isinstance(step, dict) and step.get("type") == "Split"]
     if patterns != [{"Regex": PATTERN}]:
         raise ValueError(f"{path} splits text by {shown(patterns)}, not by Qwen's pattern")
     if whole.get("normalizer") != {"type": "NFC"}:
@@ -172,12 +173,14 @@ def _check_single(path, whole):
 def _read_specials(folder, config, whole, vocab):
     """`(specials, pad)`: text -> (id, normalised), and the id of the padding.
 
-    The list with ids is in tokenizer_config.json, in tokenizer.json, or in added_tokens.json, which has the ids alone.
+    The list with ids is in tokenizer_config.json, in added_tokens.json, which has the ids alone, or in tokenizer.json.
     """
-    path, listed = listed_tokens(folder, config, whole)
-    if not listed and (folder / "added_tokens.json").exists():
-        path = folder / "added_tokens.json"
-        listed = [(number, text) for text, number in read_json(path).items()]
+    added, single = folder / "added_tokens.json", folder / "tokenizer.json"
+    if "added_tokens_decoder" not in config and not whole and added.exists():
+        path, listed = added, [(number, text) for text, number in read_json(added).items()]
+    else:
+        needed = "added_tokens_decoder" not in config and not whole and single.exists()
+        path, listed = listed_tokens(folder, config, read_json(single) if needed else whole)
     specials = numbered(listed, path)
     if "pad_token" not in config and (folder / "special_tokens_map.json").exists():
         config = config | read_json(folder / "special_tokens_map.json")

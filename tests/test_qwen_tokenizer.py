@@ -183,7 +183,7 @@ def test_a_text_without_end_takes_seconds_at_most(pair, letters):
 
 def older(folder, where, *, decoder=True):
     """The folder as transformers 4 wrote it: vocabulary and merges beside tokenizer.json, and lists of added tokens."""
-    theirs, whole = QwenTokenizer.from_folder(folder), json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     where.mkdir()
     (where / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]), encoding="utf-8")
     (where / "merges.txt").write_text("\n".join(" ".join(merge) for merge in whole["model"]["merges"]), encoding="utf-8")
@@ -192,12 +192,16 @@ def older(folder, where, *, decoder=True):
               "tokenizer_class": "Qwen2Tokenizer", "chat_template": TEMPLATE}
     (where / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": added} if decoder else config))
     (where / "added_tokens.json").write_text(json.dumps({token["content"]: int(number) for number, token in added.items()}))
-    return theirs
 
 
-@pytest.mark.parametrize("decoder", [True, False])
-def test_files_of_older_transformers_are_read(decoder, folder, pair, tmp_path):
-    older(folder, tmp_path / "old", decoder=decoder)
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "added_tokens.json", "tokenizer.json"])
+def test_files_of_older_transformers_are_read(place, folder, pair, tmp_path):
+    """The ids of the special tokens are in one of three places."""
+    older(folder, tmp_path / "old", decoder=place == "tokenizer_config.json")
+    if place != "added_tokens.json":
+        (tmp_path / "old" / "added_tokens.json").unlink()
+    if place == "tokenizer.json":
+        (tmp_path / "old" / place).write_bytes((folder / place).read_bytes())
     assert_equal_ids(QwenTokenizer.from_folder(tmp_path / "old"), pair[1], [*HARD, *SPACES, *PROMPTS])
 
 
@@ -236,6 +240,7 @@ DAMAGE = [
     (change("tokenizer.json", pre_tokenizer={"type": "ByteLevel"}), r"splits text by \[\], not by Qwen's pattern"),
     (change("tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": r"\s+"}}]}), "not by Qwen's pattern"),
+    (change("tokenizer.json", pre_tokenizer={"pretokenizers": 5}), r"splits text by \[\], not by Qwen's pattern"),
     (change("tokenizer.json", model__ignore_merges=True), "sets ignore_merges, which is not implemented"),
     (change("tokenizer.json", model__byte_fallback=True), "sets byte_fallback, which is not implemented"),
     (change("tokenizer.json", model__end_of_word_suffix="</w>"), "not of a Qwen tokenizer: its model must be a BPE with no"),
