@@ -64,8 +64,8 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, steps=None, se
     from . import images
     from . import memory as plans
     from .editors import check
-    from .editors.precision import full_float32
     from .models import cpu
+    from .models.precision import full_float32
     from .pgd import pgd
     from .purifiers import draws
     from .purifiers.expectation import purify_steps

@@ -28,7 +28,7 @@ from bench_peers import FULL, PROMPTS, TOKENS, write_editor  # noqa: E402
 import sifm_min  # noqa: E402
 from sifm_min import images, memory  # noqa: E402
 from sifm_min.editors import load_editor  # noqa: E402
-from sifm_min.editors.precision import full_float32  # noqa: E402
+from sifm_min.models.precision import full_float32  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The least share of gradient signs that agree with float32 on the CPU. Small random networks; real ones agree better.

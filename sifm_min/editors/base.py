@@ -17,9 +17,10 @@ from PIL import Image
 
 from .. import images, memory
 from ..models.lean import Prepared, sent
+from ..models.precision import full_float32
 from ..models.schedulers import FlowScheduler
 from .guidance import UNGUIDED, one_by_one, over_text, over_text_and_picture
-from .precision import full_float32, in_dtype
+from .precision import in_dtype
 from .text import apart, together
 
 LOWEST_TIMESTEP = 50                                         # below it the noisy latent is the picture itself

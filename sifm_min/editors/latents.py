@@ -15,9 +15,9 @@ import torch
 from .. import PROGRAM, images
 from ..models import checkpoints, latent_spaces
 from ..models.latent_spaces import SPACES
+from ..models.precision import full_float32
 from .autoencoders import load_autoencoder
 from .base import Defaults, Editor
-from .precision import full_float32
 
 NAME = "latents"
 SIZES = (512, 1024)                                          # long sides, in pixels, that published editors work at

@@ -1,32 +1,14 @@
-"""The precision of networks: gradients through one that runs in float16, and float32 on a GPU.
+"""The precision of networks: the 16-bit dtype of a device, and gradients through a network that runs in float16.
 
 float16 has no numbers between 0 and 6e-8. The gradient of a mean over 100,000 activations is of that size, and would be rounded
 to a few values or to zero. So the gradient is multiplied by a power of two where it enters the network, which brings its
 largest element to about 1, and divided by it where it leaves. What the network computes forwards is not changed.
 """
 
-import contextlib
-
 import torch
 from torch.autograd.function import once_differentiable
 
 LARGEST = 120                                                # of the exponent: a float32 ends near 2**128
-
-
-@contextlib.contextmanager
-def full_float32():
-    """Convolve float32 tensors in float32 on a GPU as well; torch's default there is TF32, with 10 bits for 23.
-
-    The setting belongs to the process: it is restored at the end.
-    """
-    cudnn = torch.backends.cudnn
-    where, name, exact = (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
-    before = getattr(where, name)
-    setattr(where, name, exact)
-    try:
-        yield
-    finally:
-        setattr(where, name, before)
 
 
 def half_dtype(device):

@@ -1,10 +1,9 @@
 """LPIPS: the distance of a classifier's features, weighted by layers that were fitted to human judgements."""
 
-import contextlib
-
 import torch
 from torch.nn import functional as F
 
+from ..models.precision import full_float32
 from . import backbones
 from .convolutions import LPIPSWeights, lpips_weights, placed
 from .pixels import checked, root
@@ -38,7 +37,7 @@ def lpips_layers(dist, ref, weights):
     shift, scale = (torch.tensor(v, dtype=dist.dtype, device=dist.device)[:, None, None] for v in (SHIFT, SCALE))
     layers = []
     # With autocast or TF32 only three digits would be right.
-    with torch.autocast(dist.device.type, enabled=False), _without_tf32(dist.device):
+    with torch.autocast(dist.device.type, enabled=False), full_float32():
         taps = [FEATURES[weights.network](tensors, (2 * pixels - 1 - shift) / scale) for pixels in (dist, ref)]
         for i, (x, y) in enumerate(zip(*taps, strict=True)):
             difference = (_normalised(x) - _normalised(y)).square()
@@ -92,19 +91,3 @@ def _squeezenet(w, x):
 
 
 FEATURES = {"alex": _alexnet, "vgg": _vgg16, "squeeze": _squeezenet}
-
-
-@contextlib.contextmanager
-def _without_tf32(device):
-    """Run a GPU's convolutions in float32, independent of the process-wide setting."""
-    if device.type != "cuda":
-        yield
-        return
-    cudnn = torch.backends.cudnn                             # torch 2.9 gave the switch another name
-    switch, name, off = (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
-    before = getattr(switch, name)
-    setattr(switch, name, off)
-    try:
-        yield
-    finally:
-        setattr(switch, name, before)

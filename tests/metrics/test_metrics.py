@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sifm_min import metrics
-from sifm_min.metrics import backbones, convolutions, phase, pixels, structure
+from sifm_min.metrics import backbones, convolutions, perceptual, phase, pixels, structure
 from sifm_min.models.checkpoints import Unavailable, Unfit
 
 # metric -> the least side that it takes
@@ -136,6 +136,19 @@ def test_lpips_has_the_values_of_its_package(vectors, shared, network):
             assert layers == pytest.approx(stored["values"][name]["per_layer"], abs=1e-6), name
             found += 1
     assert found == (3 if small else 19)
+
+
+def test_lpips_convolves_in_float32_and_restores_the_setting(monkeypatch):
+    seen, convolve = [], perceptual._convolve
+
+    def setting():
+        conv = getattr(torch.backends.cudnn, "conv", None)
+        return conv.fp32_precision if conv else torch.backends.cudnn.allow_tf32
+
+    monkeypatch.setattr(perceptual, "_convolve", lambda *given, **how: seen.append(setting()) or convolve(*given, **how))
+    before = setting()
+    call(metrics.lpips, *pictures(1, 32, 32))
+    assert set(seen) in ({"ieee"}, {False}) and setting() == before not in seen
 
 
 @pytest.mark.parametrize("network", ["alex", "squeeze", "vgg"])
