@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import peak_memory
 import pytest
 import torch
 from hub import Hub, break_off, hang, status, text, unless_token
@@ -574,39 +575,15 @@ def test_the_published_checksums_are_those_of_the_notes(shared):
         assert any(f"`{file}`" in line and digest in line for line in notes.splitlines()), file
 
 
-PEAK = """
-import sys, threading, time, torch
-from pathlib import Path
-from torch import nn
-from sifm_min.models.checkpoints import open_checkpoint
-
-class Wide(nn.Module):
+WIDE = """
+class Network(torch.nn.Module):
     class Config:
         from_json = staticmethod(lambda text: None)
 
     def __init__(self, config):
         super().__init__()
         for i in range(48):
-            self.register_parameter(f"w{i}", nn.Parameter(torch.empty(1024, 1024)))
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-checkpoint = open_checkpoint(sys.argv[1], ["unet"])
-torch.zeros(9).half().float()                                   # whatever torch sets up once
-before, peak, done = resident(), 0, threading.Event()
-
-def watch():
-    global peak
-    while not done.wait(0.001):
-        peak = max(peak, resident())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-network = checkpoint.load(Wide, "unet", dtype=torch.float32)
-done.set()
-watcher.join()
-print((peak - before) / sum(p.numel() * 4 for p in network.parameters()))
+            self.register_parameter(f"w{i}", torch.nn.Parameter(torch.empty(1024, 1024)))
 """
 
 
@@ -621,7 +598,7 @@ def test_peak_memory_is_the_network_plus_one_tensor(tmp_path, shards, forked):
         save_file(state, tmp_path / "unet" / PLAIN)
     else:
         shard(tmp_path, state, [f"m-{i}.safetensors" for i in range(shards)])
-    ran = forked("-c", PEAK, tmp_path)
+    ran = forked("-c", peak_memory.script(WIDE, "unet"), tmp_path)
     assert not ran.returncode, ran.stderr
     assert 0.9 < float(ran.stdout) < 1.15, ran.stdout           # the network 1; a tensor 0.02, a renewal 0.08
 

@@ -7,6 +7,7 @@ from dataclasses import MISSING, asdict, fields, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from faults import Wrong
 
 from sifm_min.models import mmdit, modulation
 from sifm_min.models.config import EMA
@@ -173,16 +174,6 @@ def test_one_text_serves_a_batch_of_timesteps(name):
 
 
 # ------------------------------------------------------------------------------------------------- faults must be seen
-
-class Wrong:
-    """A module with some functions replaced; only our file is given it, so that theirs stays right."""
-
-    def __init__(self, module, **functions):
-        self.module, self.functions = module, functions
-
-    def __getattr__(self, name):
-        return self.functions.get(name) or getattr(self.module, name)
-
 
 def from_the_corner(self, latent):
     x = self.proj(latent)

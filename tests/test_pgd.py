@@ -4,12 +4,9 @@ import math
 
 import pytest
 import torch
+from attacked_editors import seeded
 
 from sifm_min.pgd import pgd
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def picture(channels=3, height=6, width=7, seed=0):

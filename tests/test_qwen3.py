@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from faults import Wrong
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -153,16 +154,6 @@ def test_padding_changes_nothing_before_it(tmp_path):
 
 # -- the comparison sees -----------------------------------------------------------------------------------------------
 
-class Wrong:
-    """torch.nn.functional with one function replaced; only our module is given it, so that theirs stays right."""
-
-    def __init__(self, **functions):
-        self.functions = functions
-
-    def __getattr__(self, name):
-        return self.functions.get(name) or getattr(F, name)
-
-
 def interleaved(x, cosine, sine):
     first, second = x[..., ::2], x[..., 1::2]
     return torch.stack([first * cosine - second * sine, second * cosine + first * sine], -1).flatten(-2)
@@ -195,11 +186,11 @@ FAULTS = {
     "another theta": (qwen3, "rotary", lambda length, width, theta, device, right=qwen3.rotary: right(
         length, width, 2 * theta, device)),
     "no positions": (qwen3, "rotated", lambda x, cosine, sine: x),
-    "no mask": (qwen3, "F", Wrong(scaled_dot_product_attention=unmasked)),
-    "no mask for padding": (qwen3, "F", Wrong(scaled_dot_product_attention=only_causal)),
-    "no causal mask": (qwen3, "F", Wrong(scaled_dot_product_attention=only_padding)),
+    "no mask": (qwen3, "F", Wrong(F, scaled_dot_product_attention=unmasked)),
+    "no mask for padding": (qwen3, "F", Wrong(F, scaled_dot_product_attention=only_causal)),
+    "no causal mask": (qwen3, "F", Wrong(F, scaled_dot_product_attention=only_padding)),
     "groups of heads in another order": (qwen3.Attention, "forward", repeated),
-    "another activation": (qwen3, "F", Wrong(silu=F.gelu)),
+    "another activation": (qwen3, "F", Wrong(F, silu=F.gelu)),
     "gate and value exchanged": (qwen3.FeedForward, "forward", lambda self, x: self.down_proj(
         F.silu(self.up_proj(x)) * self.gate_proj(x))),
     "norms without their weights": (nn.RMSNorm, "forward", lambda self, x: F.rms_norm(

@@ -10,10 +10,11 @@ import torch
 diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")
 pytest.importorskip("transformers", reason="the oracle's text encoder, transformers, is not installed")
 
+import attacked_editors  # noqa: E402
 import small_editors  # noqa: E402
+from attacked_editors import seeded, small_pair  # noqa: E402
 
 from sifm_min import sifm as method  # noqa: E402
-from sifm_min.editors import load_editor  # noqa: E402
 from sifm_min.pgd import pgd  # noqa: E402
 from sifm_min.sifm import sifm, terms  # noqa: E402
 
@@ -23,27 +24,12 @@ MIXED = ["down_blocks.0.attentions.0", "mid_block", "up_blocks.1.attentions.1"] 
 EQUAL = ["mid_block", "up_blocks.0.attentions.0", "up_blocks.0.attentions.1"]           # of one
 
 
+editor, contexts = attacked_editors.editor, attacked_editors.contexts     # fixtures
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """(diffusers' pipeline, our editor from the folder that it wrote)."""
-    tokenizer = small_editors.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    pipeline = small_editors.pipeline("two levels, short prompts", tokenizer=tokenizer)
-    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        network.requires_grad_(False)
-    folder = tmp_path_factory.mktemp("editor")
-    pipeline.save_pretrained(folder)
-    return pipeline, load_editor(folder, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def editor(pair):
-    return pair[1]
-
-
-@pytest.fixture(scope="module")
-def contexts(editor):
-    with torch.no_grad():
-        return [editor.context([prompt]) for prompt in PROMPTS]
+    return small_pair(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +37,6 @@ def x_orig():
     """A picture with black and white in it, where the range of pixels ends before the budget does."""
     x = torch.rand(1, 3, 8, 8, generator=seeded(3)).repeat_interleave(4, 2).repeat_interleave(4, 3) * 1.4 - 0.2
     return x.clamp(0, 1)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def moved(x, seed=5):

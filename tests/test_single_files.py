@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import peak_memory
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -491,33 +492,6 @@ def test_the_vae_is_what_diffusers_converts(tmp_path):
     assert ours.config == AutoencoderKL.Config.from_json(json.dumps(AUTOENCODER))
 
 
-PEAK = """
-import json, sys, threading, torch
-from pathlib import Path
-from sifm_min.models.checkpoints import open_checkpoint
-from sifm_min.models.mmdit import MMDiT
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-checkpoint = open_checkpoint(sys.argv[1], ["transformer"])
-torch.zeros(9).half().float()                                   # whatever torch sets up once
-before, peak, done = resident(), 0, threading.Event()
-
-def watch():
-    global peak
-    while not done.wait(0.001):
-        peak = max(peak, resident())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-network = checkpoint.load(MMDiT, "transformer", dtype=torch.float32)
-done.set()
-watcher.join()
-print((peak - before) / sum(t.numel() * 4 for t in network.state_dict().values()))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts resident memory as Linux does")
 def test_peak_memory_is_the_network_plus_one_tensor(tmp_path, forked):
@@ -525,6 +499,7 @@ def test_peak_memory_is_the_network_plus_one_tensor(tmp_path, forked):
     torch.manual_seed(0)
     stored = made_from_places("transformer", MMDiT, config)
     file = write(tmp_path, {DIT + name: tensor for name, tensor in stored.items()})
-    ran = forked("-c", PEAK, file)
+    network = "from sifm_min.models.mmdit import MMDiT as Network\n"
+    ran = forked("-c", peak_memory.script(network, "transformer"), file)
     assert not ran.returncode, ran.stderr
     assert 0.9 < float(ran.stdout) < 1.35, ran.stdout           # the network 1; a fused tensor 0.02, a renewal 0.17

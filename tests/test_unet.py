@@ -7,6 +7,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from faults import Wrong
 from torch import nn
 
 from sifm_min.models import lean, unet
@@ -128,16 +129,6 @@ def test_one_text_serves_a_batch_of_timesteps():
 
 
 # ------------------------------------------------------------------------------------------------- faults must be seen
-
-class Wrong:
-    """A module with some functions replaced; only our file is given it, so that theirs stays right."""
-
-    def __init__(self, module, **functions):
-        self.module, self.functions = module, functions
-
-    def __getattr__(self, name):
-        return self.functions.get(name) or getattr(self.module, name)
-
 
 def halves_swapped(self, x):
     gate, x = self.proj(x).chunk(2, dim=-1)

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from faults import Wrong
 from torch import nn
 
 from sifm_min.models import lean, vae
@@ -149,16 +150,6 @@ def without_residual(self, x):
     return tokens.transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
-class Wrong:
-    """torch.nn.functional with one function replaced; only our module is given it, so that theirs stays right."""
-
-    def __init__(self, **functions):
-        self.functions = functions
-
-    def __getattr__(self, name):
-        return self.functions.get(name) or getattr(F, name)
-
-
 FAULTS = {                                          # each is one plausible mistake: where, what, and its wrong value
     "another epsilon": (vae, "NORM_EPS", 1e-5),
     "another activation": (lean.NormSiLU, "forward", lambda self, x: F.gelu(nn.GroupNorm.forward(self, x))),
@@ -166,9 +157,9 @@ FAULTS = {                                          # each is one plausible mist
     "bilinear upsampling": (vae.Upsample, "forward", lambda self, x: self.conv(
         F.interpolate(x, scale_factor=2.0, mode="bilinear"))),
     "attention without residual": (vae.Attention, "forward", without_residual),
-    "unscaled attention": (vae, "F", Wrong(scaled_dot_product_attention=lambda q, k, v: F.scaled_dot_product_attention(
+    "unscaled attention": (vae, "F", Wrong(F, scaled_dot_product_attention=lambda q, k, v: F.scaled_dot_product_attention(
         q, k, v, scale=1.0))),
-    "keys for queries": (vae, "F", Wrong(scaled_dot_product_attention=lambda q, k, v: F.scaled_dot_product_attention(
+    "keys for queries": (vae, "F", Wrong(F, scaled_dot_product_attention=lambda q, k, v: F.scaled_dot_product_attention(
         k, q, v))),
 }
 
@@ -282,8 +273,8 @@ def columns_first(x, side):
 @pytest.mark.parametrize("fault", [
     (vae.Statistics, "forward", without_epsilon),
     (vae.Statistics, "forward", lambda self, x, inverse=False: x),
-    (vae, "F", Wrong(pixel_unshuffle=columns_first)),
-    (vae, "F", Wrong(pixel_shuffle=lambda x, side: F.pixel_shuffle(x.mT, side).mT)),
+    (vae, "F", Wrong(F, pixel_unshuffle=columns_first)),
+    (vae, "F", Wrong(F, pixel_shuffle=lambda x, side: F.pixel_shuffle(x.mT, side).mT)),
 ], ids=["no epsilon", "no statistics", "columns before rows", "columns before rows, back"])
 def test_the_comparison_of_latents_sees(fault, monkeypatch):
     theirs = oracle(CONFIGS["narrow decoder, no quantisation, large epsilon"]).double()

@@ -78,6 +78,8 @@ class Hub(LocalServer):
 class Handler(Answers):
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
+        if path == "/api/agent-harnesses":                   # huggingface_hub asks for it by itself, once a day
+            return self.reply(404)
         token = self.headers.get("Authorization")
         self.server.log.append((self.command, path, self.headers.get("Range"), token and token.split()[-1]))
         if any(answer(self) for part, answer in list(self.server.faults.items()) if part in path):

@@ -3,12 +3,10 @@
 Like tiny_editor.py it needs neither diffusers nor transformers, and its edits mean nothing.
 """
 
-import json
 import math
 
 import tiny_editor
 import torch
-from safetensors.torch import save_file
 
 from sifm_min.models.clip import CLIPText
 from sifm_min.models.mmdit import MMDiT
@@ -52,17 +50,9 @@ TEXTS = {
 
 def write(folder, seed=0):
     """Write the editor into a folder, which is returned."""
-    files = dict(TEXTS)
-    torch.manual_seed(seed)
-    for name, (network, config) in NETWORKS.items():
-        files[f"{name.split('/')[0]}/config.json"] = config
-        made = network(network.Config.from_json(json.dumps(config)))
-        torch.nn.init.normal_(made.pos_embed.pos_embed) if network is MMDiT else None
-        (folder / name).parent.mkdir(parents=True)
-        save_file(made.state_dict(), folder / f"{name}.safetensors")
-    for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    for tokenizer in ("tokenizer", "tokenizer_2"):
-        (folder / tokenizer / "merges.txt").write_text("#version: 0.2\n")
-    return folder
+    return tiny_editor.write_parts(folder, NETWORKS, TEXTS, seed, prepare=_draw_positions)
+
+
+def _draw_positions(network):
+    if isinstance(network, MMDiT):
+        torch.nn.init.normal_(network.pos_embed.pos_embed)
