@@ -118,12 +118,12 @@ class SchedulerConfig(Config):
 
 
 def load(text: str | None, *, ancestral: bool = False) -> "Scheduler | FlowScheduler":
-    """The scheduler that the text of a `scheduler_config.json` describes.
+    """The scheduler that the text of a `scheduler_config.json` describes; None for a folder without that file.
 
-    Rectified flow, DDIM, Euler and Euler ancestral are taken as stored. Any other class, and with `ancestral=True` any
-    of the latter three but Euler ancestral (InstructPix2Pix and HQ-Edit are published to run with it, whatever their file
-    names), becomes Euler ancestral with linspace spacing on the stored betas, and `.note` says so in a sentence; otherwise
-    `.note` is "". None is a folder without that file: the betas of Stable Diffusion, with a note.
+    Rectified flow, DDIM, Euler and Euler ancestral are taken as stored. Any other class is replaced by Euler ancestral with
+    linspace spacing on the stored betas. With `ancestral=True` DDIM and Euler are replaced as well: InstructPix2Pix and
+    HQ-Edit are published to run with Euler ancestral, although their files name other classes. None gives the betas of
+    Stable Diffusion. `.note` is a sentence about a replacement, or "". ValueError for a key or value that is not implemented.
     """
     if text is None:
         return Scheduler(SchedulerConfig(sampler=ANCESTRAL, timestep_spacing="linspace", **STABLE_DIFFUSION),
@@ -169,7 +169,7 @@ def as_stored(sampler: str, given: dict) -> SchedulerConfig:
 
 
 def from_betas(stored: str | None, given: dict) -> SchedulerConfig:
-    """Euler ancestral on the training noise of a file that names another class; refused where that has no betas."""
+    """Euler ancestral on the training noise of a file that names another class; ValueError where the file has no betas."""
     betas = ["beta_start", "beta_end", "beta_schedule"] if given.get("trained_betas") is None else ["trained_betas"]
     reasons = [f"does not set {key}" for key in betas if key not in given] + [
         f"sets {key} to {shown(given[key])}" for key, off in OTHER_NOISE.items() if given.get(key, off) != off]
@@ -183,7 +183,7 @@ def from_betas(stored: str | None, given: dict) -> SchedulerConfig:
 class Scheduler:
     """The noise levels that a network was trained with, and the sampler that its checkpoint names.
 
-    config: as read. note: "", or one sentence on what was read differently from how it is stored.
+    config: as read. note: "", or one sentence about a sampler that replaces the stored one.
     alphas_cumprod: (num_train_timesteps,) float32 on the CPU, the clean latent's share of the noisy one's variance.
     """
 
@@ -293,7 +293,7 @@ class EulerPlan:
         if noise is None:
             raise ValueError("Euler ancestral adds noise at every step: pass standard normal noise of latent's shape")
         sigma_up = (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5
-        # Where sigma is much larger than the next one, the difference rounds to either side of zero.
+        # Rounding may make the difference slightly negative where sigma is much larger than the next one.
         sigma_down = (sigma_next**2 - sigma_up**2).clamp(min=0) ** 0.5
         return (latent + direction * (sigma_down - sigma) + noise * sigma_up).to(noise_pred.dtype)
 
@@ -316,7 +316,7 @@ class DDIMPlan:
                              f"{self.timesteps[0]}, and training ended at {config.num_train_timesteps - 1}; use fewer")
         following = self.timesteps - config.num_train_timesteps // steps
         final = torch.ones((), device="cpu") if config.set_alpha_to_one else scheduler.alphas_cumprod[0]
-        self.kept = scheduler.alphas_cumprod[self.timesteps]                    # a at each step, and at the next one
+        self.kept = scheduler.alphas_cumprod[self.timesteps]                    # a at each step; kept_next: at the next
         self.kept_next = torch.where(following >= 0, scheduler.alphas_cumprod[following.clamp(min=0)], final)
         self.fault = ""
         if config.prediction_type == "epsilon" and not config.clip_sample and bool((self.kept == 0).any()):
@@ -325,7 +325,7 @@ class DDIMPlan:
                           "network is trained to predict v_prediction")
 
     def scale_input(self, latent, i):
-        """The latent, unchanged: this network takes it as it is."""
+        """The latent, unchanged: DDIM's networks take latents of unit variance."""
         return latent
 
     def step(self, noise_pred, i, latent, noise=None):
@@ -347,14 +347,14 @@ class DDIMPlan:
 def visited(config: SchedulerConfig, steps: int) -> list[float]:
     """The timesteps of an edit, noisiest first, before DDIM rounds them (table 2 of Lin et al.)."""
     train = config.num_train_timesteps
-    if config.timestep_spacing == "linspace":                                   # from one end to the other, or the end
+    if config.timestep_spacing == "linspace":                                   # the last and the first one included
         gap = (train - 1) / max(steps - 1, 1)
         inner = [i * gap for i in reversed(range(steps - 1))]
         return [float(train - 1), *inner] if steps > 1 else [0.0]
-    if config.timestep_spacing == "leading":                                    # whole gaps, from the clean end
+    if config.timestep_spacing == "leading":                                    # steps of a whole number, from 0 upwards
         return [float(i * (train // steps) + config.steps_offset) for i in reversed(range(steps))]
-    # Trailing: even gaps, from the noisy end. diffusers counts with a rounded gap, so that a few numbers of steps (61 of
-    # 1000) get one step more, at timestep -1. This does the same, so that both give the same edit.
+    # Trailing: even steps from the last one downwards. diffusers steps by a rounded gap: for some numbers of steps, such as
+    # 61 of 1000, it makes one step more, at timestep -1. This code does the same, so that the edits are equal.
     gap = (train - train / steps) - train
     return [float(round(train + i * gap) - 1) for i in range(math.ceil(train / (train / steps)))]
 

@@ -1,5 +1,5 @@
 """The baselines against their formulas, written out slowly over diffusers' networks in double precision; what they cost;
-and where they go: within 20 steps on a small random editor, within 60 in a real latent space.
+and their effect: within 20 steps on a small random editor, within 60 in a real latent space.
 
 The references share nothing with ours but the weights and the order of draws: one evaluation for every timestep, hooks
 for attention, and no gradient at all, only differences of the loss along random directions.
@@ -343,7 +343,7 @@ def counted(editor, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "prompts", "steps"), [*((form, 1, 2) for form in FORMS), ("semantic-attack", 2, 3),
                                                         ("semantic-attack", 2, 1), ("photoguard-diffusion", 2, 1)])
-def test_what_a_run_costs_is_what_it_says(form, prompts, steps, counted, editor, contexts, x_orig):
+def test_passes_of_a_run_are_counted_rightly(form, prompts, steps, counted, editor, contexts, x_orig):
     method, options = FORMS[form]
     objective = made(method, editor, x_orig, contexts[:prompts], **options)
     pgd(x_orig, objective, 0.03, steps=steps, step_size=1 / 255, generator=seeded())
@@ -421,7 +421,7 @@ def test_the_draws_of_an_edit_are_gone_before_the_next(editor, contexts, x_orig)
     assert kept[1] == kept[4]
 
 
-def test_nothing_is_left_on_the_weights(editor, contexts, x_orig):
+def test_weights_get_no_gradient(editor, contexts, x_orig):
     for method in METHODS.keys() - {"noise", "sifm", "latent"}:
         x = moved(x_orig).requires_grad_(True)
         loss_of(made(method, editor, x_orig, contexts[:1])(x, 0)).backward()
@@ -557,7 +557,7 @@ def test_a_wrong_option_is_one_sentence(method, options, says, editor, contexts,
 
 
 @pytest.mark.parametrize("variant", ["eot", "plain"])
-def test_where_there_is_no_gradient_there_is_no_run(variant, editor, contexts, x_orig):
+def test_run_without_a_gradient_is_refused(variant, editor, contexts, x_orig):
     """From delta = 0 a shift has nowhere to go; what the released code minimises does, by its noise."""
     def run(variant):
         objective = made("editshield", editor, x_orig, contexts, variant=variant)

@@ -161,7 +161,7 @@ def test_words_are_those_of_every_text_encoder_that_there_is(pair, tokenizers, t
     assert alone.word_positions(PROMPTS[0]) == [n for n in words(pipeline, PROMPTS[0]) if n < 77]
 
 
-def test_what_the_paper_leaves_out_says_that_it_is_ours(pair, contexts, x_orig):
+def test_methods_that_the_paper_leaves_out_have_a_note(pair, contexts, x_orig):
     noted = {method: getattr(made(method, pair[1], x_orig, contexts[:1]), "note", "")
              for method in METHODS if method not in ("noise", "latent")}
     assert {method for method, note in noted.items() if "leaves this method out on Stable Diffusion 3" in note} == OURS
@@ -170,7 +170,7 @@ def test_what_the_paper_leaves_out_says_that_it_is_ours(pair, contexts, x_orig):
                                                                       "editshield"}
 
 
-def test_what_makes_no_sense_there_is_refused_in_one_sentence(pair, contexts, x_orig):
+def test_options_without_meaning_are_refused_in_one_sentence(pair, contexts, x_orig):
     with pytest.raises(ValueError, match="choose eot or plain") as caught:
         made("editshield", pair[1], x_orig, contexts, variant="released")
     assert "\n" not in str(caught.value)
@@ -179,7 +179,7 @@ def test_what_makes_no_sense_there_is_refused_in_one_sentence(pair, contexts, x_
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "options", "steps"), [("photoguard-diffusion", {"unroll": 3}, 2), ("semantic-attack",
                           {"timesteps": T}, 2), ("sds", {}, 2), ("mist", {}, 2), ("ace", {}, 2)])
-def test_what_a_run_costs_is_what_it_says(method, options, steps, pair, contexts, x_orig, monkeypatch):
+def test_passes_of_a_run_are_counted_rightly(method, options, steps, pair, contexts, x_orig, monkeypatch):
     editor, counted = pair[1], {"denoiser_forward": 0, "denoiser_backward": 0}
     walk = editor.transformer.walk
 

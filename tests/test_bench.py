@@ -62,7 +62,7 @@ def run(monkeypatch, tmp_path, capsys, small):
 
 @pytest.mark.slow
 def test_the_naive_step_has_the_gradient_of_ours(run, small):
-    found, out = run("step", "--repeat", "2", "--timesteps", "1,2", "--prompts", "2", "--taps", TAPS[small[0]])
+    found, out = run("step", "--repeat", "1", "--timesteps", "1,2", "--prompts", "2", "--taps", TAPS[small[0]])
     assert found["taps"] == TAPS[small[0]].split(",")
     one, two = found["timesteps"]["1"], found["timesteps"]["2"]
     for each in (one, two):
@@ -148,7 +148,7 @@ def test_memory_is_what_a_call_holds_at_its_worst_moment():
     def call():
         torch.ones(size, dtype=torch.uint8)                  # gone again before the call ends
 
-    # What was freed before and the allocator kept serves the call; it is the call's memory all the same.
+    # Memory that the allocator kept from earlier tensors serves the call, and counts as the call's.
     for large in (30, 20, 20):
         kept = [torch.ones(large * 2**20, dtype=torch.uint8) for _ in range(10)] + [torch.ones(2**18)]
         del kept[:-1]

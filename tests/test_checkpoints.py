@@ -387,7 +387,7 @@ def test_damaged_weights_are_told_with_their_path(folder, harm, words):
 
 def test_unreadable_files_are_told(folder, monkeypatch):
     def refuse(*_args, **_kwargs):
-        raise PermissionError(errno.EACCES, "Permission denied")       # the tests may run as root, whom nothing stops
+        raise PermissionError(errno.EACCES, "Permission denied")       # the tests may run as root, who may read every file
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "safe_open", refuse)
@@ -442,7 +442,7 @@ def test_pickles_are_refused_with_the_command_that_converts_them(folder, name):
     ([], "tokenizer", "vocab.json and merges.txt, or tokenizer.json"),
     ([], "scheduler", "no scheduler/scheduler_config.json"),
 ])
-def test_what_a_folder_lacks_is_told_on_opening(tmp_path, present, component, word):
+def test_missing_files_of_a_folder_are_named_on_opening(tmp_path, present, component, word):
     for name in present:
         write(tmp_path / name, "{}")
     with pytest.raises(Unavailable) as caught:
@@ -684,7 +684,7 @@ def text_encoder():
 @pytest.mark.parametrize("shards", [False, True], ids=["one-file", "shards"])
 @pytest.mark.parametrize("variant", [None, "fp16", "bf16", "non_ema", "my.own-1"])
 @pytest.mark.parametrize("network", [unet, vae, text_encoder])
-def test_what_save_pretrained_writes_loads_bit_for_bit(network, variant, shards, tmp_path):
+def test_files_of_save_pretrained_load_bit_for_bit(network, variant, shards, tmp_path):
     torch.manual_seed(0)
     ours, theirs = network()
     component = network.__name__
@@ -931,7 +931,7 @@ def test_stable_diffusion_3_is_fetched_whole_or_without_t5(hub):
 
 
 @pytest.mark.slow
-def test_without_t5_in_the_pipeline_nobody_looks_for_it(hub):
+def test_t5_is_not_asked_for_in_a_pipeline_without_it(hub):
     hub.add("owner/small", stable_diffusion_3(NONE))
     assert open_checkpoint("owner/small").components == WITHOUT_T5 and set(hub.asked("GET")) == OTHERS
 
@@ -1012,7 +1012,7 @@ def test_gated_with_a_token(hub, monkeypatch):
 
 
 def test_no_network(hub, monkeypatch):
-    hub.__exit__()                                              # nobody listens there any more
+    hub.__exit__()                                              # the server has stopped
     with pytest.raises(Unavailable) as caught:
         open_checkpoint(REPO, ALL)
     assert "cannot be fetched" in says(caught) and hub.url in says(caught)
@@ -1084,7 +1084,7 @@ def test_a_cache_that_cannot_be_written_is_told(hub, tmp_path):
 
 
 def outside(hub, code, **environment):
-    """What code prints in a fresh Python whose environment, not its constants, names the hub."""
+    """Run code in a fresh Python that finds the hub by its environment alone; return what it prints."""
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(("HF_", "HUGGING"))}
     code = (f"import sys; from sifm_min.models.checkpoints import *; ALL = {ALL}\ntry:\n {code}\n"
             "except Unavailable as e: print(e)\nassert 'torch' not in sys.modules")      # which takes seconds to load

@@ -218,7 +218,7 @@ def test_each_file_tells_failures_as_json(capsys):
     (OSError(errno.EROFS, "Read-only file system", "b"), cli.SOME_FAILED),
     (KeyboardInterrupt(), cli.INTERRUPTED),
 ])
-def test_what_the_next_file_would_meet_too_ends_the_run(capsys, error, code):
+def test_error_that_every_file_would_meet_ends_the_run(capsys, error, code):
     seen = []
 
     def work(path):

@@ -112,7 +112,7 @@ def first(pairs):
 
 @pytest.fixture(scope="module")
 def corpus():
-    """What a small vocabulary is trained on: prompts, and enough else to leave merges in many scripts."""
+    """Text to train a small vocabulary on: prompts, and other texts that leave merges in many scripts."""
     things, colours = ("sky", "dress", "old man's hat"), ("red", "blue", "greenish", "a little darker")
     return [*HARD, *(f"{do} the {thing} {colour}" for do in ("make", "turn") for thing in things for colour in colours)]
 
@@ -238,7 +238,7 @@ def test_the_second_time_is_the_same(first):
     assert ours(HARD) == CLIPTokenizer.from_folder(folder)(HARD)
 
 
-def test_what_is_no_list_of_texts_is_refused(first):
+def test_prompts_that_are_no_list_of_texts_are_refused(first):
     ours, _, _ = first
     for bad in ("a\ud800b", "\udcff", "ok \udfff"):
         with pytest.raises(ValueError, match="lone surrogate U\\+D"):

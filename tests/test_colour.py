@@ -1,4 +1,4 @@
-"""What decides how colours look: kept in the PNG, converted, or left out with a sentence. Never lost in silence."""
+"""Profiles, gamma and primaries are kept in the PNG, converted, or left out with a message."""
 
 import io
 import struct

@@ -97,7 +97,7 @@ def test_lpips_without_its_weights_is_absent_with_the_reason(run):
     assert code == cli.UNAVAILABLE and out == "" and "c.safetensors: no such file" in err
 
 
-def test_what_a_picture_is_too_small_for(run, weights):
+def test_metrics_of_a_picture_that_is_too_small(run, weights):
     smooth_photo("a.png", (20, 12), steps=3), smooth_photo("b.png", (20, 12))
     code, out, err = run("a.png", "b.png", "--weights", weights, "--json")
     (record,) = records(out)

@@ -1,4 +1,4 @@
-"""What a picture's header says against what is read: every depth, order, plane and direction, right or refused.
+"""Every depth, order, plane and direction that a picture's header may give is read rightly or refused.
 
 The expected pixels are computed from the samples that the file was written from, never by Pillow.
 """

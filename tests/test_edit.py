@@ -83,7 +83,7 @@ def test_an_edit_that_overflows_is_an_error_and_not_a_picture(run, capsys):
     assert "a.png: the edit is not a finite picture" in capsys.readouterr().err and files() == {}
 
 
-def test_nothing_is_overwritten_unless_asked(run, capsys):
+def test_files_are_overwritten_on_request_only(run, capsys):
     photo("a.png")
     Path("out").mkdir()
     Path("out/a_edited.png").write_text("mine")

@@ -123,7 +123,7 @@ def test_guidance_on_and_off(how, small):
     assert_other(ours, editor.edit(image, HAT, seed=5, steps=3))                        # 7.5 and 1.5
     options = {"steps": 1, "guidance": guidance, "image_guidance": image_guidance}
     unheard = editor.edit(image, HAT, negative_prompt="blue", **options) == editor.edit(image, HAT, **options)
-    assert unheard == ("off" in how)                        # without guidance nobody asks for the negative prompt
+    assert unheard == ("off" in how)                        # without guidance the negative prompt is not used
 
 
 def test_negative_prompt(folders):
@@ -233,7 +233,7 @@ def test_pictures_of_other_modes(mode, small):
 
 @pytest.mark.slow
 def test_a_batch_gives_what_single_calls_give(small):
-    """Also where sizes differ: whoever shares a working size shares a batch, and each comes back in its place."""
+    """Also for pictures of several sizes: those of one working size make a batch, and the order of the results is kept."""
     _, editor = small
     pictures = [smooth(48, 40, 1), smooth(33, 70, 2), smooth(50, 41, 3)]
     prompts = [RED, HAT, ""]
@@ -417,7 +417,7 @@ def test_no_timesteps_are_refused(count, small):
 
 @pytest.mark.parametrize("size", [(61, 97), (300, 190), (64, 48)])
 def test_resize_is_the_filter_of_edit(size, small):
-    """What the attack differentiates through is what the edit does to the picture before it is encoded."""
+    """The attack differentiates through the same resize that an edit makes before it encodes the picture."""
     _, editor = small
     image = smooth(*size, seed=3)
     height, width = editor.frame(*size, size=128)

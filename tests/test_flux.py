@@ -353,7 +353,7 @@ def test_checkpointing_saves_less_and_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_is_prepared_is_computed_once_and_changes_nothing(name):
+def test_prepared_values_are_computed_once_and_unchanged(name):
     ours = ours_like(oracle(CONFIGS[name])).requires_grad_(False)
     arguments = {key: x.detach() if key != "noisy_latent" and x is not None else x for key, x in inputs(CONFIGS[name]).items()}
     expected = ours(**arguments)

@@ -286,7 +286,7 @@ def test_signal_while_torch_is_imported_waits_for_it(monkeypatch):
 
     def imported():
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.3)                                      # in C++, as it were: nothing may be raised here
+        time.sleep(0.3)                                      # stands for C++ code: nothing may be raised here
         module.__spec__._initializing = False
         time.sleep(5)
         pytest.fail("the signal was lost")

@@ -11,8 +11,8 @@ import json
 import os
 import signal
 import struct
-import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -268,7 +268,7 @@ def test_native_preset_is_the_original_without_its_budget(run, monkeypatch, meth
     assert found["options"] | native.settings == found["options"]
 
 
-def test_what_is_given_wins_over_the_preset(run):
+def test_arguments_win_over_the_preset(run):
     photo("a.png")
     assert run("a.png", "--method", "editshield", "--preset", "native", "--variant", "plain", "--init", "random", "--eps",
                "8/255", "--no-preview") == cli.OK
@@ -296,8 +296,8 @@ ICC, GREY_ICC = icc_header(), icc_header("GRAY")
 def turned_photograph(path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "a camera"
-    y, x = np.mgrid[:2000, :3000]
-    Image.fromarray(np.stack([x % 256, y % 256, (x + y) // 20], -1).astype(np.uint8)).save(path, exif=exif, icc_profile=ICC)
+    y, x = np.mgrid[:800, :1200]
+    Image.fromarray(np.stack([x % 256, y % 256, (x + y) // 8], -1).astype(np.uint8)).save(path, exif=exif, icc_profile=ICC)
     return np.rot90(colours(Image.open(path)), -1), "RGB"
 
 
@@ -344,7 +344,7 @@ def test_every_kind_of_picture_comes_back_as_it_was(run, name, make):
     if "A" in mode:
         assert immunized.getchannel("A").tobytes() == source.getchannel("A").tobytes()
     assert immunized.info.get("icc_profile") == (source.info.get("icc_profile") if source.mode != "CMYK" else None)
-    assert not immunized.getexif()                           # turned already; and the camera is nobody's business
+    assert not immunized.getexif()                           # the picture is turned already, and the camera is private
 
 
 # -- the library call --------------------------------------------------------------------------------------------------
@@ -454,7 +454,7 @@ def test_picture_prompt_and_folder_are_needed(tmp_path, monkeypatch, capsys, arg
     assert "at least one picture or folder, --prompt TEXT and -o DIR" in told(capsys)
 
 
-@pytest.mark.parametrize("fault", ["offline", "gated", "nobody listens", "not shipped"])
+@pytest.mark.parametrize("fault", ["offline", "gated", "no server", "not shipped"])
 def test_weights_that_cannot_be_had_are_code_3(run, tmp_path, monkeypatch, capsys, fault):
     photo("a.png")
     with Hub() as hub:
@@ -465,7 +465,7 @@ def test_weights_that_cannot_be_had_are_code_3(run, tmp_path, monkeypatch, capsy
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
         hub.faults["/"] = status(401, error="GatedRepo", message="Access is restricted.")
-        if fault == "nobody listens":
+        if fault == "no server":
             hub.__exit__()
         name = "owner/editor"
         if fault == "not shipped":
@@ -473,7 +473,7 @@ def test_weights_that_cannot_be_had_are_code_3(run, tmp_path, monkeypatch, capsy
             monkeypatch.setitem(checkpoints.EDITORS, name, absent)
         assert run("a.png", "--editor", name) == cli.UNAVAILABLE
     says = {"offline": "offline nothing is fetched", "gated": "owner/editor is gated and no token is set",
-            "nobody listens": "cannot be fetched", "not shipped": "the shipped editor miniature lacks its weights"}[fault]
+            "no server": "cannot be fetched", "not shipped": "the shipped editor miniature lacks its weights"}[fault]
     assert says in told(capsys) and not Path("out").exists()
 
 
@@ -596,7 +596,7 @@ def test_a_second_run_does_only_what_is_not_done(run, capsys):
         assert all(files()[name] == before[name] for name in before if name != "a.json")
 
 
-def test_what_somebody_else_writes_during_the_run_is_theirs(run, monkeypatch, capsys):
+def test_files_of_another_program_are_left_alone(run, monkeypatch, capsys):
     photo("a.png")
     quantize = images.quantize
     monkeypatch.setattr(images, "quantize", lambda *args: (Path("out/a_immunized.png").write_text("theirs"),
@@ -735,23 +735,26 @@ def test_interrupted_between_the_files_of_a_picture(run, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_folder_run_is_stopped_and_killed_and_finishes_later(run, tiny_folder, capsys):
+def test_a_folder_run_is_stopped_and_killed_and_finishes_later(run, tiny_folder, capsys, forked):
     names = [f"in/{name}.png" for name in "abcd"]
     for i, name in enumerate(names):
         photo(name, (24 + i, 20), seed=i)                    # of one size they would be done at once
     options = ["--prompt", PROMPT, "--editor", str(tiny_folder), *FEW, "--steps", "40", "--no-preview", "-o", "out"]
     whole = {}
     for kill, code in ((signal.SIGINT, cli.INTERRUPTED), (signal.SIGKILL, -signal.SIGKILL)):
-        with subprocess.Popen([sys.executable, "-m", "sifm_min.immunize", "in", "--json", *options], text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
-            for line in process.stdout:
-                if "skipped" not in line:
-                    break                                    # one more picture is finished, the next one is under way
-            process.send_signal(kill)
-            rest, err = process.communicate(timeout=600)
+        child = forked.start("-m", "sifm_min.immunize", "in", "--json", *options, cwd=Path.cwd(),
+                             env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+        def printed(child=child):
+            return [line for line in child.stdout.read_text().splitlines() if "skipped" not in line]
+
+        until = time.monotonic() + 120
+        while not printed() and time.monotonic() < until:
+            time.sleep(0.002)                                # one more picture is finished, then the next one is under way
+        os.kill(child.pid, kill)
+        done = child.wait()
         finished = [name for name in names if Path("out", f"{Path(name).stem}_immunized.png").exists()]
-        assert process.returncode == code and rest == "" and "Traceback" not in err
+        assert done.returncode == code and len(printed()) == 1 and "Traceback" not in done.stderr
         assert files() | whole == files() and not any(name.endswith(".part") for name in files())
         whole = files()
         assert len(whole) == 2 * len(finished)

@@ -84,7 +84,7 @@ def test_download_fetches_the_pinned_files_once(name, filled, weights_main):  # 
         latent_spaces.find(space)
     assert server.log == []
     code, out, err = weights_main("download", f"latents-{name}")
-    assert set(server.asked("GET")) == set(space.files)                 # nothing that nobody needs
+    assert set(server.asked("GET")) == set(space.files)                 # no file that is not needed
     assert f"latents-{name}: {space.title}, about {'10.7' if name == 'flux2' else '9.8'} MB" in err
     assert f"from {space.hub_id} at {space.revision}, licence: MIT (Ollin Boer Bohan)" in err
     known = [digest for digest in space.files.values() if digest]

@@ -183,12 +183,12 @@ def speech_faults(tree, name):
 
 
 def catch_all_faults(tree):
-    """A handler names what it expects; what nobody foresaw is a bug, and must be seen."""
+    """Handlers that catch more than named errors: an unforeseen error is a bug and must be seen."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ExceptHandler):
             caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
             if node.type is None or {"Exception", "BaseException"} & {_last(kind) for kind in caught}:
-                yield node, "catches everything, also what nobody foresaw; name the errors"
+                yield node, "catches every error, unforeseen ones too; name the errors"
 
 
 DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson",
@@ -284,7 +284,7 @@ def test_the_rooms_list_no_file_that_is_gone():
 
 
 def test_lazy_names_lead_where_the_table_says():
-    """What is imported by a string (BY_NAME): the public names exist, and every method's file is below immunize."""
+    """Imports by a string (BY_NAME): the public names exist, and every method's file is below immunize."""
     import sifm_min
 
     for name in sifm_min._PUBLIC:
@@ -437,7 +437,7 @@ def test_a_planted_fault_is_found(path, source, expected, tmp_path):
     assert any(fault.startswith(f"{path}:") and expected in fault for fault in found), found
 
 
-def test_what_is_allowed_is_not_a_fault(tmp_path):
+def test_allowed_code_is_no_fault(tmp_path):
     allowed = {
         "sifm_min/__init__.py": "from pathlib import Path\nfrom . import models",
         "sifm_min/cli.py": "import sys\nprint(1)\nsys.exit(0)",

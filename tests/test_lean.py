@@ -125,7 +125,7 @@ def test_few_weights_are_convolved(monkeypatch):
     assert len(asked) == 1
 
 
-def test_what_trains_is_convolved(monkeypatch):
+def test_trained_weights_take_torchs_convolution(monkeypatch):
     monkeypatch.setattr(cpu, "PRODUCT_WEIGHTS", 0)
     layer = Conv2d(40, 48, 3, padding=1).to(memory_format=LAST)
     layer(draw(2, 40, 2, 2, dtype=torch.float32, layout=LAST)).sum().backward()

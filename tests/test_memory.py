@@ -12,7 +12,7 @@ from sifm_min.memory import Plan, plans
 
 
 class Device:
-    """What of an editor the plans depend on."""
+    """The parts of an editor that the plans depend on."""
 
     def __init__(self, kind, miniature=False):
         self.device, self.is_small = torch.device(kind), miniature
@@ -91,7 +91,7 @@ ENDED = {"cuda": lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", ENDED.values(), ids=ENDED)
-def test_where_memory_ends_the_next_plan_is_taken_and_said(error, miniature, picture, monkeypatch):
+def test_next_plan_is_taken_and_named_when_memory_ends(error, miniature, picture, monkeypatch):
     """Ten timesteps do not fit, five no longer in their second step; two do, and all of it starts anew."""
     whole, features, calls = immunized(picture, miniature, steps=2, batch=2), miniature.features, []
 
@@ -116,7 +116,7 @@ def test_where_memory_ends_the_next_plan_is_taken_and_said(error, miniature, pic
 
 
 @pytest.mark.slow
-def test_where_no_plan_fits_it_is_one_sentence(miniature, picture, monkeypatch):
+def test_no_plan_that_fits_is_one_sentence(miniature, picture, monkeypatch):
     def none(*inputs, **options):
         assert miniature.checkpointing == (len(inputs[1]) == 1 and len(seen) == 4)
         seen.append(len(inputs[1]))

@@ -432,7 +432,7 @@ def test_checkpointing_saves_less_and_changes_nothing(name):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["SD3.5 medium, narrow", SMALL])
-def test_what_is_prepared_is_computed_once_and_changes_nothing(name, checkpointing):
+def test_prepared_values_are_computed_once_and_unchanged(name, checkpointing):
     ours = ours_like(oracle(CONFIGS[name])).requires_grad_(False)
     ours.checkpointing = checkpointing
     latent, timestep, context, pooled = inputs(ours.config)
@@ -453,7 +453,7 @@ def test_what_is_prepared_is_computed_once_and_changes_nothing(name, checkpointi
     assert_close(ours(latent, timestep, text, pooled), expected["out"])
 
 
-def test_what_a_gradient_must_pass_through_is_not_prepared():
+def test_values_that_need_a_gradient_are_not_prepared():
     ours, (_, timestep, context, pooled) = ours_like(oracle(CONFIGS[SMALL])), inputs(CONFIGS[SMALL])
     for frozen, last in ((False, context.detach()), (True, context)):
         ours.requires_grad_(not frozen)

@@ -1,4 +1,4 @@
-"""The package finds its networks in every place it is put, and nobody else's; and what a wheel holds.
+"""The package finds its own networks in every place it is put; and the files of a wheel.
 
 The real project is built and laid out as people do: installed, editable, a bare checkout, vendored in three ways, in a
 zip; each read from a folder whose own models/ must stay untouched. Every probe is a fresh Python in an environment that
@@ -127,7 +127,7 @@ def test_installed(target, project, bare, foreign):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lenient", "strict"])
 def test_editable(mode, project, empty_python, foreign, tmp_path):
-    """What `pip install -e .` does: build the redirecting wheel and unpack it."""
+    """As `pip install -e .` does: build the redirecting wheel and unpack it."""
     source = copy(project, tmp_path / "source", "sifm_min", "models")
     for name in ("setup.cfg", "pyproject.toml", "LICENSE"):
         shutil.copy(project / name, source)
@@ -193,7 +193,7 @@ def test_an_empty_folder_left_inside_does_not_hide_the_networks(project, bare, t
     assert probe(bare, tmp_path) == (tmp_path / "sifm_min", tmp_path / "models")
 
 
-def test_nothing_else_beside_the_package_becomes_a_part_of_it(project, bare):
+def test_other_folders_beside_the_package_stay_out_of_it(project, bare):
     walk = "import pkgutil, sifm_min; print([m.name for m in pkgutil.walk_packages(sifm_min.__path__, 'sifm_min.')])"
     names = python(bare, walk, project).stdout
     assert "'sifm_min.cli'" in names and "sifm_min.sifm_min" not in names and "tools" not in names
@@ -209,7 +209,7 @@ def matching(folder, *patterns):
 
 
 def shipped(project):
-    """What a package holds of the project, under its installed names: code, and the data that setup.cfg names."""
+    """The files of the project in a package, under their installed names: code, and the data that setup.cfg names."""
     networks = {f"models/{name}" for name in matching(project / "models", "README.md", "**/*.py", "miniature*/**/*", "lpips/*")}
     data = ("README.md", "judging/README.md", "judging/panels/*.json", "judging/prompts/*", "**/pages/*.html",
             "**/paper/*.json")

@@ -163,7 +163,7 @@ def test_a_chat_of_qwen3_is_recorded():
     assert CHAT.format("x") == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
-def test_what_is_no_list_of_texts_is_refused(pair):
+def test_prompts_that_are_no_list_of_texts_are_refused(pair):
     with pytest.raises(TypeError, match="takes a list of prompts"):
         pair[0]("one")
     with pytest.raises(ValueError, match=r"lone surrogate U\+D800 at 1"):

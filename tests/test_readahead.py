@@ -1,4 +1,4 @@
-"""What a network will read next is fetched ahead of it: the right bytes, in its order, and never far ahead."""
+"""Read-ahead of weights: the right bytes, in the network's order, and never far ahead."""
 
 import os
 import threading
@@ -17,7 +17,7 @@ FILE = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(autouse=True)
 def nothing_waits():
-    """What other tests loaded and never ran."""
+    """Clear the queue of networks that other tests loaded and never ran."""
     readahead._beginnings.clear()
 
 
@@ -136,7 +136,7 @@ def test_prefetch_of_a_network_skips_embeddings(stored, asked, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", ["no such function", "refused", "a file that went"])
-def test_where_it_cannot_be_had_nothing_happens(stored, asked, fault, monkeypatch, tmp_path):
+def test_readahead_is_left_out_where_it_is_missing(stored, asked, fault, monkeypatch, tmp_path):
     if fault == "no such function":
         monkeypatch.delattr(os, "posix_fadvise")
     elif fault == "refused":

@@ -12,7 +12,7 @@ from sifm_min.models import schedulers
 from sifm_min.models.schedulers import ANCESTRAL, DDIM, EULER, FLOW, load
 
 diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")        # theirs, thousands of them
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")        # thousands of them come from diffusers
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SETTINGS = {
@@ -57,12 +57,12 @@ def assert_close(ours, theirs, tolerance=1e-6):
 
 
 def toy(latent, timestep):
-    """In the network's place: nonlinear, not shift-invariant, depends on the timestep, and the size of noise."""
+    """A stand-in for the network: nonlinear, not shift-invariant, depends on the timestep, of the size of noise."""
     return torch.tanh(latent.roll(1, -1) * 1.5 + torch.cos(timestep / 100)) + 0.3 * latent
 
 
 def assert_same_trajectory(ours, theirs, steps, tolerance=1e-6):
-    """One edit of both from the same noise: each step of ours is given their latent, and the result is compared."""
+    """Run one edit of both from the same noise; each step of ours starts from their latent, and the results are compared."""
     plan = ours.plan(steps)
     theirs.set_timesteps(steps)
     assert plan.draws_noise == ours.draws_noise == (ours.config.sampler == ANCESTRAL)
@@ -109,7 +109,7 @@ def test_same_plan_for_every_number_of_steps(sampler, spacing):
 
 
 def test_published_noise_levels():
-    """The numbers of InstructPix2Pix's schedule, computed elsewhere, for 20, 30 and 100 steps."""
+    """InstructPix2Pix's schedule for 20, 30 and 100 steps, computed independently."""
     scheduler = load(json.dumps(SD | {"_class_name": ANCESTRAL}))
     for steps, first, last in [(20, (14.61465, 10.74685, 8.08154), (0.355547, 0.232168, 0.029168, 0)),
                                (30, (14.61465, 11.91756, 9.81418), (0.272184, 0.183457, 0.029168, 0)),
@@ -160,7 +160,7 @@ def test_the_comparison_sees_a_wrong_step(sampler, fault, monkeypatch):
 
 
 def test_ancestral_with_clean_latents_predicted():
-    """No oracle has it; predicting the clean latent or the noise that goes with it must be the same step."""
+    """Without an oracle: a step from the predicted clean latent equals the step from the noise that belongs to it."""
     noisy, clean = (load(json.dumps(SD | {"_class_name": ANCESTRAL, "prediction_type": kind})).plan(6)
                     for kind in ("epsilon", "sample"))
     latent, noise_pred, noise = torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0)).double()
@@ -200,7 +200,7 @@ def test_add_noise_is_ddim_s():
 
 @pytest.mark.parametrize("steps", [3, 20])
 def test_add_noise_between_timesteps_is_what_euler_visits(steps):
-    """diffusers' Euler adds sigma * noise and divides on the way into the network; ours is both at once."""
+    """diffusers' Euler adds sigma * noise, and scale_input divides later; our add_noise does both."""
     theirs = diffusers.EulerAncestralDiscreteScheduler(**SD)
     ours = load(theirs.to_json_string())
     theirs.set_timesteps(steps)
@@ -276,7 +276,7 @@ def test_no_file_is_stable_diffusion_with_a_note():
 @pytest.mark.parametrize("source", OTHERS)
 @pytest.mark.parametrize("sampler", [DDIM, EULER, ANCESTRAL])
 def test_a_scheduler_made_from_another_one_is_read(sampler, source, tmp_path):
-    """from_config carries the other class's keys over, and save_pretrained writes them."""
+    """A scheduler made by from_config keeps the other class's keys, and save_pretrained writes them."""
     theirs = getattr(diffusers, sampler).from_config(getattr(diffusers, source)(**SD).config)
     theirs.save_pretrained(tmp_path)
     ours = load((tmp_path / "scheduler_config.json").read_text())
@@ -286,7 +286,7 @@ def test_a_scheduler_made_from_another_one_is_read(sampler, source, tmp_path):
 
 @pytest.mark.parametrize("sampler", [DDIM, EULER, ANCESTRAL])
 def test_a_file_that_leaves_keys_out_gets_the_class_s_defaults(sampler):
-    """As files of diffusers 0.6 do; the defaults of the three classes differ."""
+    """Files of diffusers 0.6 leave keys out; the defaults of the three classes differ."""
     stored = SD | {"_class_name": sampler, "num_train_timesteps": 1000, "trained_betas": None}
     assert_same_trajectory(load(json.dumps(stored)), getattr(diffusers, sampler).from_config(stored), 10)
 
@@ -319,7 +319,7 @@ def test_published_sdxl_file_is_read():
     ("CogVideoXDDIMScheduler", SD | {"snr_shift_scale": 3.0}, "snr_shift_scale"),
     (None, {}, "no class"),
 ])
-def test_what_is_not_implemented_is_refused(sampler, change, named):
+def test_unimplemented_settings_are_refused(sampler, change, named):
     with pytest.raises(ValueError, match=named) as caught:
         load(json.dumps({"_class_name": sampler} | change))
     assert "\n" not in str(caught.value)
@@ -361,7 +361,7 @@ def test_betas_that_leave_nothing_of_a_picture_are_refused():
 @pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "scaled_linear"])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_euler_ancestral_stays_finite_in_few_steps(schedule, spacing):
-    """The oracle's formula, in float64: there its root is of a positive number."""
+    """The oracle's formula in float64, where the number under its root is positive."""
     plan = None
     for steps in range(1, 60):
         plan = load(json.dumps({"_class_name": ANCESTRAL, "beta_schedule": schedule, "timestep_spacing": spacing})).plan(steps)
@@ -392,7 +392,7 @@ def test_zero_terminal_snr_with_epsilon_is_a_fault_of_the_plan():
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
-def test_what_is_no_json_object_is_refused(text):
+def test_text_that_is_no_json_object_is_refused(text):
     with pytest.raises(ValueError, match="not a JSON object"):
         load(text)
 
@@ -435,7 +435,7 @@ def flow_pair(name: str) -> tuple:
 
 
 def restart(theirs, steps: int, strength: float) -> torch.Tensor:
-    """Their scheduler as StableDiffusion3Img2ImgPipeline leaves it before the first step; the timesteps to visit."""
+    """(diffusers' scheduler as StableDiffusion3Img2ImgPipeline sets it up before the first step, the timesteps to visit)."""
     pytest.importorskip("transformers", reason="diffusers has no pipelines without transformers")
     theirs.set_timesteps(steps)
     pipeline = SimpleNamespace(scheduler=theirs)
@@ -445,7 +445,7 @@ def restart(theirs, steps: int, strength: float) -> torch.Tensor:
 
 
 def assert_same_flow(ours, theirs, steps, strength):
-    """One img2img edit of both from the same latent and noise, as in assert_same_trajectory."""
+    """Run one img2img edit of both from the same latent and noise, as assert_same_trajectory does."""
     plan = ours.plan(steps, strength)
     timesteps = restart(theirs, steps, strength)
     assert torch.equal(plan.timesteps, timesteps) and plan.timesteps.dtype == timesteps.dtype
@@ -492,7 +492,7 @@ def test_flow_starts_at_the_noise_alone():
 
 
 def test_a_strength_visits_what_their_pipeline_visits():
-    """Also where steps times strength is no whole number, or is one only in exact arithmetic."""
+    """Steps times strength may be no whole number, or be one in exact arithmetic only."""
     ours, theirs = flow_pair("Stable Diffusion 3")
     for steps in (1, 2, 3, 7, 10, 20, 25, 28, 30, 50, 100):
         for strength in (1e-6, 0.001, 1 / 3, 0.999, *(i / 20 for i in range(1, 21)), *(0.1 * i for i in range(1, 10))):
@@ -503,7 +503,7 @@ def test_a_strength_visits_what_their_pipeline_visits():
     (28, 0.6, 17, 0.814325), (28, 0.8, 23, 0.929818), (50, 0.3, 15, 0.548046), (50, 0.6, 30, 0.813852),
     (50, 0.8, 40, 0.921533)])
 def test_published_strengths(steps, strength, count, first):
-    """Stable Diffusion 3's, computed elsewhere: how many steps are run, and the noise that they start from."""
+    """The number of steps and the first noise level of Stable Diffusion 3, computed independently."""
     plan = flow_pair("Stable Diffusion 3")[0].plan(steps, strength)
     assert (len(plan.timesteps), len(plan.sigmas)) == (count, count + 1)
     assert plan.sigmas[0].item() == pytest.approx(first, abs=1e-6)
@@ -551,7 +551,7 @@ def test_half_precision_flows_as_theirs(dtype):
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_flow_s_noise_is_theirs(name):
-    """At the noise levels of training, before any plan is made, and at those that a plan visits."""
+    """At the noise levels of training, before a plan is made, and at the levels that a plan visits."""
     ours, theirs = flow_pair(name)
     latent, noise = torch.randn(2, 5, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     for steps in (None, 5, 28):

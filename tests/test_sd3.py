@@ -134,7 +134,7 @@ def test_guidance_on_and_off_and_a_negative_prompt(guidance, negative, folders):
     assert_same(ours, theirs(pipeline, smooth(*WIDE), RED, **options))
     if negative:
         unheard = ours == editor.edit(smooth(*WIDE), RED, **options | {"negative_prompt": ""})
-        assert unheard == (guidance <= 1)                    # without guidance nobody asks for the negative prompt
+        assert unheard == (guidance <= 1)                    # without guidance the negative prompt is not used
 
 
 @pytest.mark.parametrize("strength, steps", [(0.8, 5), (0.35, 9), (0.999, 3), (0.2, 5), (0.1, 9)])
@@ -228,7 +228,7 @@ def test_context_of_a_prompt_is_independent_of_the_others(folders):
     assert torch.equal(together.states[0], together.states[2]) and torch.equal(together.pooled[0], together.pooled[2])
 
 
-def test_what_is_cut_off_is_said_in_one_sentence_and_once(folders):
+def test_cut_prompt_is_one_warning(folders):
     _, editor = folders()
     editor = load_editor(editor.checkpoint.folder, device="cpu")
     clip = "a house " * 20
@@ -579,7 +579,7 @@ def test_a_batch_of_ultraedit_gives_what_single_calls_give(folders):
         assert_same(edited, editor.edit(pictures[i], prompts[i], seed=6, steps=3))
 
 
-def test_what_the_methods_use_of_ultraedit(folders):
+def test_parts_of_ultraedit_that_methods_use(folders):
     pipeline, editor = folders(in_channels=48)
     pixels = torch.rand(2, 3, 32, 48)
     condition, noise, timesteps = editor.encode(pixels), torch.randn(2, 16, 4, 6), torch.tensor([1000, 250])

@@ -339,7 +339,7 @@ def counted(editor, monkeypatch):
 
 @pytest.mark.parametrize(("prompts", "batch", "resample", "steps"), [(1, None, False, 3), (2, 3, False, 3), (3, 1, False, 2),
                                                                      (1, None, True, 3)])
-def test_what_a_run_costs(prompts, batch, resample, steps, counted, editor, contexts, x_orig):
+def test_passes_of_a_run(prompts, batch, resample, steps, counted, editor, contexts, x_orig):
     """One encode and one backward through the VAE per step, whatever |T|; the original's features once for each prompt."""
     objective = sifm(editor, x_orig, contexts[:prompts], generator=seeded(), timesteps=T, batch=batch, resample=resample)
     pgd(x_orig, objective, 0.03, steps=steps, step_size=1 / 255, generator=seeded())
@@ -366,7 +366,7 @@ def test_the_denoiser_stops_after_the_last_tap(editor, contexts, x_orig):
     assert not any(name.startswith(("up_blocks", "conv_norm_out", "conv_out")) for name in run)
 
 
-def test_nothing_is_left_on_the_weights(editor, contexts, x_orig):
+def test_weights_get_no_gradient(editor, contexts, x_orig):
     x = moved(x_orig).requires_grad_(True)
     sifm(editor, x_orig, contexts, generator=seeded(), timesteps=T)(x, 0)[0].backward()
     assert x.grad.any()

@@ -343,7 +343,7 @@ def test_text_encoders_come_from_a_folder_of_components(published, tmp_path):
 
 @pytest.mark.parametrize("where", ["", "text_encoders"])
 def test_text_encoders_as_files_of_their_own(published, tmp_path, where):
-    """As they lie beside the published single file; the config is told by their shapes too."""
+    """As they lie beside the published single file; their config too is read off their shapes."""
     tensors, _ = contents(published)
     file = write(with_tokenizers(tmp_path), tensors)
     (tmp_path / where).mkdir(exist_ok=True)
@@ -392,7 +392,7 @@ def test_components_come_from_the_hub_and_only_those_that_lack(published, tmp_pa
     (lambda t: {n: x for n, x in t.items() if "x_embedder" not in n}, ["has no tensor", DIT + "x_embedder.proj.weight"]),
     (lambda t: t | {DIT + "x_embedder.proj.weight": torch.ones(2)}, ["the shapes under model.diffusion_model."]),
 ], ids=["unknown", "many", "vae", "not-sd3", "a-network", "no-embedder", "flat"])
-def test_what_no_single_file_holds_is_one_error_that_names_it(published, tmp_path, change, words):
+def test_tensors_of_no_single_file_are_named_in_one_error(published, tmp_path, change, words):
     file = write(with_tokenizers(tmp_path), change(contents(published, clips=True)[0]))
     with pytest.raises(Unfit) as caught:
         open_checkpoint(file)
@@ -415,7 +415,7 @@ def test_a_tensor_of_the_wrong_shape_is_told(published, tmp_path, name, shape, w
     assert words in says(caught) and "sd3_medium.safetensors/transformer does not fit MMDiT" in says(caught)
 
 
-def test_what_else_can_be_wrong_with_a_single_file(published, tmp_path):
+def test_other_faults_of_a_single_file(published, tmp_path):
     file = write(with_tokenizers(tmp_path), contents(published)[0])
     with pytest.raises(Unavailable) as caught:
         open_checkpoint(file)

@@ -98,7 +98,7 @@ def theirs(published):
 
 @pytest.fixture(scope="module")
 def fast(published):
-    """What today's transformers makes of the folder, and what StableDiffusion3Pipeline calls."""
+    """The tokenizer that today's transformers loads from the folder; StableDiffusion3Pipeline calls it."""
     transformers = pytest.importorskip("transformers", reason="the oracle, transformers, is not installed")
     try:
         return transformers.T5TokenizerFast.from_pretrained(published)
@@ -189,7 +189,7 @@ def test_every_character_is_treated_as_by_the_oracle(ours, theirs):
     assert_equal_ids(ours["tokenizer.json"], theirs, texts)
 
 
-def test_what_transformers_saves(fast, tmp_path):
+def test_files_that_transformers_saves(fast, tmp_path):
     """It writes another pipeline than the published file's, in which U+0085 is white space."""
     fast.save_pretrained(tmp_path)
     assert not (tmp_path / "spiece.model").exists()
@@ -208,7 +208,7 @@ def test_a_row_is_text_end_padding(our):
     assert our.count("") == 1 and our.count("a " * 500) == 1001
 
 
-def test_what_is_no_list_of_texts_is_refused(our):
+def test_prompts_that_are_no_list_of_texts_are_refused(our):
     for bad in ("a\ud800b", "\udcff", "ok \udfff"):
         with pytest.raises(ValueError, match="lone surrogate U\\+D"):
             our([bad])
@@ -449,7 +449,7 @@ def test_a_charsmap_with_wild_offsets_ends_in_a_sentence():
         return Charsmap(struct.pack(f"<{len(units) + 1}I", 4 * len(units), *units) + replacements, "x.model")
 
     units = [0] * 98
-    units[0], units[97] = 0, 97 | 256 | (97 ^ 5) << 10         # "a" is a key; its replacement is told by unit 5
+    units[0], units[97] = 0, 97 | 256 | (97 ^ 5) << 10         # "a" is a key; unit 5 holds its replacement
     assert charsmap(units, b"A\0B\0")("abca") == "AbcA"
     units[5] = 2
     assert charsmap(units, b"A\0B")("a") == "B"

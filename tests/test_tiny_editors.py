@@ -20,7 +20,7 @@ from sifm_min.editors import load_editor  # noqa: E402
 from sifm_min.models.checkpoints import Unfit  # noqa: E402
 from sifm_min.models.tiny_vae import AutoencoderTiny  # noqa: E402
 
-# As published, and as nobody has published: pipelines scale and shift a tiny autoencoder's latents as they do any other's.
+# As published, and as no published file has it: pipelines scale and shift a tiny autoencoder's latents as they do any other's.
 SCALES = {"as published": {}, "scaled and shifted": {"scaling_factor": 0.6, "shift_factor": 0.3}}
 
 

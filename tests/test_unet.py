@@ -354,7 +354,7 @@ def test_default_taps(shared):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["miniature", SMALL])
-def test_what_is_prepared_is_computed_once_and_changes_nothing(name, checkpointing):
+def test_prepared_values_are_computed_once_and_unchanged(name, checkpointing):
     ours = ours_like(oracle(CONFIGS[name])).requires_grad_(False)
     ours.checkpointing = checkpointing
     latent, timestep, context = inputs(ours.config)
@@ -378,7 +378,7 @@ def test_what_is_prepared_is_computed_once_and_changes_nothing(name, checkpointi
     assert_close(ours(latent, timestep, text), expected["out"])
 
 
-def test_what_a_gradient_must_pass_through_is_not_prepared():
+def test_values_that_need_a_gradient_are_not_prepared():
     ours, (_, timestep, context) = ours_like(oracle(CONFIGS[SMALL])), inputs(CONFIGS[SMALL])
     for call in (lambda: ours.prepare_timestep(timestep), lambda: ours.prepare_context(context.detach())):
         with pytest.raises(ValueError, match="freeze the network's weights"):

@@ -57,7 +57,7 @@ def rows(text):
     return {line.split()[0]: line for line in text.splitlines()[1:]}
 
 
-def test_list_shows_every_editor_and_asks_nobody(hub, shipped, weights_main):  # noqa: F811
+def test_list_shows_every_editor_without_a_request(hub, shipped, weights_main):  # noqa: F811
     code, out, err = weights_main("list")
     assert code == 0 and err == "" and hub.log == []
     assert list(rows(out))[:len(EDITORS)] == list(EDITORS)       # and then the backbones of LPIPS
@@ -160,7 +160,7 @@ def test_download_of_a_hub_id_at_a_revision(hub, weights_main):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_what_the_published_checksum_does_not_fit_is_bad(hub, weights_main):  # noqa: F811
+def test_file_without_its_published_checksum_is_bad(hub, weights_main):  # noqa: F811
     hub.add(PIX2PIX.hub_id, pipeline(), commit=PIX2PIX.revision)
     code, out, err = weights_main("download", "instruct-pix2pix", "--quiet")
     bad = [line for line in out.splitlines() if line.startswith("BAD")]

@@ -82,7 +82,7 @@ def test_the_number_of_threads_changes_no_value():
     assert all(torch.allclose(one, found[0], atol=1e-6) for one in found[1:])
 
 
-def test_what_memory_it_keeps_serves_one_thread_and_every_mode(monkeypatch):
+def test_kept_memory_serves_one_thread_and_every_mode(monkeypatch):
     cases = [(torch.randn(1, 128, 8, 8), torch.randn(128, 128, 3, 3), None) for _ in range(3)]
     alone, found = [winograd.convolve(*one) for one in cases], {}
 

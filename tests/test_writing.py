@@ -18,7 +18,7 @@ def test_write_whole_files(tmp_path):
     assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o666 & ~before    # not the 0600 of a temporary file
 
 
-def test_nothing_is_overwritten_unless_asked(tmp_path):
+def test_files_are_overwritten_on_request_only(tmp_path):
     target = tmp_path / "a.txt"
     writing.write(target, "old")
     with pytest.raises(FileExistsError, match="a.txt exists; --overwrite replaces it"):

@@ -102,7 +102,7 @@ def test_ablation_and_lambda_by_img2img(run, capsys, suite):
 
 @pytest.mark.slow
 def test_transfer_between_an_instruction_and_a_caption(run, models, capsys):
-    """Each editor is told its own words, and options that one of them has are not forced upon the other."""
+    """Each editor gets its own texts, and options of one editor do not reach the other."""
     told = {name: [] for name in NAMES}
     with pytest.MonkeyPatch.context() as patch:
         for name, (_, editor) in models.items():

@@ -4,9 +4,8 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -113,7 +112,7 @@ def server():
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Nobody sleeps; the seconds that were asked for."""
+    """Replace sleep: the list of the seconds that were asked for."""
     asked = []
     monkeypatch.setattr(tool.Server.__init__, "__kwdefaults__", None)
     monkeypatch.setattr(tool.Server.__init__, "__defaults__", (asked.append,))
@@ -252,7 +251,7 @@ STUMBLES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["/rows", "/pictures/"])
 @pytest.mark.parametrize("stumble", STUMBLES)
-def test_what_passes_is_waited_for(server, tmp_path, waits, stumble, part, capsys):
+def test_passing_faults_of_a_server_are_waited_for(server, tmp_path, waits, stumble, part, capsys):
     server.faults[part] = [*STUMBLES[stumble], *STUMBLES[stumble], None]
     assert make(server, tmp_path) == 0
     assert len(waits) == 2 and waits[1] >= waits[0] and (stumble != "limit" or waits == [7.0, 7.0])
@@ -280,7 +279,7 @@ def test_a_server_that_is_gone_ends_the_run_and_loses_nothing(server, tmp_path, 
     assert make(server, tmp_path) == 0
 
 
-def test_nobody_at_the_address(tmp_path, waits, capsys):
+def test_address_without_a_server(tmp_path, waits, capsys):
     assert tool.main(["dataset", "-o", str(tmp_path), "--server", "http://127.0.0.1:9", "--quiet"]) == 3
     assert "the connection failed, 5 times" in lines_told(capsys)
 
@@ -537,7 +536,7 @@ def asked(photos, tmp_path, *more):
                       "--gemini", str(tmp_path / "judge.json"), *more])
 
 
-def test_nothing_is_asked_unless_told_and_never_without_a_key(photos, tmp_path, model, capsys):
+def test_prompts_are_asked_for_on_request_and_with_a_key(photos, tmp_path, model, capsys):
     tool.main(["folder", str(photos), "--prompt", "make it night", "-o", str(tmp_path / "plain")])
     assert model.calls == []
     assert tool.main(["folder", str(photos), "--prompt", "x", "--gemini", "gemini-2.5-pro", "-o", str(tmp_path / "set")]) == 2
@@ -588,25 +587,25 @@ def test_a_limit_on_the_calls_is_kept(photos, tmp_path, model, monkeypatch, caps
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system kills otherwise")
-def test_calls_in_flight_at_a_kill_count_in_the_limits(photos, tmp_path, model, monkeypatch, capsys):
+def test_calls_in_flight_at_a_kill_count_in_the_limits(photos, tmp_path, model, monkeypatch, capsys, forked):
     """One picture is answered and three calls hang: with a limit of six calls, two are left."""
     monkeypatch.setenv("JUDGE_KEY", "a-secret-of-many-letters")
     limit = ("--max-calls", "6", "--partial", "--overwrite")
     model.script("gemini-2.5-pro", lambda call: written(1) if call is model.calls[0] else fake_gemini.after(60, written()))
-    command = [sys.executable, str(source), "folder", str(photos), "--prompt", "make it night", "-o", str(tmp_path / "set"),
+    command = [str(source), "folder", str(photos), "--prompt", "make it night", "-o", str(tmp_path / "set"),
                "--gemini", str(tmp_path / "judge.json"), *limit]
-    process, until = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.monotonic() + 60
+    child, until = forked.start(*command), time.monotonic() + 60
     journal = tmp_path / "set" / "unseen.jsonl"
     while len(model.calls) < 4 or '"prompts"' not in journal.read_text():
-        assert time.monotonic() < until and process.poll() is None
+        assert time.monotonic() < until
         time.sleep(0.02)
-    process.kill()
-    process.wait()
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait().returncode == -signal.SIGKILL
     model.script("gemini-2.5-pro", lambda call: written(len(model.calls)))
-    assert tool.main(command[2:]) == 1 and len(model.calls) == 6
+    assert tool.main(command[1:]) == 1 and len(model.calls) == 6
     text = lines_told(capsys)
     assert "3 calls were in flight when the last run ended" in text and "the limit of 6 calls is reached" in text
-    assert tool.main(command[2:-len(limit)] + ["--partial", "--overwrite"]) == 0 and len(model.calls) == 7
+    assert tool.main(command[1:-len(limit)] + ["--partial", "--overwrite"]) == 0 and len(model.calls) == 7
 
 
 def test_calls_of_a_journal_without_intents_count_too(photos, tmp_path, model, monkeypatch, capsys):

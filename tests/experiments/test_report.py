@@ -61,14 +61,14 @@ def test_unseen_prompts_are_clustered_by_picture():
     assert rows(main)["SIFM"][-2] == f"50% [{100 * expected.low:.0f}, {100 * expected.high:.0f}]" != "50% [30, 70]"
 
 
-def test_what_failed_counts_against_coverage():
+def test_failed_steps_count_against_coverage():
     cells = [cell("sifm", "p0", True), cell("sifm", "p1", True, failed="out of memory", judges=None, edited=None)]
     main, behind = tables.tables(group(cells))
     assert rows(main)["SIFM"][-2].startswith("100%") and rows(behind)["SIFM"][2] == "1 of 2"
     assert rows(behind)["SIFM"][6] == "50 to 100%" and any("1 edits failed: out of memory" in note for note in main.notes)
 
 
-def test_nothing_judged_yet():
+def test_report_before_any_verdict():
     cells = [cell("sifm", "p0", True, judges=None)]
     main, behind = tables.tables(group(cells))
     assert rows(main)["SIFM"][-1] == "-" and behind.rows == [] and "nobody yet" in main.notes[0]

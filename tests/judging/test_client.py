@@ -42,7 +42,7 @@ def test_01_the_request_of_a_family_on_the_wire(bench):
     assert bench.server.calls[1].body["generationConfig"] == {
         "maxOutputTokens": 8192, "seed": 7, "thinkingConfig": {"thinkingLevel": "LOW"},
         "responseMimeType": "application/json", "responseJsonSchema": SCHEMA}
-    bench.ask([verdict(False, False)], model="gemini-9-xenon")              # a family that nobody knows: as little as can be
+    bench.ask([verdict(False, False)], model="gemini-9-xenon")              # an unknown family: the fewest fields
     assert bench.server.calls[2].body["generationConfig"] == {"maxOutputTokens": 8192, "responseMimeType": "application/json"}
 
 

@@ -13,7 +13,7 @@ from sifm_min.gemini import Client, Key, Request, Spec, ask_many
 from sifm_min.judging import payload
 
 
-def test_nobody_answers(bench):
+def test_server_that_does_not_answer(bench):
     with FakeGemini() as gone:
         url = gone.base_url("openai")
     stop, calls = bench.stop([], "openai", base_url=url)
@@ -39,7 +39,7 @@ def test_a_netrc_does_not_replace_the_key(bench, monkeypatch, tmp_path):
     assert bench.server.calls[0].headers["Authorization"] == f"Bearer {SENTINEL}"
 
 
-def test_where_a_key_comes_from(monkeypatch, tmp_path):
+def test_sources_of_a_key(monkeypatch, tmp_path):
     google = Spec.from_json({"provider": "gemini", "model": "gemini-2.5-pro"})
     for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY", "OPENAI_API_KEY", "GEMINI_API_KEY_FILE", "GOOGLE_API_KEY_FILE"):
         monkeypatch.delenv(name, raising=False)
@@ -153,8 +153,8 @@ def test_a_request_without_a_schema_is_answered_by_its_text(bench):
 @pytest.mark.slow
 def test_a_picture_is_encoded_once_for_all_threads(monkeypatch):
     encoded, frombytes = [], Image.frombytes
-    monkeypatch.setattr(payload.Image, "frombytes", lambda *given: (encoded.append(given[1]), time.sleep(0.05),
-                                                                   frombytes(*given))[2])
+    monkeypatch.setattr(payload.Image, "frombytes", lambda *given: (
+        encoded.append(given[1]), time.sleep(0.05 if given[1] != (2, 2) else 0), frombytes(*given))[2])
     payload._png.cache_clear()
     wide, high = Image.new("RGB", (64, 32)), Image.new("RGB", (32, 64))      # of the same bytes
     threads = [threading.Thread(target=payload.encoded, args=(["?", wide.copy()],)) for _ in range(8)]

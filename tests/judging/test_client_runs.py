@@ -42,7 +42,7 @@ def test_27_gemini_must_name_itself(bench):
     {"promptTokenCount": 2710, "candidatesTokenCount": 96}, {"promptTokenCount": 2710, "totalTokenCount": 3417},
     {"promptTokenCount": 2710, "candidatesTokenCount": 96, "totalTokenCount": 3417},
     {**USAGE, "thoughtsTokenCount": 611.0, "totalTokenCount": 2806}])
-def test_28_costs_that_nobody_told_are_unknown(bench, usage):
+def test_28_costs_without_a_price_are_unknown(bench, usage):
     budget = Budget()
     answer, _ = bench.ask([verdict(True, False, usage=usage)], budget=budget)
     assert (answer.status, answer.cost, answer.unknown) == ("ok", None, 1)
@@ -83,7 +83,7 @@ def test_30_requests_are_drawn_only_as_answers_are_taken(bench):
     assert len(bench.server.calls) <= 12
 
 
-def test_30_whoever_leaves_early_waits_for_nobody(bench):
+def test_30_early_exit_waits_for_no_call(bench):
     client = bench.client(timeout=30)
     bench.server.script("gemini-2.5-pro", [verdict(True, True), verdict(True, True), silence])
     started = time.monotonic()

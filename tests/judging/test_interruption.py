@@ -31,7 +31,7 @@ def test_limits_hold_over_all_runs_into_a_folder(server, tmp_path, capsys):
 
 
 def test_a_full_disk_ends_the_run_at_once(server, tmp_path, capsys, monkeypatch):
-    """The calls in flight are not waited for, and what they bring is not lost to a verdict of nobody."""
+    """The run does not wait for the calls in flight, and records no verdict for them."""
     server.script(PRO, lambda call: knowing(call) if canary(call) or number(call) % 2 else after(20, knowing(call)))
     append = Ledger.append
 
@@ -136,7 +136,7 @@ def test_cost_of_calls_in_flight_counts_at_its_bound(server, tmp_path, capsys):
 
 
 def test_calls_before_a_stop_are_in_the_journal(server, tmp_path, capsys):
-    """A call that the quota refuses has no answer: it counts all the same, at no cost."""
+    """A call that the quota refuses has no answer; it counts as a call of no cost."""
     server.script(PRO, but(quota(per="Day"), lambda c: number(c) == 3))
     call = ["run", manifest(tmp_path, 4), "--panel", panel_file(tmp_path, server, [PRO]), "-o", str(tmp_path / "out")]
     for runs in (1, 2):

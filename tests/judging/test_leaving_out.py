@@ -21,7 +21,7 @@ print(json.dumps([modules, judge(sample, sample.target).obeyed, sorted(sifm_min.
 
 @pytest.fixture
 def python(forked):
-    """What a command prints that Python runs in a folder."""
+    """Run Python in a folder and return what it prints."""
     def printed(folder, *arguments):
         done = forked(*arguments, cwd=folder)
         assert done.returncode == 0, done.stderr

@@ -94,7 +94,7 @@ def returned(study, rater, text):
 
 # ------------------------------------------------------------------------------------------------------------ the sheet
 
-def test_nothing_on_the_sheet_tells_an_arm(study):
+def test_rating_sheet_does_not_show_the_arm(study):
     secret = (*ARMS, "original0", "s0", "portrait", "unseen", "miniature", "attention", "stratum")
     for file in filter(Path.is_file, (study / "sheet").rglob("*")):
         content = file.read_bytes().replace(json.dumps(PROMPT.rules).replace("<", "\\u003c").encode(), b"")
@@ -112,7 +112,7 @@ def test_every_rater_has_all_items_in_an_order_of_their_own(study):
     for rater, order in orders.items():
         shown = page(study / f"sheet/{rater}.html")
         assert [item["item_id"] for item in shown["items"]] == order and shown["rater"] == rater
-        assert shown["rules"] == PROMPT.rules and shown["prompt"] == "isr-judge/1"       # what models are told
+        assert shown["rules"] == PROMPT.rules and shown["prompt"] == "isr-judge/1"       # the question to models
     arms = [items(study)[name]["arm"] for name in orders["ann"]]
     assert arms != sorted(arms)
 
@@ -201,7 +201,7 @@ def test_a_sheet_goes_out_and_comes_back(study, tmp_path):
     assert ratings.load(study / "keep", [merged]).records == found.records
 
 
-def test_what_is_blank_is_missing_and_what_differs_is_counted(study):
+def test_blank_ratings_are_missing_and_differences_counted(study):
     def change(row, item):
         if item["is_attention"] == "1":
             row["perceptual_degradation"] = 1

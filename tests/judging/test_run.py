@@ -148,7 +148,7 @@ def test_refusals_are_kept_and_asked_again_only_on_request(server, tmp_path, cap
     assert judge.main([*call, "--retry"]) == 0 and not server.calls              # a verdict is never asked for again
 
 
-def test_what_never_arrived_is_asked_again_by_the_next_run(server, tmp_path, capsys):
+def test_lost_answers_are_asked_for_again_by_the_next_run(server, tmp_path, capsys):
     call = ["run", manifest(tmp_path, 5), "--panel", panel_file(tmp_path, server, [PRO]), "-o", str(tmp_path / "out")]
     server.script(PRO, but(says("{}", version="gemini-3.8-flash"), lambda c: number(c) == 3))
     assert judge.main(call) == 1
@@ -206,7 +206,7 @@ def test_canaries_of_another_day_vouch_for_nothing(server, tmp_path, monkeypatch
     assert len(server.calls) == 13
     monkeypatch.setattr(run_file, "CANARY_HOURS", -1)
     run(panel, read_edits(manifest(tmp_path, 3)), out)
-    assert len(server.calls) == 13                           # nothing to ask: nobody needs to vouch
+    assert len(server.calls) == 13                           # no question is open, so no canaries are needed
     run(panel, read_edits(manifest(tmp_path, 4)), out)
     assert len(server.calls) == 24
 
@@ -304,12 +304,12 @@ def test_the_budget_of_a_panel_is_shared(server, tmp_path):
     assert one.client.budget is other.client.budget is budget
 
 
-# ------------------------------------------------------------------------------------------------- nobody to be asked
+# ------------------------------------------------------------------------------------------------- no key, or no server
 
 def test_a_newcomer_without_any_key(tmp_path, capsys, monkeypatch, server):
     """The local panel pointing at nothing, and the paper's without a key: one sentence each, and nothing pretended."""
     path = manifest(tmp_path, 2)
-    server.server_close()                                    # its port is free, and nobody answers there
+    server.server_close()                                    # its port is free: no server answers
     shipped = json.loads((ROOT / "sifm_min/judging/panels/local-ollama.json").read_text())
     for spec in shipped["judges"]:
         spec["base_url"] = server.base_url("openai")

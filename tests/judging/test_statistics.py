@@ -138,7 +138,7 @@ def test_wilson_of_nothing_is_everything():
 
 
 @pytest.mark.parametrize("case", [(-1, 10), (11, 10), (1, 0), (0, -1)])
-def test_what_is_no_proportion_is_refused(case):
+def test_counts_that_give_no_proportion_are_refused(case):
     with pytest.raises(ValueError, match="no proportion"):
         wilson(*case)
 
@@ -233,7 +233,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("call, sentence", WRONG.values(), ids=WRONG)
-def test_what_cannot_be_counted_is_said_in_a_sentence(call, sentence):
+def test_uncountable_input_is_one_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         call()
     assert "\n" not in str(caught.value)
@@ -348,7 +348,7 @@ def test_one_sample_per_image_takes_wilson_and_more_take_images():
     assert success_rate(by_arm(unseen[:-6] + unseen[-2:]), "sifm").isr.note == "bootstrap over 10 images"
 
 
-def test_what_no_resample_changes_gets_no_false_certainty():
+def test_constant_samples_keep_a_wide_interval():
     alike = success_rate(by_arm(rated([True] * 100, prompts="vwxyz")), "sifm").isr
     assert alike == Estimate(1.0, *wilson(20, 20), "Wilson over 20 images, all alike")
     assert alike.low < wilson(100, 100)[0]
@@ -396,7 +396,7 @@ def test_missing_verdicts_leave_pairs_out_and_widen_bounds():
     assert (found.ok.lowest, found.ok.highest) == pytest.approx((1 / 3, 2 / 3))
 
 
-def test_where_every_clean_edit_fails_nothing_is_attributable():
+def test_rate_is_unknown_if_every_clean_edit_fails():
     found = controlled(by_arm(rated([True, False, True]) + rated([True] * 3, "control")), "sifm")
     assert found.attributable == Estimate(None, None, None, "undefined on these samples")
     assert found.added.value == pytest.approx(-1 / 3)

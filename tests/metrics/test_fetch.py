@@ -110,7 +110,7 @@ def test_a_cut_connection_is_taken_up_where_it_broke(server, tmp_path):
     assert kept(tmp_path) == [KEPT]
 
 
-def test_what_came_is_kept_for_the_next_run(server, tmp_path):
+def test_fetched_part_is_kept_for_the_next_run(server, tmp_path):
     server.faults = [1_000_000, 0, 0, 0, 0]
     with pytest.raises(Unavailable, match=f"{server.url}/.*cannot be fetched .*the 1000000 bytes that came are kept"):
         fetch.backbone("squeeze")
@@ -212,7 +212,7 @@ def test_a_disk_that_fills_up_on_the_way(server, monkeypatch, tmp_path, failing)
     assert fetch.backbone("squeeze").pinned and len(server.log) == 1
 
 
-def test_what_is_kept_appears_whole_or_not_at_all(server, monkeypatch, tmp_path):
+def test_kept_file_appears_whole_or_not_at_all(server, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(fetch.os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

@@ -221,7 +221,7 @@ def test_equal_pictures(metric, dtype):
 
 
 def test_flat_pictures_tell_nothing():
-    """Nothing to keep in a flat reference: nan, not the noise of rounding. A flat picture has no features: PC is 0."""
+    """A flat reference gives nan, not the noise of rounding. A flat picture has no features: PC is 0."""
     generator = torch.Generator().manual_seed(1)
     picture = torch.rand(1, 3, 97, 90, generator=generator)
     for colour in torch.rand(4, 3, generator=generator):
@@ -360,7 +360,7 @@ def test_vifp_of_equal_pictures_grows_with_contrast():
 
 
 @pytest.mark.parametrize("metric", [metrics.fsim, metrics.lpips])
-def test_what_is_kept_from_inference_mode_serves_gradients_later(metric):
+def test_weights_from_inference_mode_serve_gradients_later(metric):
     phase._filters.cache_clear(), convolutions.placed.cache_clear()
     dist, ref = pictures(1, 33, 35)
     with torch.inference_mode():

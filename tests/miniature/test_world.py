@@ -79,7 +79,7 @@ print(told)
 """
 
 
-def test_nothing_hangs_on_the_process_or_on_global_randomness():
+def test_samples_are_the_same_in_every_process():
     random.seed(1)
     state = random.getstate()
     told = subprocess.run([sys.executable, "-c", TELL], cwd=ROOT, capture_output=True, text=True,
@@ -91,7 +91,7 @@ def test_nothing_hangs_on_the_process_or_on_global_randomness():
 
 
 def test_the_world_is_the_one_of_the_shipped_weights(unrendered):
-    """A new attribute, kind or phrase moves the split, and what was held out is so no more: then train again."""
+    """A new attribute, kind or phrase changes the split: samples held out before may be trained on. Then train again."""
     assert fingerprint(miniature.samples(40, seed=0)) == "0415dc48e7ac7b3c"
     assert fingerprint(miniature.samples(40, seed=0, split="train")) == "7f14995848fa8805"
 
@@ -128,7 +128,7 @@ def test_a_kind_is_written_in_the_words_of_its_category(name):
     for phrase in kind.phrases + kind.held_out:
         fields = {field for _, field, _, _ in string.Formatter().parse(phrase)} - {None}
         assert ("c" in fields) == asks_colour and fields <= {"c", "p", "o", "s"}
-        assert kind.category == "portrait" or not fields & {"p", "o", "s"}              # nobody else is a he or a she
+        assert kind.category == "portrait" or not fields & {"p", "o", "s"}              # only people are he or she
     assert len(kind.phrases) >= 5 and len(kind.held_out) >= 2
     for phrases in (kind.phrases, kind.held_out):
         assert any("{s}" not in phrase for phrase in phrases)                           # something can be said of men
@@ -278,7 +278,7 @@ def test_the_changed_share_counts_visible_differences():
 
 
 @pytest.mark.parametrize("category", world.CATEGORIES)
-def test_what_is_called_visible_is_seen(category):
+def test_visible_attributes_are_seen(category):
     """Each other value of a visible attribute gives another picture; the judge asks about visible ones alone."""
     rng = random.Random(category)
     for _ in range(3):

@@ -105,7 +105,7 @@ def test_greyness_is_in_the_pixels_and_not_in_the_mode(name):
     (lambda: apply("regenerate-0.15", picture()), r"^regenerate-0\.15 needs the editor under attack"),
     (lambda: apply("blur-1", Image.fromarray(np.zeros((4, 4), np.float32))), "mode F has no fixed range"),
 ], ids=["name", "own", "other", "regenerate", "mode"])
-def test_what_cannot_be_done_is_one_sentence(call, sentence):
+def test_impossible_attacks_are_one_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         call()
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""What the tests of the methods share: a pair of diffusers' pipeline and our editor, its contexts, draws, and slopes.
+"""Shared by the tests of the methods: a pair of diffusers' pipeline and our editor, its contexts, draws, and slopes.
 
     from attacked_editors import assert_slopes, contexts, editor, loaded_pair, seeded     # contexts, editor: fixtures
 

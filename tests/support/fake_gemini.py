@@ -48,7 +48,7 @@ class Call:
 
     @property
     def parts(self):
-        """What the user said: texts, and PNG bytes for pictures, in order."""
+        """The parts of the user's message in order: texts, and PNG bytes for pictures."""
         found = []
         if self.openai:
             for part in self.body["messages"][-1]["content"]:

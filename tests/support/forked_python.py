@@ -2,7 +2,7 @@
 
     with ForkedPython() as python:
         done = python("-m", "sifm_min.edit", "--help", cwd=folder)        # a CompletedProcess, as of subprocess.run
-        child = python.start("-c", code)                                 # child.pid, and child.wait() for the same
+        child = python.start("-c", code)                                 # child.pid; child.wait() for the same
 
 One Python process imports torch, or the modules that ForkedPython is given, then forks for each command. The command runs in
 the fork, with its own arguments, folder, environment and streams. Variables that Python or a library reads when it starts
@@ -55,10 +55,10 @@ else:
 
 
 class Child:
-    """A command that runs: its process id, and `wait` for its CompletedProcess."""
+    """A command that runs: its process id, the file of its stdout, and `wait` for its CompletedProcess."""
 
-    def __init__(self, pid, ended):
-        self.pid, self.wait = pid, ended
+    def __init__(self, pid, stdout, wait):
+        self.pid, self.stdout, self.wait = pid, stdout, wait
 
 
 class ForkedPython:
@@ -103,4 +103,4 @@ class ForkedPython:
         def ended():
             code = int(self.process.stdout.readline())
             return subprocess.CompletedProcess(words, code, *(stream.read_text(encoding="utf-8") for stream in streams))
-        return Child(pid, ended)
+        return Child(pid, streams[0], ended)

@@ -1,4 +1,4 @@
-"""What a command leaves behind: the files of a folder, and what it printed."""
+"""The results of a command: the files of a folder, and the printed text."""
 
 from pathlib import Path
 
