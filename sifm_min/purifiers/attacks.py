@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from .. import images
-from .filters import Guide, along, bilateral
+from .filters import Guide, bilateral
 
 BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 
@@ -125,7 +125,7 @@ def gaussian_blur(image, *, sigma, taps, editor=None, seed=0):
     weights = weights / weights.sum()
     values = _values(image)
     for axis in (1, 2):
-        values = along(values, weights.tolist(), axis, "reflect")
+        values = _along(values, weights, axis)
     return _image(values, image.mode)
 
 
@@ -207,3 +207,11 @@ def _values(image):
 def _image(values, mode):
     array = values.clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
     return Image.fromarray(array[:, :, 0] if mode == "L" else array)
+
+
+def _along(values, weights, axis):
+    """The weighted sums of (C,H,W) along one axis, centred on each pixel; the number of weights is odd, edges are mirrored."""
+    side, radius = values.shape[axis], len(weights) // 2
+    places = torch.from_numpy(np.pad(np.arange(side), radius, mode="reflect"))
+    padded = values.index_select(axis, places)
+    return sum(weight * padded.narrow(axis, i, side) for i, weight in enumerate(weights))

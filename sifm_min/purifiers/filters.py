@@ -17,7 +17,7 @@ def bilateral(values, diameter, sigma_colour, sigma_space):
     repeating the last pixel.
     """
     radius = diameter // 2
-    return _Bilateral.apply(pad(values, radius, "reflect"), radius, sigma_colour, sigma_space)
+    return _Bilateral.apply(_mirrored(values, radius), radius, sigma_colour, sigma_space)
 
 
 class _Bilateral(torch.autograd.Function):
@@ -94,20 +94,17 @@ class Guide:
         return (torch.einsum("ichw,ihw->chw", slopes, self.guide) + self._box(offset)).to(dtype)
 
     def _box(self, values):
+        """The means of all windows, by differences of running sums."""
         taps = 2 * self.radius + 1
-        weights = [1 / taps] * taps
-        return along(along(values, weights, 1, "symmetric"), weights, 2, "symmetric")
+        for axis in (1, 2):
+            side = values.shape[axis]
+            places = torch.from_numpy(np.pad(np.arange(side), (self.radius + 1, self.radius), mode="symmetric"))
+            sums = values.index_select(axis, places.to(values.device)).cumsum(axis)
+            values = (sums.narrow(axis, taps, side) - sums.narrow(axis, 0, side)) / taps
+        return values
 
 
-def pad(values, radius, edge):
-    """(C,H,W) with a border, also of pictures smaller than the border: numpy's "reflect" or "symmetric"."""
-    rows, columns = (torch.from_numpy(np.pad(np.arange(side), radius, mode=edge)) for side in values.shape[1:])
+def _mirrored(values, radius):
+    """(C,H,W) with a mirrored border, also of pictures smaller than the border."""
+    rows, columns = (torch.from_numpy(np.pad(np.arange(side), radius, mode="reflect")) for side in values.shape[1:])
     return values[:, rows][:, :, columns]
-
-
-def along(values, weights, axis, edge):
-    """The weighted sums of (C,H,W) along one axis, centred on each pixel; weights: an odd number of them."""
-    side, radius = values.shape[axis], len(weights) // 2
-    places = torch.from_numpy(np.pad(np.arange(side), radius, mode=edge))
-    padded = values.index_select(axis, places.to(values.device))
-    return sum(weight * padded.narrow(axis, i, side) for i, weight in enumerate(weights))
