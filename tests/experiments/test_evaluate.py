@@ -29,7 +29,7 @@ from sifm_min.files.ledger import Busy, Ledger, read_rows
 from sifm_min.judging import canaries as canary_file
 from sifm_min.judging.edits import read_edits
 from sifm_min.models.checkpoints import Unavailable
-from sifm_min.purifiers import attacks
+from sifm_min.purifiers import attacks, draws
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("control", "noise", "photoguard-encoder")
@@ -161,12 +161,21 @@ def test_results_are_what_the_library_says(run, loaded):
     (("--images", "3"), 2, 18),
     (("--methods", "photoguard-encoder,sds"), 2, 12),
     (("--set", "variant=grey"), 2, 12),
+    (("--robust",), 2, 12),                                  # of the method, not of the noise
     (("--edit-batch", "2"), 0, 0),
 ])
 def test_a_changed_option_redoes_what_it_touches(run, calls, argv, immunizations, edits):
     run("white-box")
     assert run("white-box", *argv) == cli.OK
     assert (calls.count_of("immunize"), calls.edits) == (immunizations, edits)
+
+
+@pytest.mark.slow
+def test_robust_reaches_the_methods_and_the_notes(run, capsys):
+    assert run("white-box", "--robust", "--images", "1") == cli.OK
+    options = {row["options"]["init"]: row["options"]["robust"] for row in steps()["immunize"] if row["options"]["steps"]}
+    assert options == {"random": draws.describe(True)} and len(steps()["immunize"]) == 2
+    assert "robust" in table(capsys)
 
 
 @pytest.mark.slow
