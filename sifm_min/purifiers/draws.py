@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .filters import Guide, bilateral
 from .jpeg import jpeg
@@ -115,16 +116,17 @@ def blurred(pixels, sigma, radius=5):
 def cleaned(pixels, bilateral_times=8):
     """AdverseCleaner (see `attacks.adverse_cleaner`) with 8 of its 64 bilateral filters, for time.
 
-    The gradient is that of the linear filters that the pictures got: weights and guide are held fixed.
+    The gradient holds the weights of the bilateral filters fixed. It goes through the guided filters and through their guide,
+    the picture itself, which brings back most of what survives.
     """
     device = "cpu" if pixels.device.type == "mps" else pixels.device             # which has no double precision
     pictures = []
     for values in 255 * pixels.to(device):
-        guide = Guide(values.detach(), 4, 16.0)
+        guide = Guide(values, 4, 16.0)
         for _ in range(bilateral_times):
             values = bilateral(values, 5, 8.0, 8.0)
         for _ in range(4):
-            values = guide.filter(values)
+            values = checkpoint(guide.filter, values, use_reentrant=False)       # else 2 kB a pixel
         pictures.append(values)
     return (torch.stack(pictures).clamp(0, 255) / 255).to(pixels.device)
 

@@ -1,7 +1,7 @@
-"""The two filters of AdverseCleaner, on values (C,H,W) from 0 to 255, with gradients through what they average.
+"""The two filters of AdverseCleaner, on values (C,H,W) from 0 to 255, with gradients.
 
-The weights of a filter depend on the picture too. In a gradient they are held fixed: it is that of the linear filter that the
-picture got.
+The weights of the bilateral filter depend on the picture too. Its gradient holds them fixed: it is that of the linear filter
+that the picture got. The gradient of the guided filter is whole, by its input and by its guide.
 """
 
 import numpy as np

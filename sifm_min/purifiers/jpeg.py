@@ -58,7 +58,8 @@ def _blocks(values, transform, table):
     values = F.pad(values, (0, 0, 0, -rows % 8), mode="replicate")
     blocks = values.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4) - 128                  # (B,C,rows,columns,8,8)
     coefficients = transform @ blocks @ transform.T
-    steps = (coefficients.abs() / table + 0.5 + TIE).floor().copysign(coefficients)         # libjpeg breaks ties away from 0
+    exact = coefficients.detach()
+    steps = (exact.abs() / table + 0.5 + TIE).floor().copysign(exact)        # libjpeg breaks ties away from 0
     coefficients = _straight(table * steps, coefficients)
     blocks = transform.T @ coefficients @ transform + 128
     return _eight_bits(blocks.transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :rows])
@@ -74,18 +75,18 @@ def _doubled(colour):
 def _rounded(values, *bias):
     """Values rounded; with a bias for even and one for odd columns, floor(value + bias), as libjpeg breaks ties."""
     if not bias:
-        return _straight(values.round(), values)
+        return _straight(values.detach().round(), values)
     bias = torch.tensor(bias, dtype=values.dtype, device=values.device).repeat(-(-values.shape[3] // 2))[:values.shape[3]]
-    return _straight((values + bias).floor(), values)
+    return _straight((values.detach() + bias).floor(), values)
 
 
 def _eight_bits(values):
-    return _straight(values.clamp(0, 255).round(), values)
+    return _straight(values.detach().clamp(0, 255).round(), values)
 
 
 def _straight(forward, values):
-    """The first tensor with the gradient of the second."""
-    return forward.detach() + (values - values.detach())
+    """The first tensor with the gradient of the second; the first has none of its own."""
+    return forward + (values - values.detach())
 
 
 @lru_cache(maxsize=64)
