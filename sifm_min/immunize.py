@@ -81,7 +81,7 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, steps=None, se
     check(editor)
     methods.check_fit(name, options, editor)
     images.budget(eps)                                       # an impossible budget is refused before any work
-    purifiers = draws.describe(robust) if robust else False
+    purifiers = draws.stated(robust) if robust else False
     picture = _picture(image)
     region = images.read_mask(mask, *picture.image.size) if mask is not None else None
 

@@ -20,7 +20,7 @@ from .jpeg import jpeg
 
 
 @dataclass(frozen=True)
-class Kind:
+class Purifier:
     """One kind of purifier. weight: how likely it is, against those of the others. function(pixels[, value]); the value is
     drawn uniformly from `low` to `high`, whole numbers from whole numbers. option: the name of the value, or ""."""
 
@@ -36,7 +36,7 @@ class Kind:
 class Draw:
     """A kind with its value: a function of pixels that gives the same for the same pixels."""
 
-    kind: Kind
+    kind: Purifier
     value: float | None
 
     def __call__(self, pixels):
@@ -71,8 +71,8 @@ def kinds(robust):
     return KINDS if robust == "cleaner" else KINDS[:-1]
 
 
-def describe(robust):
-    """The kinds that are drawn, as a report states them: {kind: {"share": of all steps, the value's name: [low, high]}}."""
+def stated(robust):
+    """What is drawn, as a report states it: {kind: {"share": of all steps, the value's name: [low, high]}}."""
     among = kinds(robust)
     whole = sum(kind.weight for kind in among)
     return {kind.name: {"share": round(kind.weight / whole, 4)} | ({kind.option: [kind.low, kind.high]} if kind.option else {})
@@ -131,5 +131,6 @@ def cleaned(pixels, bilateral_times=8):
     return (torch.stack(pictures).clamp(0, 255) / 255).to(pixels.device)
 
 
-KINDS = (Kind("none", unchanged), Kind("jpeg", jpeg, 2, "quality", 50, 95), Kind("resize", rescaled, 1, "factor", 0.5, 0.9),
-         Kind("blur", blurred, 1, "sigma", 0.5, 1.5), Kind("cleaner", cleaned))
+KINDS = (Purifier("none", unchanged), Purifier("jpeg", jpeg, 2, "quality", 50, 95),
+         Purifier("resize", rescaled, 1, "factor", 0.5, 0.9), Purifier("blur", blurred, 1, "sigma", 0.5, 1.5),
+         Purifier("cleaner", cleaned))

@@ -174,7 +174,7 @@ def test_a_changed_option_redoes_what_it_touches(run, calls, argv, immunizations
 def test_robust_reaches_the_methods_and_the_notes(run, capsys):
     assert run("white-box", "--robust", "--images", "1") == cli.OK
     options = {row["options"]["init"]: row["options"]["robust"] for row in steps()["immunize"] if row["options"]["steps"]}
-    assert options == {"random": draws.describe(True)} and len(steps()["immunize"]) == 2
+    assert options == {"random": draws.stated(True)} and len(steps()["immunize"]) == 2
     assert "robust" in table(capsys)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sifm_min import images
 from sifm_min.purifiers import attacks, draws, filters
-from sifm_min.purifiers.draws import Draws, blurred, cleaned, describe, kinds, rescaled
+from sifm_min.purifiers.draws import Draws, blurred, cleaned, kinds, rescaled
 
 
 def inner(width=13, height=11, seed=0):
@@ -121,7 +121,7 @@ def test_every_purifier_takes_every_size_and_keeps_grey_grey(size):
 def test_shares_and_ranges_are_those_of_the_report():
     one = Draws(True, seed=1)
     drawn = [one() for _ in range(4000)]
-    stated = describe(True)
+    stated = draws.stated(True)
     assert stated == {"none": {"share": 0.2}, "jpeg": {"share": 0.4, "quality": [50, 95]},
                       "resize": {"share": 0.2, "factor": [0.5, 0.9]}, "blur": {"share": 0.2, "sigma": [0.5, 1.5]}}
     counts = Counter(draw.kind.name for draw in drawn)

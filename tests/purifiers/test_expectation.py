@@ -201,7 +201,7 @@ def test_command_writes_a_report_and_resumes(loaded_once, tiny_folder, capsys):
     assert immunize.main([*argv, "--robust"]) == cli.OK
     with open("out/a.json") as file:
         report = json.load(file)
-    assert report["options"]["robust"] == draws.describe(True)
+    assert report["options"]["robust"] == draws.stated(True)
     assert all(step["purifier"] for step in report["loss"])
     assert immunize.main([*argv, "--robust"]) == cli.OK and "done before" in capsys.readouterr().err
     assert immunize.main(argv) != cli.OK, "a plain run is another run"
