@@ -197,7 +197,14 @@ def _lanczos(size, new):
 # ------------------------------------------------------------------------------------------------------- 8-bit budget
 
 def budget(eps):
-    """The number of steps of 1/255 that the saved file may differ by: 7 for eps = 0.03, 8 for 8/255. Raises ValueError."""
+    """The number of steps of 1/255 that the saved file may differ by: 7 for eps = 0.03, 8 for 8/255. Raises ValueError.
+
+    eps: a number; or a tensor (1,C,H,W), C 1 or 3, each value's own budget, and the result is an array (H,W,C). There a
+    budget may be below one step: such a value does not change.
+    """
+    if isinstance(eps, torch.Tensor):
+        budget(eps.max().item() + 1e-7)                      # of nan there is none
+        return np.floor(255 * eps[0].permute(1, 2, 0).cpu().double().numpy() + 1e-4).astype(np.int16)    # float32 has 7 digits
     steps = math.floor(255 * eps + 1e-9) if 0 < eps <= 1 else 0     # neither nan nor inf has a floor
     if steps < 1:
         raise ValueError(f"eps {eps:.6g}: the budget must be from 1/255 (one 8-bit step) to 1, such as 0.03 or 8/255")
@@ -207,7 +214,7 @@ def budget(eps):
 def quantize(original, delta, eps):
     """The `Picture` original plus delta (1,channels,H,W) in 8 bits, within the budget: a PIL image of original.mode.
 
-    delta is rounded to steps of 1/255 and cut to the budget, the sum to 0..255; where delta is 0 nothing changes.
+    delta is rounded to steps of 1/255 and cut to `budget(eps)`, the sum to 0..255; where delta is 0 nothing changes.
     """
     expected = (1, original.channels, original.image.height, original.image.width)
     if tuple(delta.shape) != expected:
@@ -219,12 +226,17 @@ def quantize(original, delta, eps):
     return original.put_together(Image.fromarray(immunized.clip(0, 255).astype(np.uint8)))
 
 
-def steps_used(one, other):
-    """The largest difference of two images of one size in any colour channel, in 8-bit steps (L-infinity * 255)."""
+def differences(one, other):
+    """The differences of two images of one size in 8-bit steps, as an array (H,W,3) of int16, not negative."""
     if one.size != other.size:
         raise ValueError(f"the pictures differ in size: {one.width}x{one.height} and {other.width}x{other.height}")
     one, other = (np.asarray(image.convert("RGB")).astype(np.int16) for image in (one, other))
-    return int(np.abs(one - other).max())
+    return np.abs(one - other)
+
+
+def steps_used(one, other):
+    """The largest difference of two images of one size in any colour channel, in 8-bit steps (L-infinity * 255)."""
+    return int(differences(one, other).max())
 
 
 def amplify(original, immunized, gain=10):
@@ -244,7 +256,7 @@ def write_checked(path, image, original, eps, *, overwrite=False):
     """Write an immunized picture as PNG and decode it again before it gets its name. Returns the steps it really uses.
 
     Raises ValueError, with nothing left behind, unless size, mode and alpha are those of the `Picture` original and every
-    colour is within the budget.
+    colour of every pixel is within its budget. eps: see `budget`.
     """
     def check(part):
         with _bombs_allowed(), Image.open(part, formats=["PNG"]) as decoded:
@@ -254,11 +266,12 @@ def write_checked(path, image, original, eps, *, overwrite=False):
                                  f"{original.mode} {original.image.size}; it was not written")
             if original.alpha and decoded.getchannel("A").tobytes() != original.alpha.tobytes():
                 raise ValueError(f"{path}: the transparency changed; it was not written")
-            steps = steps_used(decoded, original.image)
-        if steps > budget(eps):
-            raise ValueError(f"{path}: decodes to {steps}/255 from the original, the budget is {budget(eps)}/255; "
-                             "it was not written")
-        return steps
+            steps, limit = np.broadcast_arrays(differences(decoded, original.image), budget(eps))
+        worst = np.argmax(steps - limit)
+        if steps.flat[worst] > limit.flat[worst]:
+            raise ValueError(f"{path}: decodes to {steps.flat[worst]}/255 from the original, the budget is "
+                             f"{limit.flat[worst]}/255; it was not written")
+        return int(steps.max())
     return writing.write(path, _png(image), overwrite=overwrite, check=check)
 
 

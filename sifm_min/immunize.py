@@ -23,6 +23,7 @@ from .files import reports, writing
 from .files.weight_digests import hash_weights
 from .memory import in_words
 from .methods import METHODS, PRESETS, PROTOCOL, options_of, settings
+from .metrics.perturbation import BUDGETS, local_budget, measured
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Result:
     report: dict
 
 
-def immunize(image, editor, prompts=(), *, method=None, eps=0.03, steps=None, seed=0, step_size=None,
+def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="uniform", steps=None, seed=0, step_size=None,
              schedule=None, init=None, preset="protocol", mask=None, robust=False, memory="auto", on_step=None, **options):
     """Immunize a picture against one editor.
 
@@ -46,7 +47,8 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, steps=None, se
     method: None is "sifm", or "latent" for `latents`; or a name in METHODS, a function, or
       "module:name" of one (see `methods`); options go to it (for SIFM: lam, timesteps,
       taps, reduction, aggregate, noisy, resample, batch).
-    eps: the budget on [0,1]; no preset changes it.
+    eps: the budget on [0,1]; no preset changes it. budget: "uniform", eps everywhere, or "texture", less where the picture
+      is smooth (`metrics.texture_budget`); the steps are scaled with it.
     steps, step_size, schedule ("constant" or "linear" decay), init ("random" in the budget, or "zero"): of the PGD loop.
     preset: decides these and the options where they are not given; "protocol", the paper's (100 steps of 1/255, constant,
       random), or "native", a baseline as its original was run.
@@ -83,6 +85,7 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, steps=None, se
     images.budget(eps)                                       # an impossible budget is refused before any work
     purifiers = draws.stated(robust) if robust else False
     picture = _picture(image)
+    local = local_budget(picture, eps, budget)
     region = images.read_mask(mask, *picture.image.size) if mask is not None else None
 
     started = time.perf_counter()
@@ -118,24 +121,24 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, steps=None, se
 
         # The noise control has no objective: it is the loop's random start as it is.
         ran = loop | ({"steps": 0, "init": "random"} if objective is None else {})
-        return pgd(original[:, :picture.channels], in_colour, eps, **ran, mask=region, generator=generator,
-                   on_step=record), objective, ran
+        return pgd(original[:, :picture.channels], in_colour, local, **ran | {"step_size": ran["step_size"] * (local / eps)},
+                   mask=region, generator=generator, on_step=record), objective, ran
 
     begun = time.perf_counter()
     with cpu.record() as kernels:
         (delta, objective, loop), plan = plans.run_planned(perturb, memory, editor, **timesteps, job=name,
                                                            size=math.prod(editor.frame(*picture.image.size)))
     looped = time.perf_counter() - begun
-    immunized = images.quantize(picture, delta, eps)
+    immunized = images.quantize(picture, delta, local)
     seconds = {"seconds": round(time.perf_counter() - started, 3), "loop_seconds": round(looped, 3)}
-    measures = _measures(editor, picture, immunized, eps, region, seed)
+    measures = _measures(editor, picture, immunized, local, region, seed)
     return Result(immunized, {
         "input": {"width": picture.image.width, "height": picture.image.height, "mode": picture.mode, **picture.info},
         "editor": editor.provenance(),
         "method": name, "note": getattr(objective, "note", ""), "prompts": prompts, "preset": _preset(name, preset),
-        "options": {"eps": eps, **loop, "seed": seed, "mask": str(mask) if mask is not None else None,
+        "options": {"eps": eps, "budget": budget, **loop, "seed": seed, "mask": str(mask) if mask is not None else None,
                     "robust": purifiers, **_spelled_out(name, function, editor, options)},
-        **_measured(picture, immunized, eps), **measures,
+        **measured(picture, immunized, local), **measures,
         "loss": _with_draws(curve, objective), "passes": methods.counted_passes(objective, len(curve)), **seconds,
         "memory": {"asked": memory, **plan._asdict()}, "peak_memory_bytes": plans.peak(editor.device),
         "cpu_kernels": cpu.describe(kernels, editor.device),
@@ -155,15 +158,6 @@ def _picture(image):
     if not isinstance(image, Image.Image):
         raise ValueError(f"image is of type {type(image).__name__}; give one PIL picture or a path")
     return images.picture(image)
-
-
-def _measured(picture, immunized, eps):
-    """The perturbation that the 8-bit picture really has."""
-    from . import images, metrics
-    after, before = images.to_pixels(immunized), images.to_pixels(picture.image)
-    return {"linf_steps": images.steps_used(picture.image, immunized), "budget_steps": images.budget(eps),
-            "psnr": metrics.psnr(after, before).item(),
-            "ssim": metrics.ssim(after, before).item() if min(picture.image.size) >= 11 else None}
 
 
 def _measures(editor, picture, immunized, eps, region, seed):
@@ -252,6 +246,8 @@ def _parser():
         help=f"{', '.join(METHODS)}, or your own as MODULE:NAME (default: sifm; of --editor latents: latent)")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, above all of your own")
     add("--eps", type=cli.eps, default=0.03, help="budget, as 0.03 or 8/255 (default: 0.03)")
+    add("--budget", choices=BUDGETS, default="uniform",
+        help="where --eps holds: everywhere (uniform, default), or with less for smooth areas, where changes show (texture)")
     add("--preset", choices=PRESETS, default="protocol",
         help="what holds unless told otherwise: the paper's protocol for all methods (default), or how the original of a "
              "baseline was run; the budget is --eps in both")
@@ -395,15 +391,15 @@ def _immunize_file(path, editor, args):
     else:
         steps = settings(args.method, args.preset, **_given(args))[0]["steps"]
         with cli.progress(total=steps, what=path.name, quiet=args.quiet) as bar:
-            result = immunize(picture, editor, args.prompt or (), method=args.method, eps=args.eps, seed=args.seed,
-                              preset=args.preset, mask=args.mask, robust=args.robust, memory=args.memory,
+            result = immunize(picture, editor, args.prompt or (), method=args.method, eps=args.eps, budget=args.budget,
+                              seed=args.seed, preset=args.preset, mask=args.mask, robust=args.robust, memory=args.memory,
                               on_step=lambda step, loss, terms: bar.update(), **_given(args))
-        immunized = result.image
+        immunized, limit = result.image, local_budget(picture, args.eps, args.budget)
         report = {"finished": True, "asked": asked, "results": [immunized_path.name, preview_path.name], "picture": str(path),
                   "immunized": immunized_path.name, **result.report}
         reports.write_results(
             report_path, lambda finished: cli.to_json(report | {"finished": finished}, indent=1) + "\n",
-            {immunized_path: lambda path: images.write_checked(path, immunized, picture, args.eps, overwrite=True)},
+            {immunized_path: lambda path: images.write_checked(path, immunized, picture, limit, overwrite=True)},
             overwrite=args.overwrite)
     cli.result(reports.in_short(report), f"{path} -> {immunized_path}: at most {report['linf_steps']}/255 per channel "
                f"(budget {report['budget_steps']}/255), PSNR {report['psnr']:.1f} dB, {report['seconds']:.0f} s"

@@ -13,6 +13,8 @@ def pgd(pixels, objective, eps, *, steps, step_size, schedule="constant", init="
         on_step=None):
     """The delta, shaped like `pixels`, with |delta| <= eps and pixels + delta in [0,1], after `steps` descents.
 
+    eps, step_size: numbers above 0; or tensors that broadcast to `pixels` and are not negative, each value's own budget and
+      step. Where its eps is 0 nothing changes.
     steps 0 gives the start itself: with init "random", the noise control that every method is compared with.
     pixels: (1,C,H,W) in [0,1], native size. A grey picture has C = 1, and an objective that expands it to three,
       so that it stays grey.
@@ -31,14 +33,16 @@ def pgd(pixels, objective, eps, *, steps, step_size, schedule="constant", init="
     """
     _check(pixels, eps, steps, step_size, schedule, init, mask, generator)
     pixels = pixels.detach()
+    eps, step_size = (value.to(pixels) if isinstance(value, torch.Tensor) else value for value in (eps, step_size))
     low, high = (-pixels).clamp(min=-eps), (1 - pixels).clamp(max=eps)   # delta's box: the budget and the range at once
     if mask is not None:
         mask = mask.to(pixels)
         low, high = low * mask, high * mask
     delta = torch.zeros_like(pixels)
     if init == "random":
-        start = torch.empty(pixels.shape, device=generator.device).uniform_(-eps, eps, generator=generator)
-        delta = start.to(pixels).clamp(low, high)
+        most = float(torch.as_tensor(eps, dtype=torch.float64).max())
+        start = torch.empty(pixels.shape, device=generator.device).uniform_(-most, most, generator=generator)
+        delta = (start.to(pixels) * (eps / most)).clamp(low, high)
     for step in range(steps):
         x = (pixels + delta).requires_grad_(True)
         value = objective(x, step)
@@ -67,13 +71,29 @@ def _numbers(*values):
     return [next(read) if isinstance(value, torch.Tensor) else value for value in values]
 
 
+def _broadcasts(shape, whole):
+    """True where a tensor of this shape broadcasts to the whole shape."""
+    return len(shape) <= len(whole) and all(one in (1, other) for one, other in zip(shape[::-1], whole[::-1], strict=False))
+
+
+def _range(value):
+    """(least, most) of a number or of a tensor; nan if there is one."""
+    value = torch.as_tensor(value, dtype=torch.float64)
+    return value.min().item(), value.max().item()
+
+
 def _check(pixels, eps, steps, step_size, schedule, init, mask, generator):
     if pixels.ndim != 4 or len(pixels) != 1 or not (pixels.detach().min() >= 0 and pixels.detach().max() <= 1):
         raise ValueError(f"pixels must be (1,C,H,W) in [0,1], got {tuple(pixels.shape)}, "
                          f"{pixels.min().item():.4g} to {pixels.max().item():.4g}")
-    if not 0 < eps <= 1:
-        raise ValueError(f"eps {eps}: the budget is a fraction of the pixel range, such as 0.03 or 8/255")
-    if steps < 0 or not 0 < step_size < float("inf"):
+    for value, name in ((eps, "eps"), (step_size, "step_size")):
+        if isinstance(value, torch.Tensor) and not _broadcasts(value.shape, pixels.shape):
+            raise ValueError(f"{name}'s shape {tuple(value.shape)} does not fit the pixels: expected {tuple(pixels.shape)}")
+    least, most = _range(eps)
+    if not 0 <= least <= most <= 1 or most == 0:
+        raise ValueError(f"eps {most:g}: the budget is a fraction of the pixel range, such as 0.03 or 8/255")
+    least, most = _range(step_size)
+    if steps < 0 or not 0 <= least <= most < float("inf") or most == 0:
         raise ValueError(f"steps {steps}, step_size {step_size}: steps cannot be negative, and step_size must be positive")
     for value, known, name in ((schedule, SCHEDULES, "schedule"), (init, INITS, "init")):
         if value not in known:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from sifm_min import cli, compare, images, metrics
 from sifm_min.metrics import backbones
 
-ALL = ("linf", "psnr", "ssim", "vifp", "fsim", "lpips")
+ALL = ("linf", "visibility", "psnr", "ssim", "vifp", "fsim", "lpips")
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_the_table(run, weights):
     code, out, err = run("a.png", "b.png", "--weights", weights)
     head, row = out.splitlines()
     assert code == 0 and head.split() == ["PICTURE", *(name.upper() for name in ALL)]
-    assert row.split()[:2] == ["a.png", "7"] and len(row.split()) == 7 and len(row) == len(head)
+    assert row.split()[:2] == ["a.png", "7"] and len(row.split()) == 8 and len(row) == len(head)
     assert "hashed.safetensors is not known to hold the published weights" in err
     assert run("a.png", "b.png", "--metrics", "psnr,linf", "--quiet")[1].splitlines()[0].split() == ["PICTURE", "PSNR", "LINF"]
 
@@ -149,7 +149,7 @@ def test_a_picture_without_a_partner_fails_alone(run):
     (("ours", "other"), "no picture in ours has the name of one in other"),
     (("ours", "empty"), "empty: no pictures in this folder"),
     (("twice", "theirs"), "have one name"),
-    (("ours", "theirs", "--metrics", "psnr,mse"), "--metrics mse: choose from linf,psnr,ssim,vifp,fsim,lpips"),
+    (("ours", "theirs", "--metrics", "psnr,mse"), "--metrics mse: choose from linf,visibility,psnr,ssim,vifp,fsim,lpips"),
     (("ours", "theirs", "--metrics", "psnr", "--weights", "x"), "--weights is for lpips, which --metrics leaves out"),
     (("ours", "theirs", "--network", "resnet"), "invalid choice: 'resnet'"),
     (("ours", "theirs", "--device", "abacus"), "abacus is no device"),

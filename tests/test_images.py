@@ -466,6 +466,43 @@ def test_write_checked_notices_a_file_of_other_pixels(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def own_budgets(channels=3):
+    """Budgets of 0 to 7 steps, and the steps; a little below and above whole ones, as float32 has them."""
+    steps = np.random.default_rng(5).integers(0, 8, (13, 17, channels))
+    steps[0, 0] = 7
+    return torch.from_numpy(steps).permute(2, 0, 1)[None].float() / 255, steps
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_every_value_keeps_its_own_budget(tmp_path, mode):
+    original = images.picture(rgb().convert(mode))
+    eps, steps = own_budgets(original.channels)
+    assert np.array_equal(images.budget(eps), steps)
+    immunized = images.quantize(original, 20 / 255 * torch.ones_like(eps), eps)
+    room = 255 - np.asarray(original.image).astype(int)
+    assert np.array_equal(images.differences(immunized, original.image), np.minimum(steps, room))
+    assert images.write_checked(tmp_path / "a.png", immunized, original, eps) == 7
+
+
+def test_write_checked_refuses_one_value_beyond_its_own_budget(tmp_path):
+    original = images.picture(Image.new("RGB", (17, 13), (100, 100, 101)))
+    eps, steps = own_budgets()
+    immunized = images.quantize(original, eps, eps)
+    y, x, c = np.argwhere(steps == 3)[0]
+    values = np.asarray(immunized).copy()
+    values[y, x, c] += 1                                     # 4: well within the largest budget, 7
+    with pytest.raises(ValueError, match="decodes to 4/255 from the original, the budget is 3/255"):
+        images.write_checked(tmp_path / "a.png", Image.fromarray(values), original, eps)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("eps", [torch.zeros(1, 3, 13, 17), torch.full((1, 3, 13, 17), 0.5 / 255),
+                                 torch.full((1, 1, 13, 17), float("nan")), torch.full((1, 1, 13, 17), 2.0)])
+def test_budgets_that_leave_nothing_are_refused(eps):
+    with pytest.raises(ValueError, match="the budget must be from 1/255"):
+        images.budget(eps)
+
+
 def test_amplify():
     one = Image.new("RGB", (4, 4), (100, 100, 100))
     other = Image.new("RGB", (4, 4), (107, 93, 100))

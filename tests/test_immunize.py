@@ -86,8 +86,9 @@ def test_three_files_and_what_the_report_holds(run, tiny, tiny_folder, tmp_path,
     assert (found["method"], found["prompts"], found["picture"]) == ("sifm", [PROMPT], "a.png")
     assert (found["preset"], found["note"]) == ({"name": "protocol"}, "")
     assert found["options"] == {
-        "eps": 0.03, "steps": 2, "step_size": 1 / 255, "schedule": "constant", "init": "random", "seed": 3, "mask": None,
-        "robust": False, "lam": 0.1, "timesteps": [999, 50], "taps": list(tiny.default_taps), "reduction": "balanced",
+        "eps": 0.03, "budget": "uniform", "steps": 2, "step_size": 1 / 255, "schedule": "constant", "init": "random", "seed": 3,
+        "mask": None, "robust": False,
+        "lam": 0.1, "timesteps": [999, 50], "taps": list(tiny.default_taps), "reduction": "balanced",
         "aggregate": "loss-mean", "noisy": "paper", "resample": False, "batch": None}
     assert found["input"] == {"width": 40, "height": 30, "mode": "RGB", "format": "PNG", "frames": 1, "notes": []}
     assert found["seconds"] > found["loop_seconds"] > 0 and found["peak_memory_bytes"] > 1e7
@@ -211,8 +212,9 @@ def test_options_reach_the_objective(run, tiny):
     assert run("a.png", "--no-preview", "--lambda", "1/4", "--timesteps", "700,30", "--taps", "mid_block,conv_in",
                "--reduction", "mean", "--noisy", "deploy", "--resample", "--batch", "1", "--schedule", "linear", "--init",
                "zero", "--step-size", "2/255") == cli.OK
-    assert report()["options"] | {"eps": 0.03, "steps": 2, "seed": 0, "mask": None, "robust": False} == report()["options"] == {
-        "eps": 0.03, "steps": 2, "seed": 0, "mask": None, "robust": False, "lam": 0.25, "timesteps": [700, 30],
+    given = {"eps": 0.03, "budget": "uniform", "steps": 2, "seed": 0, "mask": None, "robust": False}
+    assert report()["options"] == given | {
+        "lam": 0.25, "timesteps": [700, 30],
         "taps": ["mid_block", "conv_in"], "reduction": "mean", "aggregate": "loss-mean", "noisy": "deploy", "resample": True,
         "batch": 1, "schedule": "linear", "init": "zero", "step_size": 2 / 255}
     [first, second] = report()["loss"]
@@ -229,10 +231,70 @@ def test_every_method_writes_its_picture_and_what_it_took(run, tiny, method):
     assert np.abs(colours(Image.open("out/a_immunized.png")) - colours(original)).max() == found["linf_steps"] <= 7
     assert (found["method"], found["preset"], found["note"]) == (method, {"name": "protocol"}, "")
     assert found["options"] == {
-        "eps": 0.03, "steps": 0 if method == "noise" else 2, "step_size": 1 / 255, "schedule": "constant", "init": "random",
-        "seed": 0, "mask": None, "robust": False, **{name: found["options"][name] for name in immunize.options_of(method)}}
+        "eps": 0.03, "budget": "uniform", "steps": 0 if method == "noise" else 2, "step_size": 1 / 255, "schedule": "constant",
+        "init": "random", "seed": 0, "mask": None, "robust": False,
+        **{name: found["options"][name] for name in immunize.options_of(method)}}
     assert all(type(count) is int for count in found["passes"].values())
     assert len(found["loss"]) == found["passes"]["encoder_backward"] == found["options"]["steps"]
+
+
+def half_smooth(name="a.png", mode="RGB"):
+    """A picture of 24x20, random colours on its left and flat on its right, and the budget of each of its values."""
+    values = colours(photo(name)).astype(np.uint8)
+    values[:, 12:] = 140
+    Image.fromarray(values).convert(mode).save(name)
+    picture = images.read(name)
+    return picture.image, images.budget(metrics.texture_budget(images.to_pixels(picture.image)[:, :picture.channels], 0.03))
+
+
+@pytest.mark.parametrize("method", METHODS[:-1])
+def test_texture_budget_holds_for_every_value_and_method(run, method):
+    original, limit = half_smooth()
+    assert limit[:, 16:].max() <= 3 and limit[:, :10].min() == 7
+    assert run("a.png", "--method", method, "--budget", "texture", "--steps", "2", "--no-preview") == cli.OK
+    used, found = images.differences(Image.open("out/a_immunized.png"), original), report()
+    assert (used <= limit).all() and (used > 0).mean() > 0.5
+    assert found["options"]["budget"] == "texture" and found["values_beyond_budget"] == 0
+    assert (found["budget_steps"], found["linf_steps"]) == (7, used.max())
+    assert found["budget_mean_steps"] == pytest.approx(limit.mean(), abs=0.01)
+    one, other = (images.to_pixels(Image.open(name)) for name in ("out/a_immunized.png", "a.png"))
+    assert found["visibility"] == pytest.approx(metrics.visibility(one, other).item(), rel=1e-6)
+
+
+def test_texture_budget_of_a_grey_picture_with_a_mask(run):
+    original, limit = half_smooth(mode="L")
+    Image.fromarray(np.arange(480, dtype=np.uint8).reshape(20, 24) // 240 * 255).save("mask.png")
+    assert run("a.png", "--budget", "texture", "--mask", "mask.png", "--no-preview") == cli.OK
+    used = images.differences(Image.open("out/a_immunized.png"), original)
+    assert Image.open("out/a_immunized.png").mode == "L" and (used <= limit).all() and used[10:].any()
+    assert not used[:10].any()
+
+
+def test_noise_of_a_texture_budget_is_scaled_to_it(run):
+    original, limit = half_smooth()
+    assert run("a.png", "--method", "noise", "--budget", "texture", "--seed", "9", "--no-preview") == cli.OK
+    unit = torch.empty(1, 3, 20, 24).uniform_(-1, 1, generator=torch.Generator().manual_seed(9))
+    expected = colours(original) + (unit[0].permute(1, 2, 0).numpy() * limit).round()
+    found = colours(Image.open("out/a_immunized.png"))
+    assert np.abs(found - expected.clip(0, 255)).max() <= 1 and (found == expected.clip(0, 255)).mean() > 0.99
+
+
+def test_file_beyond_the_local_budget_is_not_written(run, monkeypatch, capsys):
+    half_smooth()
+    quantize = images.quantize
+    monkeypatch.setattr(images, "quantize", lambda picture, delta, eps: quantize(picture, 0 * delta + 7 / 255, 7 / 255))
+    assert run("a.png", "--budget", "texture", "--no-preview") == cli.SOME_FAILED
+    assert "decodes to 7/255 from the original, the budget is" in capsys.readouterr().err
+    assert files() == {}
+
+
+def test_another_budget_is_another_run(run):
+    half_smooth()
+    assert run("a.png", "--no-preview") == cli.OK
+    assert run("a.png", "--budget", "texture", "--no-preview") == cli.SOME_FAILED
+    assert run("a.png", "--budget", "texture", "--no-preview", "--overwrite") == cli.OK
+    written = files()
+    assert run("a.png", "--budget", "texture", "--no-preview") == cli.OK and files() == written
 
 
 @pytest.mark.parametrize("method, argv, options", [
@@ -263,7 +325,7 @@ def test_native_preset_is_the_original_without_its_budget(run, monkeypatch, meth
     [(eps, loop)], found = used, report()
     assert {name: loop[name] for name in immunize.PROTOCOL} == {
         name: native.settings.get(name, value) for name, value in immunize.PROTOCOL.items()}
-    assert eps == found["options"]["eps"] == 0.03
+    assert eps == found["options"]["eps"] == 0.03 and found["options"]["budget"] == "uniform"
     assert found["preset"] == {"name": "native", "source": native.source, "budget": native.budget}
     assert found["options"] | native.settings == found["options"]
 

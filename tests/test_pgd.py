@@ -205,3 +205,47 @@ def test_a_gradient_that_is_not_finite_is_an_error(at, value):
 def test_wrong_arguments_are_refused_before_anything_runs(changes, says):
     with pytest.raises(ValueError, match=says):
         perturbed(objective=lambda x, step: pytest.fail("the objective ran"), **changes)
+
+
+# -- each value's own budget -------------------------------------------------------------------------------------------
+
+def test_each_value_ends_in_the_corner_of_its_own_box():
+    pixels, weight = picture(), torch.randn(1, 3, 6, 7, generator=seeded(1))
+    eps = torch.rand(1, 3, 6, 7, generator=seeded(2)) * 0.1
+    eps[..., 3] = 0
+    delta = pgd(pixels, linear(weight), eps, steps=25, step_size=0.1 * eps, generator=seeded())
+    torch.testing.assert_close(delta, (pixels - eps * weight.sign()).clamp(0, 1) - pixels, rtol=0, atol=1e-7)
+    assert not delta[..., 3].any() and (delta.abs() <= eps).all()
+
+
+def test_steps_are_each_values_own():
+    pixels, step_size = torch.full((1, 3, 2, 2), 0.5), torch.tensor([[0.01, 0.0], [0.02, 0.001]])
+    delta = pgd(pixels, linear(1.0), torch.full((1, 1, 2, 2), 0.1), steps=3, step_size=step_size, init="zero")
+    torch.testing.assert_close(delta, -3 * step_size.expand(1, 3, 2, 2), rtol=1e-5, atol=1e-8)
+
+
+def test_a_random_start_is_uniform_in_each_values_budget():
+    pixels, eps = torch.full((1, 3, 100, 100), 0.5), torch.full((1, 1, 100, 100), 0.1)
+    eps[..., :50] = 0.02
+    delta = start(pixels, eps, seeded())
+    for part, most in ((delta[..., :50], 0.02), (delta[..., 50:], 0.1)):
+        assert part.abs().max() == pytest.approx(most, abs=1e-3) and part.std().item() == pytest.approx(
+            2 * most / math.sqrt(12), rel=0.02)
+
+
+def test_a_budget_everywhere_is_the_number():
+    pixels, weight = picture(), torch.randn(1, 3, 6, 7, generator=seeded(1))
+    one, other = (pgd(pixels, linear(weight), eps, steps=2, step_size=0.01, generator=seeded())
+                  for eps in (0.1, torch.full((1, 1, 6, 7), 0.1)))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"eps": torch.zeros(1, 3, 6, 7)}, "eps 0: the budget"), ({"eps": torch.full((1, 1, 6, 7), -0.1)}, "the budget"),
+    ({"eps": torch.full((1, 1, 6, 7), math.nan)}, "the budget"), ({"eps": torch.ones(1, 3, 7, 6)}, "eps's shape"),
+    ({"eps": torch.ones(2, 3, 6, 7)}, "eps's shape"), ({"step_size": torch.zeros(6, 7)}, "positive"),
+    ({"step_size": torch.ones(5)}, "step_size's shape"),
+])
+def test_wrong_budgets_of_values_are_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        perturbed(objective=lambda x, step: pytest.fail("the objective ran"), **changes)

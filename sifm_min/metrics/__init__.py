@@ -1,4 +1,4 @@
-"""The five distances of the paper's tables: PSNR, SSIM, VIFp, FSIM and LPIPS.
+"""The five distances of the paper's tables, PSNR, SSIM, VIFp, FSIM and LPIPS; and the visibility of a perturbation.
 
     from sifm_min import metrics
     metrics.ssim(dist, ref)                                  # (B,3,H,W) or (B,1,H,W) in [0,1] -> (B,)
@@ -11,14 +11,16 @@ docstring say how the value is measured and which other implementation has the s
 This file imports a metric when it is first used, so that commands can read `metrics.backbones` without torch.
 """
 
-__all__ = ["LPIPSWeights", "fsim", "linear_layers", "lpips", "lpips_layers", "lpips_weights", "luma", "psnr", "ssim", "vifp"]
+__all__ = ["LPIPSWeights", "fsim", "linear_layers", "lpips", "lpips_layers", "lpips_weights", "luma", "psnr", "ssim",
+           "texture_budget", "thresholds", "vifp", "visibility"]
 
 
 def __getattr__(name):
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import convolutions, perceptual, phase, pixels, structure
-    return next(getattr(home, name) for home in (structure, phase, perceptual, convolutions, pixels) if hasattr(home, name))
+    from . import convolutions, just_noticeable, perceptual, phase, pixels, structure
+    homes = structure, phase, perceptual, convolutions, just_noticeable, pixels
+    return next(getattr(home, name) for home in homes if hasattr(home, name))
 
 
 def __dir__():
