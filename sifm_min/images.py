@@ -203,8 +203,8 @@ def budget(eps):
     budget may be below one step: such a value does not change.
     """
     if isinstance(eps, torch.Tensor):
-        budget(eps.max().item() + 1e-7)                      # of nan there is none
-        return np.floor(255 * eps[0].permute(1, 2, 0).cpu().double().numpy() + 1e-4).astype(np.int16)    # float32 has 7 digits
+        budget(round(eps.max().item(), 6))                   # float32 has seven digits
+        return np.floor(255 * eps[0].permute(1, 2, 0).cpu().double().numpy() + 1e-4).astype(np.int16)
     steps = math.floor(255 * eps + 1e-9) if 0 < eps <= 1 else 0     # neither nan nor inf has a floor
     if steps < 1:
         raise ValueError(f"eps {eps:.6g}: the budget must be from 1/255 (one 8-bit step) to 1, such as 0.03 or 8/255")

@@ -7,8 +7,8 @@ A short model after the literature on just-noticeable differences. The constants
 - Contrast: a texture hides changes in proportion to its own contrast (Legge and Foley 1980, doi:10.1364/JOSA.70.001458).
 - Both: their sum without the overlap, after Yang et al. 2005 (doi:10.1109/TCSVT.2004.841690).
 - Edges: a smooth area beside an edge hides nothing, and an edge hides less than a texture (Liu et al. 2010,
-  doi:10.1109/TCSVT.2010.2070850). So a pixel's contrast is the least of nine windows that contain it: beside an edge, one
-  of them avoids the edge.
+  doi:10.1109/TCSVT.2010.2070850). So a pixel's threshold is the least of nine windows that contain it: beside an edge,
+  one of them avoids the edge.
 - Chroma: a change of blue or red is seen less than one of green, in the order of the luma's weights (BT.601). A step of all
   three channels together is as visible as one threshold of the luma.
 """
@@ -31,10 +31,13 @@ FULL = 7 * STEP                                              # the threshold fro
 def thresholds(pixels):
     """The just-noticeable change of every value: pixels (B,C,H,W) in [0,1], C 1 or 3 -> the same shape, on [0,1], above 0."""
     plane = luma(pixels)[:, None]
-    mean = _window_mean(plane) / STEP                        # in 8-bit steps, as Chou and Li have it
-    luminance = (17 * (1 - (mean / 127).clamp(max=1).sqrt()) + 3 + 3 / 128 * (mean - 127).clamp(min=0)) / 3
-    smooth, texture = BASE * luminance.clamp(max=BRIGHTEST), SLOPE * _contrast(plane)
-    threshold = smooth + texture - OVERLAP * torch.minimum(smooth, texture)
+    mean = _window_mean(plane)
+    centred = plane - 0.5                                    # small squares have more digits
+    contrast = (_window_mean(centred.square()) - (mean - 0.5).square()).clamp(min=0).sqrt()
+    light = mean / STEP                                      # in 8-bit steps, as Chou and Li have it
+    luminance = (17 * (1 - (light / 127).clamp(max=1).sqrt()) + 3 + 3 / 128 * (light - 127).clamp(min=0)) / 3
+    smooth, texture = BASE * luminance.clamp(max=BRIGHTEST), SLOPE * contrast
+    threshold = _least(smooth + texture - OVERLAP * torch.minimum(smooth, texture))
     return threshold * _of_channels(threshold) if pixels.shape[1] == 3 else threshold
 
 
@@ -72,13 +75,11 @@ def _window_mean(plane):
     return F.avg_pool2d(plane, WINDOW, stride=1, padding=WINDOW // 2, count_include_pad=False)
 
 
-def _contrast(plane):
-    """The least standard deviation of the luma (B,1,H,W) in nine windows: around each pixel, and half a window aside."""
-    plane = plane - 0.5                                      # small squares have more digits
-    variance = (_window_mean(plane.square()) - _window_mean(plane).square()).clamp(min=0)
+def _least(plane):
+    """The least value of a plane (B,1,H,W) at each pixel and at its eight neighbours half a window away."""
     aside, (height, width) = WINDOW // 2, plane.shape[2:]
-    around, least = F.pad(variance, (aside,) * 4, mode="replicate"), variance
+    around, least = F.pad(plane, (aside,) * 4, mode="replicate"), plane
     for down in (0, aside, 2 * aside):
         for right in (0, aside, 2 * aside):
             least = torch.minimum(least, around[:, :, down:down + height, right:right + width])
-    return least.sqrt()
+    return least

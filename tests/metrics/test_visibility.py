@@ -24,14 +24,17 @@ def by_hand(plane):
         y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)          # beyond the border: the window at the border
         return plane[max(y - 2, 0):y + 3, max(x - 2, 0):x + 3]
 
+    def of_window(values):
+        light = 255 * values.mean()
+        chou_li = 17 * (1 - math.sqrt(light / 127)) + 3 if light <= 127 else 3 / 128 * (light - 127) + 3
+        smooth = just_noticeable.BASE * min(chou_li / 3, just_noticeable.BRIGHTEST)
+        masked = just_noticeable.SLOPE * values.std()
+        return smooth + masked - 0.3 * min(smooth, masked)
+
     found = np.empty_like(plane)
     for y in range(height):
         for x in range(width):
-            light = 255 * window(y, x).mean()
-            chou_li = 17 * (1 - math.sqrt(light / 127)) + 3 if light <= 127 else 3 / 128 * (light - 127) + 3
-            smooth = just_noticeable.BASE * min(chou_li / 3, just_noticeable.BRIGHTEST)
-            masked = just_noticeable.SLOPE * min(window(y + i, x + j).std() for i in (-2, 0, 2) for j in (-2, 0, 2))
-            found[y, x] = smooth + masked - 0.3 * min(smooth, masked)
+            found[y, x] = min(of_window(window(y + i, x + j)) for i in (-2, 0, 2) for j in (-2, 0, 2))
     return found
 
 
@@ -64,13 +67,14 @@ def test_budget_grows_with_the_contrast():
 def test_mid_grey_shows_most():
     dark, grey, light = (metrics.thresholds(torch.full((1, 1, 6, 6), mean)).mean() for mean in (0.02, 0.5, 1))
     assert dark > grey < light
-    assert dark <= just_noticeable.BRIGHTEST * just_noticeable.BASE + 1e-6
+    assert dark <= just_noticeable.BRIGHTEST * just_noticeable.BASE + 2e-4      # float32 leaves a little contrast
 
 
 @pytest.mark.parametrize("eps", [1 / 255, 0.03, 8 / 255, 0.1, 1.0])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_budget_is_whole_steps_from_one_to_eps(eps, channels):
-    pixels = torch.rand(1, channels, 17, 13, generator=torch.Generator().manual_seed(0)) * torch.linspace(0, 1, 13)
+    noise = torch.rand(1, channels, 17, 13, generator=torch.Generator().manual_seed(0)) - 0.5
+    pixels = 0.5 + noise * torch.linspace(0, 0.4, 13)
     found = metrics.texture_budget(pixels, eps)
     steps = images.budget(found)
     assert found.shape == pixels.shape and steps.shape == (17, 13, channels)
@@ -95,12 +99,12 @@ def test_thresholds_turn_with_the_picture(turn):
 
 
 def test_visibility_counts_thresholds():
-    ref = texture(0.05, mean=0.5).double()
+    ref = texture(0.03, mean=0.4).double()
     threshold = metrics.thresholds(ref)
     assert metrics.visibility(ref, ref).tolist() == [0]
     assert metrics.visibility(ref + 2 * threshold, ref).item() == pytest.approx(2, rel=1e-6)
     few = ref.clone()
-    few[..., 0, :] += 9 * threshold[..., 0, :]               # one row of 24: fewer values than one in twenty
+    few[..., 0, :] += 4 * threshold[..., 0, :]               # one row of 24: fewer values than one in twenty
     assert metrics.visibility(few, ref).item() == 0
     both = torch.cat([ref + threshold, ref])
     assert metrics.visibility(both, torch.cat([ref, ref])).tolist() == pytest.approx([1, 0], rel=1e-6)
