@@ -21,7 +21,7 @@ from .jpeg import jpeg
 
 @dataclass(frozen=True)
 class Purifier:
-    """One kind of purifier. weight: how likely it is, against those of the others. function(pixels[, value]); the value is
+    """A kind of purifier. weight: how likely it is, against those of the others. function(pixels[, value]); the value is
     drawn uniformly from `low` to `high`, whole numbers from whole numbers. option: the name of the value, or ""."""
 
     name: str
@@ -72,7 +72,7 @@ def kinds(robust):
 
 
 def stated(robust):
-    """What is drawn, as a report states it: {kind: {"share": of all steps, the value's name: [low, high]}}."""
+    """The shares and ranges of the draws, as a report states them: {kind: {"share": share, the value's name: [low, high]}}."""
     among = kinds(robust)
     whole = sum(kind.weight for kind in among)
     return {kind.name: {"share": round(kind.weight / whole, 4)} | ({kind.option: [kind.low, kind.high]} if kind.option else {})
