@@ -29,8 +29,8 @@ HALVES = ("encoder", "decoder")
 class Space:
     """A latent space and the tiny autoencoder that stands for it.
 
-    marks: the first biases of the encoder's last layer, by which the files of one space are told from those of another of the
-    same shapes. files: those that are fetched -> their published SHA-256, None where it is not known.
+    marks: the first biases of the encoder's last layer; they identify the space among files of equal shapes.
+    files: {file to fetch: its published SHA-256, or None where none is published}.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Space:
 
     @property
     def main(self):
-        """The file that says that the cache holds this autoencoder: the first that is fetched."""
+        """The first file to fetch; if the cache holds it, the autoencoder counts as cached."""
         return next(iter(self.files))
 
     @property
@@ -90,7 +90,7 @@ SPACES = {space.name: space for space in (
 class TinyCheckpoint(Checkpoint):
     """The files of one tiny autoencoder, read as if they were the `vae/` of an editor: `load(AutoencoderTiny, "vae")`.
 
-    space: the `Space` that they must be of. Raises `Unfit` where they are of another.
+    space: the `Space` of the files; `Unfit` if they belong to another.
     """
 
     def __init__(self, folder, source, revision, files, space):
@@ -102,7 +102,7 @@ class TinyCheckpoint(Checkpoint):
 
     def network(self, *, device="cpu", dtype=None):
         """The network, frozen."""
-        from .tiny_vae import AutoencoderTiny  # not at the top: it needs torch, for which `weights list` need not wait
+        from .tiny_vae import AutoencoderTiny  # not at the top: `weights list` starts without torch
         return self.load(AutoencoderTiny, "vae", device=device, dtype=dtype)
 
     def fit(self):
@@ -128,7 +128,7 @@ class TinyCheckpoint(Checkpoint):
         return self._headers, self._places
 
     def _check_marks(self):
-        """Compare the biases that tell one space from another, where they are at hand."""
+        """Raise `Unfit` if the biases in `marks` are those of another space, or their number is wrong."""
         for file, places in self._places.items():
             stored = next((name for name, (place,) in places.items() if place.name == LAST_BIAS), None)
             if stored is None:
@@ -152,14 +152,14 @@ def _is_marked(biases, space):
 
 
 def _place(file, name):
-    """The places of a tensor: by its name in diffusers' layout, which the author's files lack the half in front of."""
+    """The place of a tensor by its name in diffusers' layout; in the author's files names lack "encoder." or "decoder."."""
     from .tiny_vae import AutoencoderTiny
     half = next((half for half in HALVES if file.name.endswith(f"_{half}.safetensors")), None)
     return (Place(AutoencoderTiny.original_name(half, name) if half else name),)
 
 
 def files_in(folder, space):
-    """The files of a space that a folder holds, relative to it, or None: in the author's layout, as one file, or diffusers'."""
+    """The paths of a space's files in a folder, relative to it; None if it has them in none of the three layouts."""
     for names in ([f"{space.stem}_{half}.safetensors" for half in HALVES], [f"{space.stem}.safetensors"],
                   *([f"{inner}{name}" for name in (CONFIG, WEIGHTS)] for inner in (f"{space.stem}/", ""))):
         if all((folder / name).is_file() for name in names):
@@ -220,7 +220,7 @@ def at_hand():
 
 
 def is_here(space):
-    """True if the files of a space are on this machine, be they damaged or not."""
+    """True if the files of a space are on this machine, damaged ones included."""
     try:
         find(space)
     except Unfit:

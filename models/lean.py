@@ -169,7 +169,7 @@ class _GatedGELU(torch.autograd.Function):
 
 
 def sent(values, device, dtype=None):
-    """Copy values to a device, like tensor.to(). To a GPU the copy is queued, from pinned memory, and nothing waits for it."""
+    """Copy values to a device, like tensor.to(). To a GPU the copy is queued, from pinned memory, without a wait."""
     values = values.to(dtype or values.dtype)
     if torch.device(device).type != "cuda" or values.device.type != "cpu":
         return values.to(device)

@@ -346,7 +346,7 @@ def guard(body, *, debug=lambda: False):
                 code = body() or OK
         except SystemExit as stop:                           # --help, or a usage error that argparse has printed
             code = stop.code or OK
-        except BrokenPipeError:                              # the reader has gone (| head): nobody wants the rest
+        except BrokenPipeError:                              # the reader has ended, as `| head` does
             code = SOME_FAILED
         except (_unavailable(), ValueError, OSError) as error:           # in this order: some errors are two of them
             codes = ((_unavailable(), UNAVAILABLE), (ValueError, USAGE), (OSError, SOME_FAILED))

@@ -1,8 +1,8 @@
-"""Latent spaces without an editor around them: every open diffusion editor looks at a picture through an autoencoder first.
+"""Latent spaces without an editor: every open diffusion editor first encodes the picture by an autoencoder.
 
 `load_editor("latents")` gives an editor without a denoiser, a list of encoders; `latent` is the method for it. A perturbation
-made here needs no prompt and no gigabytes. It moves a picture's latents; it does not know what an editor's denoiser makes of
-that, and a tiny autoencoder's answer is not that of the full one.
+against it needs no prompt and no large weights. It moves the picture's latents. The effect on an edit also depends on the
+denoiser, which is not part of it, and a tiny autoencoder only approximates the full one.
 """
 
 import re
@@ -101,7 +101,7 @@ class Latents(Editor):
             return space.encode(pixels)
 
     def encode(self, pixels):
-        """The latents of all spaces in one row, (B, N), so weighted that the mean square of each space counts alike."""
+        """The latents of all spaces in one row, (B, N), weighted so that the mean squares of all spaces count equally."""
         pixels = pixels.to(self.device)
         rows = [self.encode_fast(space, pixels).flatten(1) for space in self.spaces]
         return torch.cat([row * row.shape[1] ** -0.5 for row in rows], 1) * max(row.shape[1] for row in rows) ** 0.5
@@ -111,7 +111,7 @@ class Latents(Editor):
         return image_latent
 
     def contexts(self, prompts):
-        """A place holder for each prompt: encoders read none."""
+        """A placeholder for each prompt; encoders read no text."""
         return [None] * len(prompts)
 
     @torch.no_grad()
