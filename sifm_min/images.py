@@ -226,7 +226,7 @@ def quantize(original, delta, eps):
     return original.put_together(Image.fromarray(immunized.clip(0, 255).astype(np.uint8)))
 
 
-def differences(one, other):
+def steps_apart(one, other):
     """The differences of two images of one size in 8-bit steps, as an array (H,W,3) of int16, not negative."""
     if one.size != other.size:
         raise ValueError(f"the pictures differ in size: {one.width}x{one.height} and {other.width}x{other.height}")
@@ -236,7 +236,7 @@ def differences(one, other):
 
 def steps_used(one, other):
     """The largest difference of two images of one size in any colour channel, in 8-bit steps (L-infinity * 255)."""
-    return int(differences(one, other).max())
+    return int(steps_apart(one, other).max())
 
 
 def amplify(original, immunized, gain=10):
@@ -266,7 +266,7 @@ def write_checked(path, image, original, eps, *, overwrite=False):
                                  f"{original.mode} {original.image.size}; it was not written")
             if original.alpha and decoded.getchannel("A").tobytes() != original.alpha.tobytes():
                 raise ValueError(f"{path}: the transparency changed; it was not written")
-            steps, limit = np.broadcast_arrays(differences(decoded, original.image), budget(eps))
+            steps, limit = np.broadcast_arrays(steps_apart(decoded, original.image), budget(eps))
         worst = np.argmax(steps - limit)
         if steps.flat[worst] > limit.flat[worst]:
             raise ValueError(f"{path}: decodes to {steps.flat[worst]}/255 from the original, the budget is "

@@ -480,7 +480,7 @@ def test_every_value_keeps_its_own_budget(tmp_path, mode):
     assert np.array_equal(images.budget(eps), steps)
     immunized = images.quantize(original, 20 / 255 * torch.ones_like(eps), eps)
     room = 255 - np.asarray(original.image).astype(int)
-    assert np.array_equal(images.differences(immunized, original.image), np.minimum(steps, room))
+    assert np.array_equal(images.steps_apart(immunized, original.image), np.minimum(steps, room))
     assert images.write_checked(tmp_path / "a.png", immunized, original, eps) == 7
 
 

@@ -252,7 +252,7 @@ def test_texture_budget_holds_for_every_value_and_method(run, method):
     original, limit = half_smooth()
     assert limit[:, 16:].max() <= 3 and limit[:, :10].min() == 7
     assert run("a.png", "--method", method, "--budget", "texture", "--steps", "2", "--no-preview") == cli.OK
-    used, found = images.differences(Image.open("out/a_immunized.png"), original), report()
+    used, found = images.steps_apart(Image.open("out/a_immunized.png"), original), report()
     assert (used <= limit).all() and (used > 0).mean() > 0.5
     assert found["options"]["budget"] == "texture" and found["values_beyond_budget"] == 0
     assert (found["budget_steps"], found["linf_steps"]) == (7, used.max())
@@ -265,7 +265,7 @@ def test_texture_budget_of_a_grey_picture_with_a_mask(run):
     original, limit = half_smooth(mode="L")
     Image.fromarray(np.arange(480, dtype=np.uint8).reshape(20, 24) // 240 * 255).save("mask.png")
     assert run("a.png", "--budget", "texture", "--mask", "mask.png", "--no-preview") == cli.OK
-    used = images.differences(Image.open("out/a_immunized.png"), original)
+    used = images.steps_apart(Image.open("out/a_immunized.png"), original)
     assert Image.open("out/a_immunized.png").mode == "L" and (used <= limit).all() and used[10:].any()
     assert not used[:10].any()
 

@@ -31,7 +31,7 @@ def measured(picture, immunized, eps):
 
     from .. import images, metrics
     after, before = images.to_pixels(immunized), images.to_pixels(picture.image)
-    used, limit = np.broadcast_arrays(images.differences(immunized, picture.image), images.budget(eps))
+    used, limit = np.broadcast_arrays(images.steps_apart(immunized, picture.image), images.budget(eps))
     return {"linf_steps": int(used.max()), "budget_steps": int(limit.max()), "budget_mean_steps": round(float(limit.mean()), 2),
             "values_beyond_budget": int((used > limit).sum()), "visibility": metrics.visibility(after, before).item(),
             "psnr": metrics.psnr(after, before).item(),
