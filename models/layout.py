@@ -38,6 +38,8 @@ def pipeline_components(index, where, *, t5=True):
     name = str(index.get("_class_name", "StableDiffusionInstructPix2PixPipeline"))
     if name not in PIPELINES:
         raise Unfit(f"{where} is a {name}, which is not implemented; implemented are {', '.join(PIPELINES)}")
+    if not t5 and not set(T5) <= set(PIPELINES[name]) and name.startswith("Flux"):
+        raise Unfit(f"{where} is a {name}, which cannot do without T5; do not decline it")
     entries = [index.get(part) for part in T5]
     absent = () if t5 and all(isinstance(entry, list) and entry and None not in entry for entry in entries) else T5
     return tuple(part for part in PIPELINES[name] if part not in absent)
@@ -53,6 +55,8 @@ def needed(names, component, read, where):
     if component.startswith("tokenizer"):
         extra = [f for f in (here + "tokenizer_config.json", here + "special_tokens_map.json") if f in names]
         kinds = TOKENIZERS["T5" if component in T5 else "CLIP"]
+        if component == "tokenizer_2":                          # of FLUX.1 it is T5's
+            kinds = (*kinds, ("spiece.model",))
         for kind in kinds:
             if names >= {here + file for file in kind}:
                 return extra + [here + file for file in kind]

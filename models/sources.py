@@ -10,12 +10,16 @@ from pathlib import Path
 INSTRUCT_PIX2PIX = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 STABLE_DIFFUSION_3 = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3",
                       "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
-T5 = ("text_encoder_3", "tokenizer_3")                          # optional: a pipeline works without them
+FLUX_1_KONTEXT = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+FLUX_2_KLEIN = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+T5 = ("text_encoder_3", "tokenizer_3")                          # optional in Stable Diffusion 3: it works without them
 PIPELINES = {                                                   # class in model_index.json -> its components
     "StableDiffusionInstructPix2PixPipeline": INSTRUCT_PIX2PIX,
     "StableDiffusion3Pipeline": STABLE_DIFFUSION_3,
     "StableDiffusion3Img2ImgPipeline": STABLE_DIFFUSION_3,
     "StableDiffusion3InstructPix2PixPipeline": STABLE_DIFFUSION_3,                         # UltraEdit's own
+    "FluxKontextPipeline": FLUX_1_KONTEXT,
+    "Flux2KleinPipeline": FLUX_2_KLEIN,
 }
 
 
@@ -79,6 +83,20 @@ EDITORS: dict[str, Source] = {source.name: source for source in (
         revision="b1af2fa2bc827669589193d36ca49d9b077d697c",
         size=31_000_000_000,                        # expected: float32 files only, of the shapes of sd3
         size_without_t5=12_000_000_000,
+    ),
+    Source(
+        name="flux-kontext",
+        licence="FLUX.1 [dev] Non-Commercial License",
+        hub_id="black-forest-labs/FLUX.1-Kontext-dev",
+        gated=True,
+        size=34_000_000_000,                        # expected: from the shapes; its files are bfloat16
+    ),
+    Source(
+        name="flux-klein",
+        licence="Apache-2.0",
+        hub_id="black-forest-labs/FLUX.2-klein-4B",
+        revision="e7b7dc27f91deacad38e78976d1f2b499d76a294",
+        size=16_000_000_000,
     ),
 )}
 

@@ -284,7 +284,8 @@ def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repea
         raise ValueError(f"unroll {unroll}: an edit by this editor has {most} denoising steps")
     with torch.no_grad():
         nothing = editor.context([""])
-        shape = editor.encode(editor.resize(x_orig)).shape
+        resized = editor.resize(x_orig)
+        size, shape = resized.shape[2:], editor.encode(resized).shape
 
     def draw():
         return torch.randn((repeats, *shape[1:]), generator=generator)
@@ -299,7 +300,7 @@ def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repea
         E_imu = E.detach().requires_grad_(True)              # the draws' gradients are summed: one graph at a time
         value, g = 0.0, torch.zeros_like(E_imu)
         for eta in sent(bank, E.device, E.dtype).split(1):
-            edited = short_edit(editor, E_imu, eta, contexts[step % len(contexts)], nothing, unroll)
+            edited = short_edit(editor, E_imu, eta, contexts[step % len(contexts)], nothing, unroll, size)
             loss = (2 * edited - 1).norm() / repeats
             value, g = value + loss.detach(), g + torch.autograd.grad(loss, E_imu)[0]
         return value + ((E - E.detach()) * g).sum()
@@ -314,18 +315,18 @@ def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repea
     return objective
 
 
-def short_edit(editor, E, eta, context, nothing, steps):
+def short_edit(editor, E, eta, context, nothing, steps, size=(512, 512)):
     """The edit of a picture given by its E (1,C,h,w), in a few deterministic steps: pixels, not clipped.
 
-    eta: the noise to start with, shaped like E. context, nothing: of the prompt and of the empty one. Differentiable. The
+    eta: the noise to start with, shaped like E. context, nothing: of the prompt and of the empty one. size: of the picture,
+    (height, width) in pixels, which the noise levels of some schedulers depend on. Differentiable. The
     graph keeps the arguments of each denoising step alone and runs the step again in the backward pass, except on small
     editors.
     """
-    scheduler = editor.scheduler
-    if scheduler.draws_noise:
-        scheduler = schedulers.Scheduler(replace(scheduler.config, sampler=schedulers.EULER))
-    if editor.kind == "instruct":
-        plan = scheduler.plan(steps)
+    if editor.scheduler.draws_noise:
+        plan = schedulers.Scheduler(replace(editor.scheduler.config, sampler=schedulers.EULER)).plan(steps)
+    elif editor.kind == "instruct":
+        plan = editor.plan_at(*size, steps)
     else:                                                    # the noise levels of an edit, but only so many of them
         plan = editor.plan()
         kept = torch.linspace(0, len(plan.timesteps), steps + 1).round().long()[:-1]
@@ -478,5 +479,7 @@ NATIVE = {
     "semantic-attack": Native("Lo et al. 2024, as far as it says", "0.06, on [0,1] or [-1,1]", {"init": "zero"}),
     "sds": Native("xavihart/Diff-Protect, configuration file", "16/255", {"init": "zero"}),
     "mist": Native("psyker-team/mist", "16/255"),
+    "decontext": Native("the released code of arXiv 2512.16625, for FLUX.1 Kontext", "0.1 on [-1,1], which is 0.05",
+                        {"steps": 800, "step_size": 0.0025, "init": "zero"}),
     "ace": Native("caradryanl/ACE", "8/255 on [-1,1], which is 4/255", {"steps": 250, "step_size": 0.0025, "init": "zero"}),
 }

@@ -28,6 +28,7 @@ def _parser():
     add("--steps", type=cli.count, help="denoising steps (default: the editor's)")
     add("--guidance", type=cli.number, help="weight of the instruction (default: the editor's)")
     add("--image-guidance", type=cli.number, help="weight of the picture, of instruction editors (default: the editor's)")
+    add("--true-guidance", type=cli.number, help="of FLUX.1, above 1: guidance by a second pass (default: the editor's)")
     add("--size", type=cli.count, help="long side at which the picture is edited (default: the editor's)")
     parser.shared("device", "dtype", "vae-dtype", "seed", "overwrite")
     return parser
@@ -56,8 +57,8 @@ def _body(args):
         cli.say_notes(path, picture.info["notes"], quiet=args.quiet)
         with cli.progress(total=len(editor.plan(args.steps).timesteps), what=path.name, quiet=args.quiet) as bar:
             edited = editor.edit(picture.image, args.prompt, negative_prompt=args.negative_prompt, seed=args.seed,
-                                 steps=args.steps, guidance=args.guidance, image_guidance=args.image_guidance, size=args.size,
-                                 on_step=lambda i, n: bar.update())
+                                 steps=args.steps, guidance=args.guidance, image_guidance=args.image_guidance,
+                                 true_guidance=args.true_guidance, size=args.size, on_step=lambda i, n: bar.update())
         if picture.icc and picture.mode in ("L", "LA"):
             cli.say(f"{path}: its colour profile is for grey pixels, and the edit has colours: left out", quiet=args.quiet)
         report = {"finished": True, "asked": asked, "results": [target.name], "picture": str(path), "edited": str(target),

@@ -18,7 +18,7 @@ class _Methods(Mapping):
 
     HOMES = {"sifm": "sifm"} | dict.fromkeys(
         ("photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack", "sds", "mist", "ace", "noise"),
-        "baselines") | {"latent": "editors.latents"}
+        "baselines") | {"latent": "editors.latents", "decontext": "editors.decontext"}
 
     def __getitem__(self, name):
         if name in self.HOMES:

@@ -422,7 +422,7 @@ def test_the_draws_of_an_edit_are_gone_before_the_next(editor, contexts, x_orig)
 
 
 def test_weights_get_no_gradient(editor, contexts, x_orig):
-    for method in METHODS.keys() - {"noise", "sifm", "latent"}:
+    for method in METHODS.keys() - {"noise", "sifm", "latent", "decontext"}:
         x = moved(x_orig).requires_grad_(True)
         loss_of(made(method, editor, x_orig, contexts[:1])(x, 0)).backward()
         assert x.grad.any(), method
@@ -577,7 +577,7 @@ def test_native_presets_name_loop_and_options_that_exist():
     table = {"photoguard-encoder": (1000, 0.01, "linear", "random"), "photoguard-diffusion": (200, 0.003, "constant", "zero"),
              "editshield": (30, 0.001, "constant", "zero"), "semantic-attack": (100, 1 / 255, "constant", "zero"),
              "sds": (100, 1 / 255, "constant", "zero"), "mist": (100, 1 / 255, "constant", "random"),
-             "ace": (250, 0.0025, "constant", "zero")}
+             "ace": (250, 0.0025, "constant", "zero"), "decontext": (800, 0.0025, "constant", "zero")}
     assert {method: tuple(immunize.settings(method, "native")[0].values()) for method in baselines.NATIVE} == table
 
 

@@ -551,7 +551,7 @@ def test_a_shipped_editor_without_its_weights_is_told(tmp_path, monkeypatch):
 
 def test_the_table_of_editors():
     assert [name for name in EDITORS if name != "miniature-sd3"] == [
-        "miniature", "miniature-plain", "instruct-pix2pix", "hq-edit", "sd3", "ultraedit"]
+        "miniature", "miniature-plain", "instruct-pix2pix", "hq-edit", "sd3", "ultraedit", "flux-kontext", "flux-klein"]
     assert all(name == source.name and source.licence for name, source in EDITORS.items())
     assert all((source.folder is None) != (source.hub_id is None) for source in EDITORS.values())
     models = Path(checkpoints.__file__).resolve().parent
@@ -560,7 +560,8 @@ def test_the_table_of_editors():
     assert EDITORS["instruct-pix2pix"].revision == "31519b5cb02a7fd89b906d88731cd4d6a7bbf88d"
     assert EDITORS["hq-edit"].hub_id == "MudeHui/HQ-Edit" and EDITORS["hq-edit"].revision is None
     assert ("miniature-sd3" in EDITORS) == (models / "miniature-sd3").is_dir()
-    assert [name for name, source in EDITORS.items() if source.gated] == ["sd3"]
+    assert [name for name, source in EDITORS.items() if source.gated] == ["sd3", "flux-kontext"]
+    assert EDITORS["flux-klein"].licence == "Apache-2.0" and "Non-Commercial" in EDITORS["flux-kontext"].licence
     assert EDITORS["sd3"].hub_id == "stabilityai/stable-diffusion-3-medium-diffusers"
     assert EDITORS["sd3"].revision == "b1148b4028b9ec56ebd36444c193d56aeff7ab56"
     assert EDITORS["ultraedit"].hub_id == "BleachNick/SD3_UltraEdit_freeform" and EDITORS["ultraedit"].revision

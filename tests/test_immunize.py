@@ -37,7 +37,7 @@ PROMPT = "make it night"
 FEW = ("--steps", "2", "--timesteps", "2")
 ENDS = ("_immunized.png", "_preview.png", ".json")
 METHODS = ("sifm", "photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack", "sds", "mist", "ace",
-           "noise", "latent")
+           "noise", "latent", "decontext")
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
     python tools/bench.py metrics                       the distances, beside piq: one pair, and a batch of 16, at 512x512
     python tools/bench.py metrics --threads 1 --repeat 9 --backward
-    python tools/bench.py memory                        one SIFM step on Stable Diffusion 3 at full size, random weights
+    python tools/bench.py memory --editor flux-klein    one SIFM step at full size, random weights (default: sd3)
+    python tools/bench.py blocks --editor flux-klein    one block of each kind of FLUX, beside diffusers'
     python tools/bench.py step                          one SIFM step, beside a naive one on diffusers; so are edit and load
     python tools/bench.py convolutions                  torch's convolutions beside the kernels of models/cpu.py
     python tools/bench.py judge                         a run of 1,000 samples, 16 in flight, a service that takes 1 s a call
@@ -13,23 +14,22 @@ other processes. `ratio` is the peer's time divided by this project's: above 1, 
 """
 
 import argparse
-import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-import weakref
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+import bench_blocks  # noqa: E402
 import bench_convolutions  # noqa: E402
 import bench_editors  # noqa: E402
+import bench_memory  # noqa: E402
 from bench_measuring import wait  # noqa: E402
 
 from sifm_min import images, metrics  # noqa: E402
@@ -37,9 +37,6 @@ from sifm_min.judging.edits import read_edits  # noqa: E402
 from sifm_min.judging.panels import Panel  # noqa: E402
 from sifm_min.judging.run import run  # noqa: E402
 from sifm_min.metrics import backbones  # noqa: E402
-from sifm_min.models import mmdit  # noqa: E402
-from sifm_min.models.mmdit import MMDiT, MMDiTConfig  # noqa: E402
-from sifm_min.models.vae import AutoencoderKL, VAEConfig  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------------------- metrics
 
@@ -178,109 +175,6 @@ def bench_judge(args):
     service.communicate()
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
-
-def bench_memory(args):
-    """Peak memory of one SIFM step on Stable Diffusion 3 medium, everything but transformer and VAE encoder released.
-
-    With --device cuda it is measured. Elsewhere it is counted on torch's meta device, which computes nothing: the weights and
-    the tensors that autograd keeps at the peak, with fused attention. Temporary tensors of single operations and the
-    allocator's waste are then left out.
-    """
-    measured = args.device.startswith("cuda")
-    device = torch.device(args.device if measured else "meta")
-    with device:
-        vae = AutoencoderKL(VAEConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
-                                      use_quant_conv=False, use_post_quant_conv=False))
-        denoiser = MMDiT(MMDiTConfig(num_layers=24, num_attention_heads=24, attention_head_dim=64, joint_attention_dim=4096,
-                                     pooled_projection_dim=2048, pos_embed_max_size=192, caption_projection_dim=1536))
-    encoder, denoiser = vae.encoder.requires_grad_(False), denoiser.to(torch.bfloat16).requires_grad_(False)
-    taps = mmdit.default_taps(denoiser.config)
-    weights = sum(p.nbytes for network in (encoder, denoiser) for p in (*network.parameters(), *network.buffers()))
-    print(f"{'measured on' if measured else 'counted, not measured, for'} {args.size}x{args.size}, bfloat16 (VAE float32), "
-          f"taps to {taps[-1]}; weights {weights / 2**30:.2f} GiB")
-    print(f"{'timesteps at once':20}{'checkpointing':>16}{'peak GiB':>12}")
-    for count in (1, 4):
-        for checkpointing in (False, True):
-            denoiser.checkpointing = checkpointing
-            peak = peak_of_step(encoder, denoiser, taps, count, args.size, device, measured, weights)
-            print(f"{count:<20}{'blocks' if checkpointing else 'none':>16}{peak / 2**30:12.2f}", flush=True)
-
-
-def peak_of_step(encoder, denoiser, taps, count, size, device, measured, weights):
-    """Peak bytes of one step: encode, features at `count` timesteps in one batch, both gradients."""
-    pixels = torch.zeros(1, 3, size, size, device=device, requires_grad=True)
-    text = torch.zeros(1, 333, denoiser.config.joint_attention_dim, device=device, dtype=torch.bfloat16)
-    pooled = torch.zeros(1, denoiser.config.pooled_projection_dim, device=device, dtype=torch.bfloat16)
-    timesteps = torch.full((count,), 500.0, device=device)
-    if measured:
-        torch.cuda.reset_peak_memory_stats(device)
-    kept = Kept()
-    with kept if not measured else contextlib.nullcontext():
-        latent = encoder(2 * pixels - 1)[:, :denoiser.config.in_channels]
-        inner = latent.detach().requires_grad_(True)
-        found = denoiser.features(inner.expand(count, -1, -1, -1).to(torch.bfloat16), timesteps, text, pooled, taps=taps)
-        loss = sum(activation.float().abs().mean() for activation in found.values())
-        (gradient,) = torch.autograd.grad(loss, inner)
-        del found, loss
-        torch.autograd.grad((latent * gradient).sum(), pixels)
-    return torch.cuda.max_memory_allocated(device) if measured else weights + kept.most
-
-
-class Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Count of the bytes that autograd keeps, each storage once, without weights; `most` is the peak."""
-
-    def __init__(self):
-        super().__init__(self.keep, lambda kept: kept[0])
-        self.users, self.now, self.most = {}, 0, 0
-
-    def __enter__(self):
-        self.fused, F.scaled_dot_product_attention = F.scaled_dot_product_attention, fused_attention.apply
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        F.scaled_dot_product_attention = self.fused
-        return super().__exit__(*error)
-
-    def keep(self, tensor):
-        if isinstance(tensor, torch.nn.Parameter) or (tensor._base is not None and
-                                                      isinstance(tensor._base, torch.nn.Parameter)):
-            return tensor, None
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if not self.users.get(key):
-            self.now += size
-            self.most = max(self.most, self.now)
-        self.users[key] = self.users.get(key, 0) + 1
-        token = Token()
-        weakref.finalize(token, self.drop, key, size)
-        return tensor, token
-
-    def drop(self, key, size):
-        self.users[key] -= 1
-        if not self.users[key]:
-            self.now -= size
-
-
-class Token:
-    """A handle that lives as long as autograd keeps its tensor."""
-
-
-class fused_attention(torch.autograd.Function):
-    """The memory of a fused kernel: its inputs, its output, and a number for each query and head. Computes nothing."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], device=q.device))
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        q, k, v, *_ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -295,15 +189,14 @@ def main(argv=None):
     command.add_argument("--backward", action="store_true", help="with the gradient of the first argument")
     command.add_argument("--only", type=lambda text: text.split(","), help="such as vifp,fsim")
     command.set_defaults(run=bench_metrics)
-    command = commands.add_parser("memory", parents=[shared], help="one SIFM step on Stable Diffusion 3 at full size")
-    command.add_argument("--size", type=int, default=512)
-    command.set_defaults(run=bench_memory)
     command = commands.add_parser("judge", parents=[shared], help="a run against a slow service on the loopback interface")
     command.add_argument("--samples", type=int, default=1000)
     command.add_argument("--size", type=int, default=512)
     command.add_argument("--latency", type=float, default=1.0, metavar="SECONDS")
     command.add_argument("--concurrency", type=int, default=16)
     command.set_defaults(run=bench_judge)
+    bench_memory.add(commands, shared)
+    bench_blocks.add(commands, shared)
     bench_editors.add(commands, shared)
     bench_convolutions.add(commands, shared)
     args = parser.parse_args(argv)

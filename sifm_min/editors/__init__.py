@@ -4,19 +4,23 @@
     autoencoders.py       the autoencoder that a folder's vae/ holds
     guidance.py           classifier-free guidance, over the text or over text and picture
     instruct_pix2pix.py   InstructPix2Pix and HQ-Edit
+    transformer.py        what the editors with a diffusion transformer share
     sd3.py                Stable Diffusion 3 by img2img, and UltraEdit
+    flux.py               FLUX.1 Kontext and FLUX.2 klein
+    decontext.py          the method for editors with reference tokens
     precision.py          gradients through a network that runs in float16
     latents.py            encoders without a denoiser, and the method for them
-    text.py               text contexts and Stable Diffusion 3's text encoders
+    text.py               text contexts, and the text encoders of Stable Diffusion 3 and FLUX
     loading.py            `load_editor`
 """
 
 from .base import Defaults, Editor, check
+from .flux import FluxKlein, FluxKleinBase, FluxKontext
 from .instruct_pix2pix import InstructPix2Pix
 from .latents import Latents
 from .loading import DEFAULTS, EDITORS, load_editor
 from .sd3 import StableDiffusion3, UltraEdit
 from .text import Text, TextEncoders
 
-__all__ = ["DEFAULTS", "EDITORS", "Defaults", "Editor", "InstructPix2Pix", "Latents", "StableDiffusion3", "Text",
-           "TextEncoders", "UltraEdit", "check", "load_editor"]
+__all__ = ["DEFAULTS", "EDITORS", "Defaults", "Editor", "FluxKlein", "FluxKleinBase", "FluxKontext", "InstructPix2Pix",
+           "Latents", "StableDiffusion3", "Text", "TextEncoders", "UltraEdit", "check", "load_editor"]

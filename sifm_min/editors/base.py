@@ -29,7 +29,7 @@ LOWEST_TIMESTEP = 50                                         # below it the nois
 @dataclass(frozen=True)
 class Defaults:
     """The settings of an edit where the call gives none: denoising steps, the two guidances, the working size (long side),
-    and for Stable Diffusion 3 the strength of img2img and the number of tokens that T5 reads."""
+    for Stable Diffusion 3 the strength of img2img, for FLUX.1 the guidance by a second pass, and the tokens of T5 or Qwen3."""
 
     steps: int = 100
     guidance: float = 7.5
@@ -37,6 +37,7 @@ class Defaults:
     size: int = 512
     strength: float = 0.6
     text_length: int = 256
+    true_guidance: float = 1.0
 
 
 class Editor:
@@ -157,6 +158,11 @@ class Editor:
         """The number that both sides of a working size are multiples of."""
         return self.vae.factor if self.vae else 8
 
+    def fitted(self, picture, size=None):
+        """A PIL picture in RGB at the size at which it is edited."""
+        height, width = self.frame(*picture.size, size)
+        return picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+
     def resize(self, pixels, size=None):
         """Pixels of any size -> the working size, by the filter that `edit` uses (antialiased Lanczos), differentiably."""
         height, width = self.frame(pixels.shape[3], pixels.shape[2], size)
@@ -171,13 +177,13 @@ class Editor:
 
         Only the network itself runs in its dtype: budget and gradients are summed in float32.
         """
-        pixels = 2 * _wide(pixels.to(self.device)) - 1
-        return tuple(_wide(moment) for moment in in_dtype(self.vae_dtype, self.vae.encode, pixels))
+        pixels = 2 * wide(pixels.to(self.device)) - 1
+        return tuple(wide(moment) for moment in in_dtype(self.vae_dtype, self.vae.encode, pixels))
 
     def decode(self, latent):
         """A latent as the sampler leaves it (B,C,h,w) -> pixels in [0,1], not clipped."""
-        latent = _wide(latent) / self.vae.config.scaling_factor + self.shift_factor
-        return _wide(in_dtype(self.vae_dtype, self.vae.decode, latent)) / 2 + 0.5
+        latent = wide(latent) / self.vae.config.scaling_factor + self.shift_factor
+        return wide(in_dtype(self.vae_dtype, self.vae.decode, latent)) / 2 + 0.5
 
     @property
     def shift_factor(self):
@@ -211,6 +217,10 @@ class Editor:
         """The timesteps and transitions of an edit: see `models/schedulers.py`."""
         return self.scheduler.plan(self.defaults.steps if steps is None else steps)
 
+    def plan_at(self, height, width, steps=None, **options):
+        """The plan of an edit at this size in pixels; only some schedulers depend on it. options: of `plan`."""
+        return self.plan(steps, **options)
+
     def noise_latent(self, image_latent, noise, timesteps):
         """The noisy latent z_t of a picture; noise (B,C,h,w) standard normal, timesteps (B,)."""
         return self.scheduler.add_noise(self.scaled(image_latent), noise.to(image_latent), timesteps)
@@ -239,15 +249,16 @@ class Editor:
 
     @torch.no_grad()
     def edit(self, image, prompt, *, negative_prompt="", seed=0, steps=None, guidance=None, image_guidance=None,
-             strength=None, size=None, on_step=None):
+             true_guidance=None, strength=None, size=None, on_step=None):
         """Edit pictures as the published pipeline does; PIL in, PIL out, of the input's size (lists in, list out).
 
         `steps` are denoising steps and `guidance` weighs the text (defaults: `self.defaults`); `image_guidance` weighs the
         image latent, for instruction editors; `strength`, for img2img, is the share of the steps that is taken, and so how
-        much may change. Where guidance <= 1 or image_guidance < 1 there is no guidance, as in the pipelines. Every picture
-        of a batch draws from its own generator seeded with `seed`, so a batch gives what single calls give.
+        much may change. Where guidance <= 1 or image_guidance < 1 there is no guidance, as in the pipelines. FLUX.1 takes
+        `guidance` as an input of its network; `true_guidance` > 1 is its guidance by a second pass. Every picture of a batch
+        draws from its own generator seeded with `seed`, so a batch gives what single calls give.
         """
-        options = {"image_guidance": image_guidance, "strength": strength}
+        options = {"image_guidance": image_guidance, "true_guidance": true_guidance, "strength": strength}
         options = {key: value for key, value in options.items() if value is not None}
         if wrong := sorted(options.keys() - self.OPTIONS):
             raise ValueError(f"{self.name} has no {wrong[0]}; it takes steps, guidance and {', '.join(self.OPTIONS)}")
@@ -257,8 +268,7 @@ class Editor:
         for i, picture in enumerate(pictures):
             groups.setdefault(self.frame(*picture.size, size), []).append(i)
         for (height, width), members in groups.items():
-            pixels = torch.cat([images.to_pixels(pictures[i].convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
-                                for i in members])
+            pixels = torch.cat([images.to_pixels(self.fitted(pictures[i], size)) for i in members])
             texts = [prompts[i] for i in members]
 
             def run(plan, pixels=pixels, texts=texts):
@@ -292,14 +302,14 @@ class Editor:
         return ("the guidance, the number of steps or the scheduler's config may drive the latents beyond all bounds; the "
                 "editor's defaults are the place to start from")
 
-    def sample(self, pixels, prompts, *, negative_prompt="", seeds, steps=None, guidance=None, image_guidance=None,
-               strength=None, one_pass=False, on_step=None):
+    def sample(self, pixels, prompts, *, negative_prompt="", seeds, steps=None, guidance=None, strength=None, one_pass=False,
+               on_step=None, **weights):
         """Pixels (B,3,H,W) in [0,1] at a working size -> edited pixels, not clipped. Differentiable if the caller wants it.
 
-        one_pass: run the passes of the guidance one after the other, for memory.
+        one_pass: run the passes of the guidance one after the other, for memory. weights: the other arguments of `guide`.
         """
-        guide = self.guide(guidance, image_guidance)
-        plan = self.plan(steps) if strength is None else self.plan(steps, strength)
+        guide, predict = self.guide(guidance, **weights), self.predictor(guidance)
+        plan = self.plan_at(*pixels.shape[2:], steps, **({} if strength is None else {"strength": strength}))
         if plan.fault:
             raise ValueError(plan.fault)
         if guide is UNGUIDED:
@@ -309,7 +319,7 @@ class Editor:
             context, empty = together(contexts), together([empty] * len(prompts))
         image_latent, latent, draw = self.start(pixels, plan, seeds)
         latent = self.denoise(latent.to(self.dtype), plan, image_latent, context, empty, guide=guide, draw=draw,
-                              predict=one_by_one(self.predict) if one_pass else None, on_step=on_step)
+                              predict=one_by_one(predict) if one_pass else predict, on_step=on_step)
         return self.decode(latent)
 
     def denoise(self, latent, plan, image_latent, context, empty, *, guide, draw=None, predict=None, on_step=None):
@@ -336,6 +346,10 @@ class Editor:
             return UNGUIDED
         return over_text_and_picture(guidance, image_guidance) if self.kind == "instruct" else over_text(guidance)
 
+    def predictor(self, guidance=None):
+        """The function that an edit with this guidance calls in place of `predict`, where the guidance is an input of it."""
+        return self.predict
+
     def start(self, pixels, plan, seeds):
         """(image latent, first latent, draw) of an edit: draw() continues the noise, each picture's from its own seed."""
         image_latent = self.encode(pixels)
@@ -358,9 +372,9 @@ class Editor:
 
 
 NEEDED = ("name", "kind", "device", "dtype", "defaults", "notice", "OPTIONS", "scheduler", "tap_names", "default_taps",
-          "context", "features", "predict", "encode", "decode", "scaled", "contexts", "timesteps", "plan", "noise_latent",
-          "noise_prediction", "prepare_text", "prepare_timesteps", "resize", "frame", "edit", "guide", "denoise",
-          "first_latent", "forget_text", "checkpointing", "is_small", "provenance", "probs_names", "word_positions")
+          "context", "features", "predict", "encode", "decode", "scaled", "contexts", "timesteps", "plan", "plan_at",
+          "noise_latent", "noise_prediction", "prepare_text", "prepare_timesteps", "resize", "frame", "edit", "guide",
+          "denoise", "first_latent", "forget_text", "checkpointing", "is_small", "provenance", "probs_names", "word_positions")
 
 
 def check(editor):
@@ -387,7 +401,7 @@ def on(timesteps, device):
     return timesteps if isinstance(timesteps, Prepared) else sent(timesteps, device)
 
 
-def _wide(tensor):
+def wide(tensor):
     """A tensor in float32, unless it is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

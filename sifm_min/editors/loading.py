@@ -11,12 +11,13 @@ from ..models import checkpoints
 from ..models.config import replaced
 from ..models.mmdit import MMDiT
 from .base import check
+from .flux import FluxKlein, FluxKleinBase, FluxKontext
 from .instruct_pix2pix import InstructPix2Pix
 from .latents import is_latents, load_latents
 from .precision import half_dtype
 from .sd3 import StableDiffusion3, UltraEdit
 
-EDITORS = (InstructPix2Pix, StableDiffusion3, UltraEdit)
+EDITORS = (InstructPix2Pix, StableDiffusion3, UltraEdit, FluxKontext, FluxKlein)
 RANGES = {"text_length": (0, 4096), "size": (8, 8192), "strength": (0, 1)}      # of the defaults that a folder may state
 DEFAULTS = {name: defaults for editor_class in EDITORS for name, defaults in editor_class.KNOWN.items()}
 
@@ -53,6 +54,8 @@ def load_editor(source="miniature", *, device=None, dtype=None, vae_dtype=None, 
         config = checkpoint.check(MMDiT, "transformer")
         if config.in_channels > config.out_channels:         # saved by a pipeline of the plain class's name
             editor_class = UltraEdit
+    if editor_class is FluxKlein and not index.get("is_distilled"):
+        editor_class = FluxKleinBase
     own, notice = checkpoint.settings
     try:
         defaults = replaced(editor_class.KNOWN.get(checkpoint.known, editor_class.DEFAULTS), own,

@@ -4,16 +4,15 @@ from functools import cached_property
 
 import torch
 
-from ..models import mmdit, schedulers
-from ..models.lean import frozen
+from ..models import mmdit
 from ..models.mmdit import MMDiT
-from .autoencoders import load_autoencoder
 from .base import Defaults, Editor, on
 from .precision import in_dtype
 from .text import TextEncoders
+from .transformer import TransformerEditor
 
 
-class StableDiffusion3(Editor):
+class StableDiffusion3(TransformerEditor):
     """Stable Diffusion 3 by img2img: the picture's latent is noised up to a strength and denoised with the prompt, which
     describes the result (Esser et al. 2024; Meng et al. 2022 for img2img)."""
 
@@ -23,16 +22,11 @@ class StableDiffusion3(Editor):
     DEFAULTS = Defaults(steps=50, guidance=7.0)              # the published pipeline's
     KNOWN = {"sd3": DEFAULTS}
 
-    def __init__(self, *, checkpoint, name, device, dtype, vae_dtype=torch.float32, defaults=None, notice=""):
-        super().__init__(name=name, vae=load_autoencoder(checkpoint, device=device, dtype=vae_dtype),
-                         scheduler=checkpoint.parsed("scheduler/scheduler_config.json", schedulers.load),
-                         device=device, dtype=dtype, defaults=defaults or self.DEFAULTS, notice=notice, checkpoint=checkpoint)
-        self.config = config = checkpoint.check(MMDiT, "transformer")
-        self.text_encoders = TextEncoders(checkpoint, width=config.joint_attention_dim, length=self.defaults.text_length,
-                                          device=self.device, dtype=dtype)
-        if not isinstance(self.scheduler, schedulers.FlowScheduler):
-            raise ValueError(f"{name}: scheduler_config.json does not name {schedulers.FLOW}, which Stable Diffusion 3 is "
-                             "sampled by")
+    PUBLISHER, NETWORK, MODULE = "Stable Diffusion 3", MMDiT, mmdit
+
+    def __init__(self, *, name, **more):
+        super().__init__(name=name, **more)
+        config = self.config
         if self.scheduler.config.use_dynamic_shifting:
             raise ValueError(f"{name}: scheduler_config.json sets use_dynamic_shifting, which is implemented for FLUX alone")
         latent = self.vae.config.latent_channels
@@ -44,35 +38,14 @@ class StableDiffusion3(Editor):
             raise ValueError(f"{name}: the transformer takes {config.pooled_projection_dim} channels of pooled text, "
                              f"the two CLIP have {self.text_encoders.pooled_width}")
 
-    @classmethod
-    def load(cls, checkpoint, **more):
-        return cls(checkpoint=checkpoint, **more)
+    def make_text_encoders(self):
+        return TextEncoders(self.checkpoint, width=self.config.joint_attention_dim, length=self.defaults.text_length,
+                            device=self.device, dtype=self.dtype)
 
     @staticmethod
     def takes(latent_channels):
         """The numbers of channels that the transformer may take."""
         return (latent_channels,)
-
-    @cached_property
-    def transformer(self):
-        """The transformer, loaded at its first use: the prompts are encoded before, and their encoders released by then."""
-        return self.checkpoint.load(MMDiT, "transformer", device=self.device, dtype=self.dtype, lazily=True)
-
-    @property
-    def tap_names(self):
-        return mmdit.tap_names(self.config)
-
-    @property
-    def default_taps(self):
-        return mmdit.default_taps(self.config)
-
-    @property
-    def probs_names(self):
-        return self.transformer.probs_names
-
-    @property
-    def denoiser(self):
-        return self.transformer
 
     @property
     def multiple(self):
@@ -83,10 +56,6 @@ class StableDiffusion3(Editor):
         return self.scheduler.plan(self.defaults.steps if steps is None else steps,
                                    self.defaults.strength if strength is None else strength)
 
-    def context(self, prompts):
-        """Prompts -> `Text`: CLIP's and T5's states, and the two CLIP's pooled vectors."""
-        return self.text_encoders(prompts)
-
     def word_positions(self, text):
         """As in `Editor`; the context is two CLIP side by side, which split a text alike, then T5, which has no start."""
         clip, encoders = self.text_encoders.tokenizers[0], self.text_encoders
@@ -96,11 +65,11 @@ class StableDiffusion3(Editor):
         return positions
 
     def prepare_text(self, context):
-        states = self.transformer.prepare_context(context.states) if frozen(self.transformer) else context.states
+        states = self.transformer.prepare_context(context.states) if self.is_frozen else context.states
         return context._replace(states=states)
 
     def prepare_timesteps(self, timesteps, context):
-        if not frozen(self.transformer):
+        if not self.is_frozen:
             return timesteps
         return self.transformer.prepare_timestep(timesteps.to(self.device), context.pooled)
 
