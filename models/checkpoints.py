@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from safetensors import SafetensorError, safe_open
 
 from .. import PROGRAM
-from . import hub, layout, readahead, single_files
+from . import first_use, hub, layout, single_files
 from .config import shown
 from .hub import MAIN, Unavailable
 from .layout import Unfit, is_weights, needed, pipeline_components
@@ -261,7 +261,7 @@ class Checkpoint:
             return self._read(found, {name: shapes[name] for name in wanted}, device, dtype)
 
         if lazily:
-            _at_first_use(network, read, _ahead(network, found))
+            first_use.load_in_parts(network, read, first_use.ahead_of(network, found))
         else:
             network.load_state_dict(read(shapes), strict=True, assign=True)
         return network
@@ -400,43 +400,6 @@ def header(file):
         if file.is_dir():
             raise Unavailable(f"{file} is a folder where a file of weights is expected") from None
         raise Unavailable(f"{file} cannot be read: {error.strerror or error}") from None
-
-
-def _ahead(network, found):
-    """The tensors to prefetch, in reading order. Embeddings are left out: few of their rows are ever read."""
-    import torch
-    embeddings = {f"{path}.weight" for path, part in network.named_modules() if isinstance(part, torch.nn.Embedding)}
-    places = {name: (file, *spans[stored]) for file, tensors in found.items() if (spans := readahead.spans(file))
-              for name, (stored, _) in tensors.items()}
-    return readahead.ReadAhead((name, *places[name]) for name in network.state_dict()
-                               if name in places and name not in embeddings)
-
-
-def _at_first_use(network, read, ahead):
-    """Load the weights of each part, blocks and single layers alike, when it first runs."""
-    unread, handles = {name: tensor.dtype for name, tensor in network.state_dict().items()}, {}
-
-    def fill(part, path):
-        state, wanted = part.state_dict(prefix=f"{path}."), [name for name in unread if name.startswith(f"{path}.")]
-        found = read(wanted)
-        ahead.reached(wanted)
-        for name in wanted:
-            if state[name].dtype != unread.pop(name):        # changed meanwhile, for example by network.double()
-                found[name] = found[name].to(state[name].dtype)
-        part.load_state_dict({name.removeprefix(f"{path}."): tensor for name, tensor in found.items()}, strict=False,
-                             assign=True)
-        for name, _ in part.named_modules(prefix=path):         # inner parts were loaded with it
-            if name in handles:
-                handles.pop(name).remove()
-
-    for path, part in network.named_modules():
-        if path:                                                # the network as a whole runs its parts one by one
-            handles[path] = part.register_forward_pre_hook(lambda part, inputs, path=path: fill(part, path))
-    own = [name for name in unread if "." not in name]
-    for name in own:
-        del unread[name]
-    network.load_state_dict(read(own), strict=False, assign=True)
-    ahead.begin()
 
 
 def _match(network, headers, places, where):

@@ -349,9 +349,11 @@ class VectorEmbedding(nn.Module):
 
 
 class Flux(nn.Module):
-    """Both transformers. `checkpointing`: recompute blocks in the backward pass, which saves memory."""
+    """Both transformers. `checkpointing`: recompute blocks in the backward pass, which saves memory. `streaming`: hold the
+    weights of one block at a time, where the network is read in parts (first_use.py)."""
 
-    checkpointing = False
+    STREAMED = "transformer_blocks", "single_transformer_blocks"
+    checkpointing = streaming = False
 
     def __init__(self, config: FluxConfig):
         super().__init__()

@@ -37,9 +37,9 @@ def plans(memory, editor, count=None, batch=None):
 
     count: of the method's timesteps, None where it takes no batch of them. batch: the caller's choice, which stands.
     memory: "fast" is everything at once; "low" is one timestep at a time, activations computed again in the backward
-    pass, no text encoder in memory. "auto" starts with the fastest plan; each time the device's memory ends it halves the
-    timesteps, and at last it tries "low". On a CPU the process ends where memory ends, so there "auto" starts with a
-    third of the timesteps, four at most, except on a miniature.
+    pass, no text encoder in memory, and of FLUX the weights of one block at a time. "auto" starts with the fastest plan;
+    each time the device's memory ends it halves the timesteps, and at last it computes activations again. On a CPU the
+    process ends where memory ends, so there "auto" starts with a third of the timesteps, four at most, except on a miniature.
     """
     if memory not in MEMORY:
         raise ValueError(f"memory {memory!r}: choose one of {', '.join(MEMORY)}")
@@ -59,11 +59,11 @@ def run_planned(work, memory, editor, count=None, batch=None, *, job="", size=0)
     job, size: the kind of work and the number of pixels, for `first_fitting`. Raises ValueError where no plan fits.
     """
     def under(plan):
-        editor.checkpointing = plan.checkpointing
+        editor.checkpointing, editor.streaming = plan.checkpointing, memory == "low"
         try:
             return work(plan)
         finally:
-            editor.checkpointing = False
+            editor.checkpointing = editor.streaming = False
 
     tried = plans(memory, editor, count, batch)
     if memory == "low":

@@ -7,7 +7,8 @@ from dataclasses import asdict, fields
 import pytest
 import torch
 import torch.nn.functional as F
-from test_mmdit import Saved, Wrong
+from faults import Wrong
+from test_mmdit import Saved
 
 from sifm_min.models import flux, modulation
 from sifm_min.models.config import EMA

@@ -16,6 +16,7 @@ if not hasattr(diffusers, "Flux2KleinPipeline") or not hasattr(transformers, "Qw
     pytest.skip("these oracles have no FLUX.2", allow_module_level=True)
 
 import small_flux  # noqa: E402
+from faults import Wrong  # noqa: E402
 from finite_differences import assert_gradient  # noqa: E402
 from photographs import smooth  # noqa: E402
 from test_editors import assert_other, assert_same  # noqa: E402
@@ -23,6 +24,8 @@ from test_editors import assert_other, assert_same  # noqa: E402
 import sifm_min  # noqa: E402
 from sifm_min import images  # noqa: E402
 from sifm_min.editors import FluxKlein, FluxKleinBase, load_editor  # noqa: E402
+from sifm_min.editors import flux as flux_editors  # noqa: E402
+from sifm_min.editors.guidance import UNGUIDED  # noqa: E402
 from sifm_min.models.checkpoints import Unfit  # noqa: E402
 
 SQUARE, WIDE = (64, 64), (96, 64)                            # (width, height)
@@ -73,6 +76,32 @@ def test_oracle_sees_everything_that_goes_in(folders):
                                    (smooth(*SQUARE), RED, {"seed": 1}), (smooth(*SQUARE), RED, {"guidance": 4.0})):
         with pytest.raises(AssertionError):
             assert_same(theirs(pipeline, image, prompt, **options), plain)
+
+
+def across(x, side):
+    """Patches whose channels are in the order column, row."""
+    return F.pixel_unshuffle(x.transpose(2, 3), side).transpose(2, 3)
+
+
+FAULTS = {                                                   # each is one plausible mistake: where, what, and its wrong value
+    "FLUX.1's shift of the noise levels": (FluxKlein, "mu", lambda self, tokens, steps: self.scheduler.mu(tokens)),
+    "patches across": (flux_editors, "F", Wrong(F, pixel_unshuffle=across)),
+    "a reference without statistics": (FluxKlein, "scaled", lambda self, image_latent: image_latent),
+    "cut at the corner": (FluxKlein, "fitted", lambda self, picture, size=None: picture.crop((0, 0, 64, 64))),
+    "no guidance": (FluxKleinBase, "guide", lambda self, guidance=None: UNGUIDED),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_parity_sees(fault, folders, monkeypatch):
+    """The comparison above is worth something only if it fails on a wrong editor."""
+    pipeline, _, editor = folders("base, another width")
+    options = {"steps": 2, "guidance": 4.0}
+    expected = theirs(pipeline, smooth(78, 70), RED, **options).resize((78, 70), Image.Resampling.LANCZOS)
+    assert_same(editor.edit(smooth(78, 70), RED, **options), expected)
+    monkeypatch.setattr(*FAULTS[fault])
+    with pytest.raises(AssertionError):
+        assert_same(editor.edit(smooth(78, 70), RED, **options), expected)
 
 
 def test_text_cut_at_its_limit(folders):
@@ -182,3 +211,7 @@ def test_gradient_agrees_with_finite_differences(method, options, folders, monke
     editor = load_editor(folders()[1], device="cpu", dtype=torch.float64, vae_dtype=torch.float64)
     editor.defaults = replace(editor.defaults, size=64)
     assert_gradient(editor, method, [RED], (64, 64), monkeypatch, **options)
+
+
+def test_low_memory_holds_one_block_and_changes_nothing(folders):
+    small_flux.assert_streams(folders()[1], RED, 64)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")
@@ -14,13 +15,15 @@ pytest.importorskip("transformers", reason="the oracle's text encoders, transfor
 
 import small_flux  # noqa: E402
 import small_sd3  # noqa: E402
+from faults import Wrong  # noqa: E402
 from finite_differences import assert_gradient  # noqa: E402
 from photographs import smooth  # noqa: E402
 from test_editors import assert_other, assert_same  # noqa: E402
 
 import sifm_min  # noqa: E402
 from sifm_min import images  # noqa: E402
-from sifm_min.editors import FluxKontext, load_editor  # noqa: E402
+from sifm_min.editors import Editor, FluxKontext, load_editor  # noqa: E402
+from sifm_min.editors import flux as flux_editors  # noqa: E402
 from sifm_min.editors.decontext import decontext  # noqa: E402
 from sifm_min.models.checkpoints import Unavailable, Unfit  # noqa: E402
 
@@ -79,6 +82,33 @@ def test_oracle_sees_everything_that_goes_in(folders):
                                    (smooth(*SQUARE), RED, {"seed": 1}), (smooth(*SQUARE), RED, {"guidance": 8.0}),
                                    (smooth(*SQUARE), RED, {"true_guidance": 3.0, "negative_prompt": HAT})):
         assert_other(theirs(pipeline, image, prompt, **options), plain)
+
+
+def across(x, side):
+    """Patches whose channels are in the order column, row."""
+    return F.pixel_unshuffle(x.transpose(2, 3), side).transpose(2, 3)
+
+
+FAULTS = {                                                   # each is one plausible mistake: where, what, and its wrong value
+    "another shift of the noise levels": (FluxKontext, "mu", lambda self, tokens, steps: 1.15),
+    "patches across": (flux_editors, "F", Wrong(F, pixel_unshuffle=across)),
+    "an unscaled reference": (FluxKontext, "scaled", lambda self, image_latent: image_latent),
+    "the default guidance": (FluxKontext, "predictor", lambda self, guidance=None: self.predict),
+    "noise of another seed": (FluxKontext, "draws", lambda self, seeds, shape: Editor.draws(self, [1], shape)),
+    "a pooled text of zeros": (FluxKontext, "_vectors", lambda self, context, guidance=None: {
+        "pooled": 0 * context.pooled, "guidance": guidance}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_parity_sees(fault, folders, monkeypatch):
+    """The comparison above is worth something only if it fails on a wrong editor."""
+    pipeline, _, editor = folders()
+    options = {"steps": 2, "guidance": 8.0}
+    monkeypatch.setattr(*FAULTS[fault])
+    edited = editor.edit(smooth(*SQUARE), RED, size=64, **options)
+    with pytest.raises(AssertionError):
+        assert_same(edited, theirs(pipeline, smooth(*SQUARE), RED, **options))
 
 
 def test_text_cut_at_its_limits(folders):
@@ -256,6 +286,10 @@ def test_shards_are_read_and_a_missing_one_is_named(folders, tmp_path):
     shards[-1].unlink()
     with pytest.raises(Unavailable, match=f"lists the shard {shards[-1].name}, which is not there"):
         load_editor(tmp_path / "shards", device="cpu")
+
+
+def test_low_memory_holds_one_block_and_changes_nothing(folders):
+    small_flux.assert_streams(folders()[1], RED, 32)
 
 
 def test_declining_t5_is_one_sentence(folders):

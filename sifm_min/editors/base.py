@@ -62,7 +62,7 @@ class Editor:
     needs_prompt = True
     probs_names = ()
     denoiser = None
-    _checkpointing = False
+    _checkpointing = _streaming = False
 
     def __init__(self, *, name, scheduler, vae=None, device="cpu", dtype=torch.float32, defaults=None, notice="",
                  checkpoint=None):
@@ -128,6 +128,18 @@ class Editor:
         self._checkpointing = value
         for network in self.networks:
             network.checkpointing = value
+
+    @property
+    def streaming(self):
+        """True where a denoiser that can holds the weights of one block at a time: see models/first_use.py."""
+        return self._streaming
+
+    @streaming.setter
+    def streaming(self, value):
+        self._streaming = value
+        for network in self.networks:
+            if hasattr(network, "streaming"):
+                network.streaming = value
 
     def forget_text(self):
         """Release the text encoders until they are needed again."""

@@ -159,3 +159,32 @@ def write_qwen_tokenizer(folder):
     trained = test_qwen_tokenizer.train(folder / "trained", list(wording.corpus())[::7], 600)
     test_qwen_tokenizer.with_specials(trained).save_pretrained(folder / "saved")
     return folder / "saved"
+
+
+def assert_streams(folder, prompt, size):
+    """The editor in the folder holds one block at a time if told to, also in the backward pass, and computes the same."""
+    from sifm_min.editors import load_editor
+    pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    t, found, most = torch.tensor([700.0]), {}, []
+
+    def blocks(editor):
+        return [block for kind in editor.transformer.STREAMED for block in getattr(editor.transformer, kind)]
+
+    def present(editor):
+        return sum(any(not weight.is_meta for weight in block.parameters()) for block in blocks(editor))
+
+    for streaming in (False, True):
+        editor = load_editor(folder, device="cpu")
+        E, context = editor.encode(pixels).detach().requires_grad_(), editor.context([prompt])
+        noise = torch.randn(E.shape, generator=torch.Generator().manual_seed(1))
+        editor.checkpointing = editor.streaming = streaming
+        for block in blocks(editor) if streaming else ():
+            block.register_forward_pre_hook(lambda *_, editor=editor: most.append(present(editor)))
+        taps = editor.features(E, noise, t, context, taps=[*editor.default_taps, "out"])
+        (gradient,) = torch.autograd.grad(sum(x.square().mean() for x in taps.values()), E)
+        found[streaming] = [*taps.values(), gradient]
+    assert all(torch.equal(*pair) for pair in zip(*found.values(), strict=True))
+    assert max(most) == 1 and present(editor) <= 1 and len(most) == 2 * len(blocks(editor))
+    editor.checkpointing = editor.streaming = False          # and all of it is read again where it is wanted
+    editor.predict(E.detach(), noise, t, context)
+    assert present(editor) == len(blocks(editor))
