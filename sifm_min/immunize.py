@@ -279,6 +279,8 @@ def _parser():
     own("--variant", help="which form of the loss: zero, grey (photoguard-encoder); eot, plain, released (editshield); minus, "
                           "plus (sds); fused, textural, semantic (mist); ace+, ace (ace); the first is the default")
     own("--sizes", type=cli.commas(cli.count), help="long sides at which latents are moved, in turn (latent: 512,1024)")
+    own("--blocks", type=cli.count, help="single blocks to attack, from the first (decontext; default: the editor's)")
+    own("--low", type=cli.count, help="the least noisy timestep that is drawn (decontext; default: 980)")
     parser.memory()
     add("--no-preview", action="store_true", help="skip the preview and its two edits")
     parser.shared("device", "dtype", "vae-dtype", "seed", "overwrite")
@@ -292,7 +294,7 @@ def _method(text):
 
 
 OPTIONS = ("lam", "timesteps", "taps", "reduction", "aggregate", "noisy", "resample", "batch", "unroll", "repeats", "content",
-           "variant", "sizes")
+           "variant", "sizes", "blocks", "low")
 
 
 def _given(args):

@@ -223,7 +223,7 @@ def test_options_reach_the_objective(run, tiny):
                                   "denoiser_backward": 4}
 
 
-@pytest.mark.parametrize("method", METHODS[1:-1])
+@pytest.mark.parametrize("method", METHODS[1:-2])             # and those for other kinds of editors
 def test_every_method_writes_its_picture_and_what_it_took(run, tiny, method):
     original = photo("a.png")
     assert run("a.png", "--method", method, "--no-preview") == cli.OK
@@ -315,7 +315,7 @@ def test_options_of_command_and_methods_are_the_same():
     assert set(immunize.OPTIONS) == {name for method in METHODS for name in immunize.options_of(method)}
 
 
-@pytest.mark.parametrize("method", baselines.NATIVE)
+@pytest.mark.parametrize("method", [method for method in baselines.NATIVE if method != "decontext"])    # refused here
 def test_native_preset_is_the_original_without_its_budget(run, monkeypatch, method):
     photo("a.png")
     native, used = baselines.NATIVE[method], []

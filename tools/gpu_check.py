@@ -236,7 +236,7 @@ def main(argv=None):
     parser.add_argument("--denoising-steps", type=int, default=10, help="of the edit that is measured (default: 10)")
     parser.add_argument("--repeat", type=int, default=3, help="of these steps the fastest counts (default: 3)")
     parser.add_argument("--methods", type=lambda text: text.split(","), help="comma-separated (default: all)",
-                        default=[name for name in sifm_min.METHODS if name not in ("noise", "latent")])
+                        default=[name for name in sifm_min.METHODS if name not in ("noise", "latent", "decontext")])
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("torch finds no CUDA card here")

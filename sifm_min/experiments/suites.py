@@ -12,7 +12,8 @@ from .plan import NOISE, Case, controls, make_arm
 SUITES = ("white-box", "transfer", "ablation", "lambda", "consistency", "robustness")
 LAMBDAS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)       # the paper's Table VII
 ONLY_DISTANCE = 1e9              # with this weight the norm's part of a float32 gradient is rounded away: distance alone
-COMPARED = (*(name for name in METHODS if name not in (NOISE, "sifm", "latent")), "sifm")       # SIFM last, as in the paper
+ELSEWHERE = (NOISE, "sifm", "latent", "decontext")           # the control, the last one, and those for other kinds of editors
+COMPARED = (*(name for name in METHODS if name not in ELSEWHERE), "sifm")               # SIFM last, as in the paper
 WORLD_SEED = 0                                               # of the miniature's samples
 # The prompt types of a suite. The paper has unseen prompts in Tables II to IV only.
 PROMPTS = {"white-box": ("original", "unseen"), "consistency": ("original", "unseen")}
