@@ -112,7 +112,7 @@ def test_text_cut_at_its_limit(folders):
     assert_other(edited, theirs(pipeline, smooth(*SQUARE), RED, steps=1))
 
 
-def test_sides_are_cut_at_the_centre_and_the_output_keeps_the_shape(folders):
+def test_sides_are_cut_and_the_output_keeps_the_shape(folders):
     """The pipeline returns what is left of the picture; ours is stretched over the whole of it."""
     pipeline, _, editor = folders()
     picture = smooth(75, 85)

@@ -127,7 +127,7 @@ def test_a_batch_is_single_edits(folders):
         assert_same(found, editor.edit(picture, prompt, **options))
 
 
-def test_shapes_are_the_publishers_and_the_output_keeps_the_pictures(folders):
+def test_shapes_are_the_publishers_the_output_the_pictures(folders):
     """At the full size: the seventeen shapes of the pipeline, for whatever comes; its own output would be 1024 x 1024."""
     from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS as PUBLISHED
     _, _, editor = folders()

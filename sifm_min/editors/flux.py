@@ -115,7 +115,7 @@ class Flux(TransformerEditor):
         return in_dtype(self.dtype, run, x)
 
     def _vectors(self, context, guidance=None):
-        """What modulates the blocks beside the timestep."""
+        """The inputs that modulate the blocks beside the timestep."""
         return {}
 
 

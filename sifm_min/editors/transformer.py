@@ -1,4 +1,4 @@
-"""What the editors with a diffusion transformer share: it is read after the prompts were encoded, and prepared alike."""
+"""The part that editors with a diffusion transformer share: it is read after the prompts were encoded, and prepared alike."""
 
 from functools import cached_property
 
