@@ -21,8 +21,8 @@ from . import first_use, hub, layout, single_files
 from .config import shown
 from .hub import MAIN, Unavailable
 from .layout import Unfit, is_weights, needed, pipeline_components
-from .single_files import Place
-from .sources import EDITORS, STABLE_DIFFUSION_3, T5, Source, by_hub_id, recognised
+from .places import Place
+from .sources import EDITORS, PIPELINES, T5, Source, by_hub_id, recognised
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./-]*")
@@ -113,13 +113,14 @@ def cached(hub_id, revision, components=None, *, t5=True):
 def _open_single_file(file, components, t5, rest, offline):
     """The `SingleFile`. Its missing components come from `rest`: from a pipeline, or from a folder that may also hold text
     encoders as single files."""
-    parts = _parts(file)
+    family, parts = _parts(file)
+    whole = PIPELINES[family.pipeline]
     beside = find(file.absolute().parent if rest is None else rest)
     if beside.file:
         raise ValueError(f"components cannot come from {rest}, which is a file; give a folder, a known editor or a hub id")
     if beside.folder:
-        offered = {part for part in STABLE_DIFFUSION_3 if (beside.folder / part).is_dir()}
-        for part, names in single_files.STANDALONE.items():
+        offered = {part for part in whole if (beside.folder / part).is_dir()}
+        for part, names in single_files.STANDALONE.items() if family is single_files.SD3 else ():
             found = [path for name in names for path in (beside.folder / name, beside.folder / "text_encoders" / name)
                      if path.exists()]
             if part not in offered | parts.keys() and found:
@@ -128,36 +129,39 @@ def _open_single_file(file, components, t5, rest, offline):
         offered = set(pipeline_components(open_checkpoint(rest, (), offline=offline).index, beside.name))
     if components is None:
         has_t5 = t5 and T5[0] in offered | parts.keys()
-        components = [part for part in STABLE_DIFFUSION_3 if has_t5 or part not in T5]
+        components = [part for part in whole if has_t5 or part not in T5]
     lacking = [part for part in components if part not in parts and (part != "scheduler" or part in offered)]
     if absent := [part for part in lacking if part not in offered]:
-        clips = any(part.startswith("text_encoder") for part in absent)
+        clips = family is single_files.SD3 and any(part.startswith("text_encoder") for part in absent)
         more = "; the text encoders are also in the file sd3_medium_incl_clips.safetensors" if clips else ""
         more += "; or decline T5" if set(absent) <= set(T5) else ""
         raise Unavailable(f"neither {file} nor {beside.name} has {', '.join(absent)}: give components, a folder that has "
-                          f"them as a diffusers pipeline does, or sd3, from which they are fetched{more}")
+                          f"them as a diffusers pipeline does, or {family.known}, from which they are fetched{more}")
     others = open_checkpoint(beside.name, lacking, offline=offline) if lacking else None
-    return SingleFile(file, parts, others, components)
+    return SingleFile(file, family, parts, others, components)
 
 
 def _parts(file):
-    """{component: (file, prefix, {name without prefix: (shape, kind)})} of a single file; all of it must be known."""
+    """(its family, {component: (file, prefix, {name without prefix: (shape, kind)})}) of a single file, known as a whole."""
     found = header(file)
-    split, unknown = single_files.split(found)
-    parts = {part: (file, single_files.PREFIXES[part], {name: found[stored] for name, stored in names.items()})
-             for part, names in split.items()}
-    if not any(name.startswith("joint_blocks.") for name in split.get("transformer", ())):
-        raise Unfit(f"{file} is not a single file of Stable Diffusion 3: it has no {single_files.PREFIXES['transformer']}"
-                    "joint_blocks; give sd3_medium.safetensors or its like, or the folder of a whole pipeline")
+    family, (split, unknown) = single_files.family(found), single_files.split(found)
+    if family is None:
+        raise Unfit(f"{file} is not a single file of Stable Diffusion 3 or FLUX: it has no "
+                    f"{single_files.PREFIXES['transformer']}joint_blocks and no double_blocks; give sd3_medium.safetensors or "
+                    "its like, or the folder of a whole pipeline")
+    parts = {}
+    for part, names in split.items():
+        name, stored = next(iter(names.items()))
+        parts[part] = file, stored.removesuffix(name), {name: found[stored] for name, stored in names.items()}
     for part, (_, prefix, held) in parts.items():
         known = single_files.places(part, {name: shape for name, (shape, _) in held.items()})
         unknown += [prefix + name for name in held if name not in known]
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise Unfit(f"{file} holds tensors that Stable Diffusion 3 does not have: {', '.join(unknown[:3])}{more}; give a file "
-                    "whose weights are float32, float16, bfloat16, float8 or scaled float8, such as sd3_medium.safetensors, or "
-                    "the folder of a whole pipeline")
-    return parts
+        raise Unfit(f"{file} holds tensors that {family.title} does not have: {', '.join(unknown[:3])}{more}; give a file "
+                    "whose weights are float32, float16, bfloat16, float8 or scaled float8, such as "
+                    f"{family.example}, or the folder of a whole pipeline")
+    return family, parts
 
 
 # --------------------------------------------------------------------------------------------------------- loading it
@@ -331,17 +335,19 @@ class Checkpoint:
 
 
 class SingleFile(Checkpoint):
-    """A single file of Stable Diffusion 3, read like a folder; its missing components come from `others`.
+    """A single file, read like a folder; its missing components come from `others`.
 
-    parts: {component: (file, prefix, header without prefixes)}; others: a `Checkpoint`, or None.
+    family: a `single_files.Family`; parts: {component: (file, prefix, header without prefixes)}; others: a `Checkpoint`, or
+    None. A klein is distilled where the model_index.json of the others says so: the file itself does not tell.
     """
 
-    def __init__(self, file, parts, others, components):
+    def __init__(self, file, family, parts, others, components):
         super().__init__(file.parent, str(file), None, [file.name])
         self.components, self._parts, self._others = tuple(components), parts, others
-        texts = {MAIN: {"_class_name": "StableDiffusion3Pipeline", **{part: ["file", part] for part in components}}}
+        index = {key: value for key, value in (others.index if others else {}).items() if key == "is_distilled"}
+        texts = {MAIN: {"_class_name": family.pipeline, **{part: ["file", part] for part in components}, **index}}
         if "scheduler" not in getattr(others, "components", ()):
-            texts["scheduler/scheduler_config.json"] = single_files.CONFIGS["scheduler"]
+            texts["scheduler/scheduler_config.json"] = family.scheduler
         for part, (_, prefix, held) in parts.items():
             try:
                 texts[f"{part}/config.json"] = single_files.config(part, {name: shape for name, (shape, _) in held.items()})

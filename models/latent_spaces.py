@@ -18,7 +18,7 @@ from . import hub
 from .checkpoints import Checkpoint, header
 from .hub import Unavailable
 from .layout import Unfit, is_weights
-from .single_files import Place
+from .places import Place
 
 LICENCE = "MIT (Ollin Boer Bohan)"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"

@@ -1,4 +1,4 @@
-"""The published single files of Stable Diffusion 3: the name of each of their tensors in the diffusers layout.
+"""The published single files: the name of each of their tensors in the diffusers layout. FLUX's names are in `flux_files.py`.
 
 `sd3_medium.safetensors` holds the transformer and the VAE; `..._incl_clips` also the two CLIP text encoders, and
 `..._incl_clips_t5xxlfp16` or `..._t5xxlfp8` T5 as well. SD3.5's files use the same names. This file knows names and
@@ -11,6 +11,9 @@ Files called fp8_scaled hold a weight as float8 beside one number, by which it i
 import math
 import re
 from typing import NamedTuple
+
+from . import flux_files
+from .places import Place, both, count
 
 PREFIXES = {
     "transformer": "model.diffusion_model.",
@@ -86,32 +89,41 @@ CONFIGS = {
 }
 
 
-class Place(NamedTuple):
-    """The destination of a tensor of a file, and the part of it that goes there."""
+class Family(NamedTuple):
+    """One kind of single file."""
 
-    name: str                                       # in the diffusers layout
-    third: int | None = None                        # 0, 1, 2: only this third of the rows
-    swapped: bool = False                           # the second half of the rows first
-    scale: str | None = None                        # the tensor with the number by which this one is multiplied
+    title: str
+    known: str                                      # the editor whose other components fit
+    pipeline: str
+    example: str                                    # a published file
+    scheduler: dict                                 # its scheduler_config.json, where no components have one
 
-    def below(self, prefix):
-        """The same place for a file in which the scale has this prefix."""
-        return self._replace(scale=prefix + self.scale) if self.scale else self
 
-    def shape(self, shape):
-        """The shape of the part, or of the whole where it does not divide."""
-        return (shape[0] // 3, *shape[1:]) if self.third is not None and shape and shape[0] % 3 == 0 else shape
+DYNAMIC = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0, "base_shift": 0.5,
+           "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096, "use_dynamic_shifting": True}
+SD3 = Family("Stable Diffusion 3", "sd3", "StableDiffusion3Pipeline", "sd3_medium.safetensors", CONFIGS["scheduler"])
+KONTEXT = Family("FLUX.1", "flux-kontext", "FluxKontextPipeline", "flux1-kontext-dev.safetensors", DYNAMIC)
+KLEIN = Family("FLUX.2", "flux-klein", "Flux2KleinPipeline", "flux-2-klein-4b.safetensors", DYNAMIC)
 
-    def take(self, tensor):
-        """The part."""
-        if self.third is not None:
-            tensor = tensor.chunk(3)[self.third]
-        return tensor.roll(len(tensor) // 2, 0) if self.swapped else tensor
+
+def family(names):
+    """The `Family` of a file with these names, None where it is of none."""
+    whole = PREFIXES["transformer"]
+    if any(name.startswith(f"{whole}joint_blocks.") for name in names):
+        return SD3
+    bare = {name.removeprefix(whole) for name in names}
+    if not any(name.startswith("double_blocks.") for name in bare):
+        return None
+    return KLEIN if flux_files.is_second(bare) else KONTEXT
 
 
 def split(names):
     """({component: {name without its prefix: name}}, the names that belong to no component)."""
     parts, unknown = {}, []
+    if family(names) in (KONTEXT, KLEIN):                       # a transformer alone, with the prefix or without
+        prefix = PREFIXES["transformer"] if any(name.startswith(PREFIXES["transformer"]) for name in names) else ""
+        found = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+        return {"transformer": found}, [name for name in names if not name.startswith(prefix)]
     for name in names:
         component = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
         if component is None:
@@ -126,10 +138,12 @@ def places(component, shapes):
     """{name: the places of its parts} of every tensor that the component can have. shapes: name -> shape, without prefixes."""
     scales = {name: f"{name.removesuffix(end)}.weight" for name, shape in shapes.items() for end in SCALES
               if name.endswith(end) and math.prod(shape) == 1}
-    if component == "transformer":
-        table = _transformer(_count(shapes, "joint_blocks.{}."))
+    if component == "transformer" and any(name.startswith("double_blocks.") for name in shapes):
+        table = flux_files.table(shapes)
+    elif component == "transformer":
+        table = _transformer(count(shapes, "joint_blocks.{}."))
     elif component == "vae":
-        table = _vae(_count(shapes, "encoder.down.{}."), _count(shapes, "encoder.down.0.block.{}."))
+        table = _vae(count(shapes, "encoder.down.{}."), count(shapes, "encoder.down.0.block.{}."))
     else:                                                       # the text encoders keep their names
         table = {name: (Place(name),) for name in shapes if not name.endswith(SCALES)}
     for scale, weight in scales.items():
@@ -143,12 +157,12 @@ def _transformer(layers):
     """The file's modulation before a last linear layer is (shift, scale), the diffusers layout's (scale, shift)."""
     table = {"pos_embed": (Place("pos_embed.pos_embed"),)}
     for stored, name in TRANSFORMER.items():
-        table |= _both(stored, name, swapped=name == "norm_out.linear")
+        table |= both(stored, name, swapped=name == "norm_out.linear")
     for i in range(layers):
         for stored, names in BLOCK.items():
             names = [f"transformer_blocks.{i}.{name}" for name in ((names,) if isinstance(names, str) else names)]
             swapped = i == layers - 1 and stored == "context_block.adaLN_modulation.1"
-            table |= _both(f"joint_blocks.{i}.{stored}", *names, swapped=swapped)
+            table |= both(f"joint_blocks.{i}.{stored}", *names, swapped=swapped)
     return table
 
 
@@ -162,42 +176,28 @@ def _vae(levels, blocks):
             pairs |= {f"mid.{stored}.{a}": f"mid_block.{name}.{b}" for a, b in inner.items()}
         for i in range(levels):
             if half == "encoder":
-                level, block, count = f"down.{i}", f"down_blocks.{i}", blocks
+                level, block, number = f"down.{i}", f"down_blocks.{i}", blocks
                 pairs[f"{level}.downsample.conv"] = f"{block}.downsamplers.0.conv"
             else:
-                level, block, count = f"up.{i}", f"up_blocks.{levels - 1 - i}", blocks + 1
+                level, block, number = f"up.{i}", f"up_blocks.{levels - 1 - i}", blocks + 1
                 pairs[f"{level}.upsample.conv"] = f"{block}.upsamplers.0.conv"
-            for j in range(count):
+            for j in range(number):
                 pairs |= {f"{level}.block.{j}.{a}": f"{block}.resnets.{j}.{b}" for a, b in RESNET.items()}
         for stored, name in pairs.items():
-            table |= _both(f"{half}.{stored}", f"{half}.{name}")
+            table |= both(f"{half}.{stored}", f"{half}.{name}")
     return table
-
-
-def _both(stored, *names, swapped=False):
-    """The weight and the bias of one row of a table."""
-    return {
-        f"{stored}.{kind}": tuple(Place(f"{name}.{kind}", third if len(names) == 3 else None, swapped)
-                                  for third, name in enumerate(names))
-        for kind in ("weight", "bias")
-    }
-
-
-def _count(shapes, pattern):
-    """The count of different numbers at {} in the names that begin with the pattern."""
-    before, after = pattern.split("{}")
-    found = (name[len(before):].split(after)[0] for name in shapes if name.startswith(before))
-    return len({number for number in found if number.isdecimal()})
 
 
 def config(component, shapes):
     """The component's config.json as a dict; raises KeyError or ValueError for the shapes of another network."""
+    if component == "transformer" and any(name.startswith("double_blocks.") for name in shapes):
+        return flux_files.config(shapes)
     given = dict(CONFIGS[component])
     if component == "transformer":
         width, channels, patch, _ = shapes["x_embedder.proj.weight"]
         text, context = shapes["context_embedder.weight"]
         head, = shapes.get("joint_blocks.0.x_block.attn.ln_q.weight", (HEAD,))
-        layers = _count(shapes, "joint_blocks.{}.")
+        layers = count(shapes, "joint_blocks.{}.")
         given |= {
             "num_layers": layers, "num_attention_heads": width // head, "attention_head_dim": head, "patch_size": patch,
             "in_channels": channels, "out_channels": shapes["final_layer.linear.weight"][0] // patch**2,
@@ -210,11 +210,11 @@ def config(component, shapes):
         if dual := [i for i in range(layers) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes]:
             given["dual_attention_layers"] = dual
     elif component == "vae":
-        levels = _count(shapes, "encoder.down.{}.")
+        levels = count(shapes, "encoder.down.{}.")
         given |= {
             "in_channels": shapes["encoder.conv_in.weight"][1], "out_channels": shapes["decoder.conv_out.weight"][0],
             "latent_channels": shapes["decoder.conv_in.weight"][1],
-            "layers_per_block": _count(shapes, "encoder.down.0.block.{}."),
+            "layers_per_block": count(shapes, "encoder.down.0.block.{}."),
             "block_out_channels": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
             "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
         }
@@ -223,14 +223,14 @@ def config(component, shapes):
         buckets, heads = shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
         given |= {
             "d_model": width, "num_heads": heads, "d_kv": inner // heads, "relative_attention_num_buckets": buckets,
-            "num_layers": _count(shapes, "encoder.block.{}."), "vocab_size": shapes["shared.weight"][0],
+            "num_layers": count(shapes, "encoder.block.{}."), "vocab_size": shapes["shared.weight"][0],
             "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
         }
     else:
         words, width = shapes["text_model.embeddings.token_embedding.weight"]
         given |= {
             "vocab_size": words, "hidden_size": width, "num_attention_heads": max(width // HEAD, 1),
-            "num_hidden_layers": _count(shapes, "text_model.encoder.layers.{}."),
+            "num_hidden_layers": count(shapes, "text_model.encoder.layers.{}."),
             "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
             "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
             # clip_l has no projection; its pooled vector is used directly

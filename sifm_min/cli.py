@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument
         add("--editor", default="miniature",
             help="miniature, miniature-plain, miniature-sd3, instruct-pix2pix, hq-edit, sd3, ultraedit, a folder in the "
-                 "published layout, a single file of Stable Diffusion 3, a hub id, latents[:ITEM,ITEM], or MODULE:NAME")
+                 "published layout, a single file of Stable Diffusion 3 or FLUX, a hub id, latents[:ITEM,ITEM], or MODULE:NAME")
         add("--revision", help="of a hub repository (a commit, tag or branch)")
         add("--components", metavar="FOLDER-OR-NAME", help="where a single file's text encoders and tokenizers come from")
         add("--no-t5", dest="t5", action="store_false",

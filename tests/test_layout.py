@@ -32,8 +32,8 @@ LEVEL = {room: len(ROOMS) - i for i, rooms in enumerate(ROOMS) for room in rooms
 # Files that stand flat and belong to a room.
 FLAT = {}
 # Inside models/: loading stands on networks, which stand on layers; a network imports no other network.
-LOADING = {"models.checkpoints", "models.first_use", "models.hub", "models.latent_spaces", "models.layout", "models.readahead",
-           "models.single_files", "models.sources"}
+LOADING = {"models.checkpoints", "models.first_use", "models.flux_files", "models.hub", "models.latent_spaces", "models.layout",
+           "models.places", "models.readahead", "models.single_files", "models.sources"}
 LAYERS = {"models.lean", "models.winograd", "models.config", "models.cpu", "models.tokens", "models.byte_pairs",
           "models.flow_matching", "models.modulation", "models.precision"}
 

@@ -142,7 +142,7 @@ def test_every_tensor_and_every_operation_is_as_published(published, shared):
         ours = {name: shapes[stored] for name, stored in parts[part].items()}
         places, made = single_files.places(part, ours), {}
         for name, stored in parts[part].items():
-            found = [[place.name, "copy" if place.third is None else f"third_{place.third}"] for place in places[name]]
+            found = [[place.name, "copy" if place.rows is None else f"third_{place.rows[0]}"] for place in places[name]]
             if places[name][0].swapped:
                 found = [[place, "swap_halves"] for place, _ in found]
             # a 1x1 convolution becomes a linear layer where it is loaded, whichever file it comes from

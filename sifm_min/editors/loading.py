@@ -25,7 +25,7 @@ DEFAULTS = {name: defaults for editor_class in EDITORS for name, defaults in edi
 def load_editor(source="miniature", *, device=None, dtype=None, vae_dtype=None, revision=None, offline=None, t5=True,
                 components=None):
     """Load the editor called `source`: a known name (`checkpoints.EDITORS`), a folder in the published (diffusers) layout,
-    a single file of Stable Diffusion 3, a hub id, "latents" or "latents:ITEM,ITEM" (see `latents.load_latents`), or
+    a single file of Stable Diffusion 3 or FLUX, a hub id, "latents" or "latents:ITEM,ITEM" (see `latents.load_latents`), or
     "module:name" of a class or function that returns an editor.
 
     device: default cuda where there is one, else cpu.
@@ -34,7 +34,8 @@ def load_editor(source="miniature", *, device=None, dtype=None, vae_dtype=None, 
       overflow in float16.
     t5: False does without Stable Diffusion 3's largest text encoder, as its pipeline allows, and does not fetch it.
     revision, offline: for a hub id (see `checkpoints.open_checkpoint`).
-    components: the source of the parts that a single file lacks (a folder, "sd3", or a hub id; default: the file's folder).
+    components: the source of the parts that a single file lacks (a folder, a known name such as "sd3", or a hub id; default:
+      the file's folder).
 
     Raises `checkpoints.Unavailable` where the weights cannot be had and ValueError where they do not fit; both in one
     sentence.
