@@ -21,6 +21,7 @@ TOKENIZERS = {                                                  # text encoder -
     "CLIP": (("vocab.json", "merges.txt"), ("tokenizer.json",)),
     "T5": (("tokenizer.json",), ("spiece.model",)),
 }
+BESIDE_VOCABULARY = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 # BASE[.VARIANT].safetensors, or the index of shards: BASE.safetensors.index[.VARIANT].json, as save_pretrained writes it,
 # or BASE.VARIANT.safetensors.index.json. Shards are BASE[.VARIANT]-00001-of-00002.safetensors, in older files
 # BASE-00001-of-00002.VARIANT.safetensors; they are found through an index alone.
@@ -53,7 +54,7 @@ def needed(names, component, read, where):
     """
     here = f"{component}/"
     if component.startswith("tokenizer"):
-        extra = [f for f in (here + "tokenizer_config.json", here + "special_tokens_map.json") if f in names]
+        extra = [here + file for file in BESIDE_VOCABULARY if here + file in names]
         kinds = TOKENIZERS["T5" if component in T5 else "CLIP"]
         if component == "tokenizer_2":                          # of FLUX.1 it is T5's
             kinds = (*kinds, ("spiece.model",))

@@ -457,8 +457,10 @@ def test_all_kinds_of_tokenizer_files_will_do(tmp_path, component, files):
     for name in files:
         write(tmp_path / component / name, "{}")
     assert open_checkpoint(tmp_path, [component]).files == tuple(f"{component}/{name}" for name in files)
-    write(tmp_path / component / "tokenizer_config.json", "{}")
-    assert open_checkpoint(tmp_path, [component]).files[0] == f"{component}/tokenizer_config.json"
+    beside = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+    for name in beside:
+        write(tmp_path / component / name, "{}")
+    assert open_checkpoint(tmp_path, [component]).files == tuple(f"{component}/{name}" for name in (*beside, *files))
 
 
 NONE, THERE = [None, None], ["transformers", "T5EncoderModel"]
