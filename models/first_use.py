@@ -4,8 +4,6 @@ A network whose class has `STREAMED`, the paths of its lists of blocks, holds on
 `streaming` is True. With `checkpointing` a block that runs again in the backward pass is read again as well.
 """
 
-import torch
-
 from . import readahead
 
 
@@ -14,6 +12,8 @@ def ahead_of(network, found):
 
     found: {file: {name in the network: (name in the file, its place)}}.
     """
+    import torch  # here, so that `weights list` starts without it
+
     embeddings = {f"{path}.weight" for path, part in network.named_modules() if isinstance(part, torch.nn.Embedding)}
     places = {name: (file, *spans[stored]) for file, tensors in found.items() if (spans := readahead.spans(file))
               for name, (stored, _) in tensors.items()}
