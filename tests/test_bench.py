@@ -140,6 +140,16 @@ def test_without_diffusers_ours_is_measured_alone(run, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_memory_of_a_transformer_is_counted(capsys):
+    """At full size, where nothing is computed: four times the timesteps take more, and checkpointed blocks less."""
+    bench.main(["memory", "--editor", "flux-klein", "--size", "64"])
+    head, _, *rows = capsys.readouterr().out.splitlines()[1:]
+    assert head.startswith("flux-klein, counted, not measured, for 64x64") and head.endswith("weights 7.35 GiB")
+    (one, again), (four, fewer) = ([float(row.split()[-1]) for row in rows[i:i + 2]] for i in (0, 2))
+    assert four > one > again > 7.35 and four > fewer >= again
+
+
 def test_memory_is_what_a_call_holds_at_its_worst_moment():
     size = 64 * 2**20
     if bench_measuring.most_memory(lambda: None, "cpu") is None:

@@ -966,6 +966,15 @@ def test_the_gate_before_stable_diffusion_3_is_told(hub, monkeypatch, code, toke
 
 
 @pytest.mark.slow
+def test_the_gate_before_kontext_is_told(hub):
+    source = EDITORS["flux-kontext"]
+    hub.add(source.hub_id, {"model_index.json": b'{"_class_name": "FluxKontextPipeline"}'}, commit="a1" * 20)
+    with hub.fault("/resolve/", status(401, **GATE)), pytest.raises(Unavailable) as caught:
+        open_checkpoint("flux-kontext")
+    assert f"{source.hub_id} is gated and no token is set: accept its licence at" in says(caught)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("part, fault, words", [
     ("/resolve/", status(401, **GATE), ["is gated and no token is set", "/owner/editor", "HF_TOKEN"]),
     ("/", status(401, **GATE), ["is gated and no token is set"]),
