@@ -259,7 +259,7 @@ def _parser():
     add("--robust", action="store_true",
         help="expect what pictures meet before an edit: each step sees both pictures after a JPEG, a resize, a blur or nothing")
     add("--robust-cleaner", dest="robust", action="store_const", const="cleaner",
-        help="the same with AdverseCleaner among them, for about half as much time again")
+        help="the same with AdverseCleaner among them, which takes longer and some 2 kB of memory a pixel")
     own = parser.add_argument_group("options of single methods, named behind each").add_argument
     own("--lam", "--lambda", type=cli.number, help="weight of the distance term (sifm; default: 0.1)")
     own("--timesteps", type=cli.timesteps,

@@ -740,8 +740,8 @@ def test_json_lines(run, capsys):
     assert [record["picture"] for record in records] == ["in/a.png", "in/b.png"]
     for record in records:
         assert {"finished", "picture", "immunized", "input", "editor", "method", "note", "prompts", "preset", "options",
-                "linf_steps", "budget_steps", "psnr", "ssim", "passes", "seconds", "loop_seconds", "peak_memory_bytes",
-                "cpu_kernels", "memory", "versions"} == record.keys()
+                "linf_steps", "budget_steps", "budget_mean_steps", "values_beyond_budget", "visibility", "psnr", "ssim",
+                "passes", "seconds", "loop_seconds", "peak_memory_bytes", "cpu_kernels", "memory", "versions"} == record.keys()
     assert run("in", "--json", "--no-preview", "--quiet") == cli.OK
     out, err = capsys.readouterr()                           # a second run names them too: a script sees all its pictures
     assert err == "" and [json.loads(line) for line in out.splitlines()] == [

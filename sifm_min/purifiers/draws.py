@@ -126,7 +126,7 @@ def cleaned(pixels, bilateral_times=8):
         for _ in range(bilateral_times):
             values = bilateral(values, 5, 8.0, 8.0)
         for _ in range(4):
-            values = checkpoint(guide.filter, values, use_reentrant=False)       # else 2 kB a pixel
+            values = checkpoint(guide.filter, values, use_reentrant=False)       # for memory
         pictures.append(values)
     return (torch.stack(pictures).clamp(0, 255) / 255).to(pixels.device)
 
