@@ -239,6 +239,17 @@ def test_decontext_lessens_the_share_that_it_measures(folders):
     assert sum(share[-3:]) < sum(share[:3])
 
 
+def test_decontext_expects_purifiers_at_the_same_cost(folders):
+    """It never looks at the original, so nothing of it is computed anew."""
+    _, folder, _ = folders()
+    editor = load_editor(folder, device="cpu")
+    editor.defaults = replace(editor.defaults, size=32, steps=2)
+    plain, robust = (sifm_min.immunize(smooth(32, 32), editor, [RED], method="decontext", steps=2, robust=robust)
+                     for robust in (False, True))
+    assert robust.report["passes"] == plain.report["passes"] and robust.image.tobytes() != plain.image.tobytes()
+    assert all(step["purifier"] for step in robust.report["loss"])
+
+
 @pytest.mark.parametrize(("options", "sentence"), [({"blocks": 9}, "blocks 9: from 1 to 3, the number of single blocks"),
                                                    ({"low": 1000}, "low 1000: a timestep from 0 to 999")])
 def test_wrong_options_of_decontext_are_one_sentence(options, sentence, folders):

@@ -247,7 +247,7 @@ def half_smooth(name="a.png", mode="RGB"):
     return picture.image, images.budget(metrics.texture_budget(images.to_pixels(picture.image)[:, :picture.channels], 0.03))
 
 
-@pytest.mark.parametrize("method", METHODS[:-1])
+@pytest.mark.parametrize("method", METHODS[:-2])              # without those for other kinds of editors
 def test_texture_budget_holds_for_every_value_and_method(run, method):
     original, limit = half_smooth()
     assert limit[:, 16:].max() <= 3 and limit[:, :10].min() == 7

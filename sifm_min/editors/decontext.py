@@ -42,4 +42,5 @@ def decontext(editor, x_orig, contexts, *, generator, blocks=None, low=LOW):
 
     objective.passes = lambda steps: {"encoder_forward": steps, "encoder_backward": steps, "denoiser_forward": steps,
                                       "denoiser_backward": steps}
+    objective.see = None                                     # it never looks at the original
     return objective
