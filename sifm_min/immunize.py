@@ -164,15 +164,8 @@ def _measures(editor, picture, immunized, eps, region, seed):
     """The measurements that the editor itself makes, beside uniform noise of the same budget and mask; {} of most editors."""
     if not hasattr(editor, "measures"):
         return {}
-    import torch
-
-    from . import images
-    from .pgd import pgd
-    before = images.to_pixels(picture.image)
-    noise = pgd(before[:, :picture.channels], None, eps, steps=0, step_size=1, mask=region,     # the random start as it is
-                generator=torch.Generator().manual_seed(seed))
-    noisy = images.quantize(picture, noise, eps)
-    return editor.measures(before, images.to_pixels(immunized), images.to_pixels(noisy))
+    from .editors import shifts
+    return editor.measures(picture, immunized, shifts.noise(picture, eps, seed=seed, mask=region))
 
 
 def _with_draws(curve, objective):
@@ -466,8 +459,10 @@ def _preview(picture, immunized, shown, notice):
 
 def _shifts(report):
     """The shifts of a report in words, "" where it has none."""
-    return "".join(f"; {found['space']} at {max(found['size'])}: shift {found['shift']:.2f} (noise {found['noise']:.2f})"
-                   for found in report.get("shifts", ()))
+    if not report.get("shifts"):
+        return ""
+    from .editors import shifts
+    return f"; {shifts.in_words(report['shifts'])}"
 
 
 def main(argv=None):

@@ -87,8 +87,40 @@ def test_steps_take_turns_between_the_sizes(editor, monkeypatch):
     objective = latents.latent(editor, x, [], generator=torch.Generator(), sizes=(16, 32, 64, 128))
     assert editor.frames(48, 32, (16, 32, 64, 128)) == [(8, 16), (16, 32), (32, 48)]
     losses = [objective((x + 0.02).clamp(0, 1).requires_grad_(), step)[0].item() for step in range(4)]
-    assert seen == [(8, 16)] * 2 + [(16, 32)] * 2 + [(32, 48)] * 2 + [(8, 16)], "the original is encoded once a size"
-    assert losses[0] == losses[3] != losses[1]
+    # At the first step of each size also the original's latents.
+    assert seen == [(8, 16)] * 2 + [(16, 32)] * 2 + [(32, 48)] * 2 + [(8, 16)] and losses[0] == losses[3] != losses[1]
+    assert objective.passes(2)["encoder_forward"] == 2 * 2 + 2 * 2
+
+
+def test_spaces_take_turns_at_every_size(editor, folder):
+    """Three spaces, two a step: in six steps of two sizes each space has two steps at each size."""
+    three = latents.Latents([*editor.spaces, *load_editor("latents:miniature", device="cpu").spaces])
+    x = images.to_pixels(photo(48, 32))
+    objective = latents.latent(three, x, [], generator=torch.Generator(), sizes=(16, 32), spaces_per_step=2)
+    terms = [[*objective((x + 0.02).clamp(0, 1).requires_grad_(), step)[1]] for step in range(6)]
+    for at_one_size in (terms[0::2], terms[1::2]):
+        assert at_one_size == [["sd1", "sd3"], ["sd1", "miniature"], ["sd3", "miniature"]]
+    assert objective.passes(6) == {"encoder_forward": 6 + 12, "encoder_backward": 12, "denoiser_forward": 0,
+                                   "denoiser_backward": 0}
+    for wrong in (0, 3):
+        with pytest.raises(ValueError, match=f"spaces_per_step {wrong}: this editor has 2 latent spaces"):
+            latents.latent(editor, x, [], generator=torch.Generator(), spaces_per_step=wrong)
+
+
+def test_latents_of_the_original_are_computed_once(folder, monkeypatch):
+    """By the loop, and not again by the report and the preview, which has the immunized picture's from the report."""
+    editor, seen = load_editor(f"latents:{folder}", device="cpu"), []
+    network = editor.spaces[0].network
+    monkeypatch.setattr(network, "encode", lambda pixels: seen.append(torch.is_grad_enabled()) or (
+        type(network).encode(network, pixels)))
+    picture = photo(48, 40)
+    result = sifm_min.immunize(picture, editor, steps=3)
+    # The original once, three steps, the immunized picture and noise; all three after each of two purifiers.
+    assert seen.count(True) == 3 and seen.count(False) == 1 + 2 + 2 * 3
+    decoded = [editor.decodings(image) for image in (picture, result.image)]
+    assert len(seen) == 12 and decoded[0][0][0] == "sd1"
+    editor.decodings(photo(48, 40, seed=1))
+    assert len(seen) == 13
 
 
 @pytest.mark.slow

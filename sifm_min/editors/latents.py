@@ -16,6 +16,7 @@ from .. import PROGRAM, images
 from ..models import checkpoints, latent_spaces
 from ..models.latent_spaces import SPACES
 from ..models.precision import full_float32
+from . import shifts
 from .autoencoders import load_autoencoder
 from .base import Defaults, Editor
 
@@ -23,7 +24,7 @@ NAME = "latents"
 SIZES = (512, 1024)                                          # long sides, in pixels, that published editors work at
 NOTICE = ("Tiny autoencoders are distilled copies of the editors' own: how far this perturbation moves the full ones, and what "
           "it does to an edit, is not measured here.")
-SMALLEST = 1e-12                                             # under the root of a shift, whose slope at 0 would be infinite
+REMEMBERED = 12                                              # pictures whose latents are kept for loop, report and preview
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +48,6 @@ class LatentSpace:
         return self.network.decode(latent) / 2 + 0.5
 
 
-def shift(latent, original):
-    """The RMS of a latent's change over the standard deviation of the original's latent: a scalar."""
-    return ((latent - original).square().mean() + SMALLEST).sqrt() / original.std().clamp(min=1e-6)
-
-
 class Latents(Editor):
     """An editor without a denoiser: `spaces`, a list of `LatentSpace`. It encodes, and refuses to edit in a sentence.
 
@@ -68,6 +64,7 @@ class Latents(Editor):
         if not spaces:
             raise ValueError("latents needs at least one latent space")
         self.spaces, self.device, self.loop_dtype = list(spaces), torch.device(device), loop_dtype
+        self._remembered = []                                # [(pixels, latents of all spaces)]
         self.name, self.vae, self.checkpoint, self.dtype, self.defaults = NAME, None, None, torch.float32, Defaults()
         self.notice = NOTICE if any(space.tiny for space in spaces) else ""
 
@@ -115,20 +112,19 @@ class Latents(Editor):
         return [None] * len(prompts)
 
     @torch.no_grad()
-    def measures(self, before, after, noisy):
-        """{"shifts": [{space, size, shift, noise}]}: the shift of each space at each working size, in float32.
+    def latents(self, pixels):
+        """The latents of every space, float32, of pixels (1,3,H,W) at a working size. Those of the last pictures are kept."""
+        for known, found in self._remembered:
+            if known.shape == pixels.shape and torch.equal(known, pixels):
+                return found
+        found = [space.encode(pixels) for space in self.spaces]
+        self._remembered = [*self._remembered[1 - REMEMBERED:], (pixels, found)]
+        return found
 
-        before, after, noisy: pixels (1,3,H,W) of the original, the immunized picture, and of uniform noise of the same budget.
-        """
-        found = []
-        with full_float32():
-            for height, width in self.frames(before.shape[3], before.shape[2]):
-                seen = [images.resize(pixels.to(self.device), height, width) for pixels in (before, after, noisy)]
-                for space in self.spaces:
-                    original, *others = (space.encode(pixels) for pixels in seen)
-                    moved, noise = (shift(latent, original).item() for latent in others)
-                    found.append({"space": space.name, "size": [width, height], "shift": moved, "noise": noise})
-        return {"shifts": found}
+    def measures(self, picture, immunized, control):
+        """{"shifts": ...} for a report: `shifts.measure` of a `Picture`, of PIL images, with the purifiers of a report."""
+        original = picture.put_together(picture.image)
+        return {"shifts": shifts.measure(self, original, immunized, control, shifts.PURIFIERS)}
 
     @torch.no_grad()
     def decodings(self, picture):
@@ -136,7 +132,8 @@ class Latents(Editor):
         height, width = self.frame(*picture.size)
         pixels = images.resize(images.to_pixels(picture).to(self.device), height, width)
         with full_float32():
-            return [(space.name, images.to_image(space.decode(space.encode(pixels)))) for space in self.spaces]
+            return [(space.name, images.to_image(space.decode(latent)))
+                    for space, latent in zip(self.spaces, self.latents(pixels), strict=True)]
 
     # -- the missing denoiser -------------------------------------------------------------------------------------------
 
@@ -146,34 +143,38 @@ class Latents(Editor):
     context = features = predict = decode = plan = edit = timesteps = noise_latent = noise_prediction = start = _refuse
 
 
-def latent(editor, x_orig, contexts, *, generator, sizes=SIZES):
+def latent(editor, x_orig, contexts, *, generator, sizes=SIZES, spaces_per_step: int = None):
     """Encoder-max: move the latents of every space as far as possible. No prompt.
 
         L = - sum over spaces of RMS(z(x') - z(x)) / std(z(x))
 
     Ours. sizes: long sides at which the shift is measured, through the resize, those below the picture's own size; the steps
-    take turns. Every space is encoded and followed backwards for itself: the memory is that of one.
-    Cost: encoder 1F 1B a step and space.
+    take turns. spaces_per_step: so many spaces take turns, in order; None for all in every step. Every space is encoded and
+    followed backwards for itself: the memory is that of one. Cost: encoder 1F 1B a step and space.
     """
     frames = editor.frames(x_orig.shape[3], x_orig.shape[2], (sizes,) if isinstance(sizes, int) else sizes)
+    count = len(editor.spaces)
+    some = count if spaces_per_step is None else spaces_per_step
+    if not 1 <= some <= count:
+        raise ValueError(f"spaces_per_step {some}: this editor has {count} latent space{'s' * (count > 1)}")
     originals = {}                                           # frame -> the latents of each space, made once
 
     def objective(x_imu, step):
-        frame = frames[step % len(frames)]
+        turn, place = divmod(step, len(frames))
+        frame = frames[place]
         if frame not in originals:
-            with torch.no_grad():
-                originals[frame] = [space.encode(images.resize(x_orig, *frame)) for space in editor.spaces]
+            originals[frame] = editor.latents(images.resize(x_orig, *frame))
         pixels = images.resize(x_imu, *frame)
         leaf = pixels.detach().requires_grad_()
-        shifts, g = {}, torch.zeros_like(leaf)
-        for space, original in zip(editor.spaces, originals[frame], strict=True):
-            shifts[space.name] = shift(editor.encode_fast(space, leaf), original)
-            g = g - torch.autograd.grad(shifts[space.name], leaf)[0]
-        return -sum(shifts.values()).detach() + ((pixels - leaf.detach()) * g).sum(), shifts
+        moved, g = {}, torch.zeros_like(leaf)
+        for i in sorted((turn * some + k) % count for k in range(some)):
+            space = editor.spaces[i]
+            moved[space.name] = shifts.shift(editor.encode_fast(space, leaf), originals[frame][i])
+            g = g - torch.autograd.grad(moved[space.name], leaf)[0]
+        return -sum(moved.values()).detach() + ((pixels - leaf.detach()) * g).sum(), moved
 
-    count = len(editor.spaces)
     objective.passes = lambda steps: {
-        "encoder_forward": count * (min(len(frames), steps) + steps), "encoder_backward": count * steps,
+        "encoder_forward": count * min(len(frames), steps) + some * steps, "encoder_backward": some * steps,
         "denoiser_forward": 0, "denoiser_backward": 0}
     return objective
 
