@@ -1,4 +1,4 @@
-"""Compare pictures: the budget that a perturbation used, how visible it is, and the five distances of the paper."""
+"""Compare pictures: the budget of a perturbation, how visible it is, the distances of the paper, and the shift of latents."""
 
 import math
 
@@ -13,6 +13,8 @@ EXAMPLES = """examples:
   %(prog)s out/photo_immunized.png photo.png
   %(prog)s edited_immunized/ edited_original/ --json
   %(prog)s edited_immunized/ edited_original/ --metrics psnr,lpips --weights alexnet-owt-7be5be79.pth
+  %(prog)s --latents out/photo_immunized.png photo.png
+  %(prog)s --spaces sd1,instruct-pix2pix,/path/to/editor out/photo_immunized.png photo.png
 
 The first is the distorted picture, the second the reference (VIFp is not symmetric): in the paper's protocol the edit of
 the immunized picture and the edit of the original. Pictures of two folders are matched by name, without the ending such
@@ -23,6 +25,10 @@ visibility   of 20 values of B, 19 change by at most so many times what the eye 
 linf   largest difference of a channel, in steps of 1/255        vifp   of the luma; `nan`: the reference is flat
 psnr   in dB, of RGB; `inf`: equal                               fsim   FSIMc
 ssim   of RGB, Gaussian window 11x11, no downsampling            lpips  version 0.1, needs `weights download lpips-alex`
+
+--latents adds the shift of A from B in each latent space that is on this machine: the tiny autoencoders that `weights
+download latents` fetches, and the autoencoders of the editors that are downloaded. The shift is the RMS of the latents'
+change over their standard deviation, at the sizes that editors work at. noise: uniform noise of the budget that A uses.
 
 At the pictures' own size, on their 8-bit colours; transparency is not compared. Lower is better for who immunizes, but
 higher for linf and lpips. What a picture is too small for, or LPIPS without its weights, is absent (-) with the reason;
@@ -39,6 +45,10 @@ def _parser():
     add("--network", choices=tuple(NETWORKS), default="alex", help="of LPIPS (default: alex)")
     add("--weights", type=cli.path, metavar="FILE",
         help="of LPIPS' network: torchvision's .pth, or safetensors (default: what `weights download` has fetched)")
+    add("--latents", action="store_true", help="measure the shift of the latents too, in every space on this machine")
+    add("--spaces", type=cli.commas(), metavar="LIST",
+        help="the same in these spaces: sd1, sdxl, sd3, flux1, flux2, an editor's name, or a folder of an editor or of tiny "
+             "autoencoders")
     parser.shared("device")
     return parser
 
@@ -96,6 +106,59 @@ def measure(distorted, reference, wanted, weights=None, *, device="cpu", strict=
     return record | ({"absent": absent} if absent else {})
 
 
+def latent_shifts(spaces, distorted, reference):
+    """[{space, size, shift, noise, ratio, budget_steps}] of two `images.Picture`s of one size.
+
+    spaces: the editor `latents`. noise: the shift by uniform noise of the budget that the distorted picture uses. ratio: shift
+    over noise. Both are None for two equal pictures.
+    """
+    from . import images
+    from .editors import shifts
+    steps = images.steps_used(distorted.image, reference.image)
+    control = shifts.noise(reference, steps / 255) if steps else reference.image
+    found = shifts.measure(spaces, reference.image, distorted.image, control)
+    return [{**record, **({} if steps else {"shift": 0.0, "noise": None}),
+             "ratio": record["shift"] / record["noise"] if steps else None, "budget_steps": steps} for record in found]
+
+
+def mean_shifts(pairs):
+    """The means over pairs of `latent_shifts`, for each space and long side: [{space, size, pairs, shift, noise, ratio}]."""
+    by_place = {}
+    for record in (record for records in pairs for record in records):
+        by_place.setdefault((record["space"], max(record["size"])), []).append(record)
+    found = []
+    for (space, size), records in by_place.items():
+        values = {name: [record[name] for record in records if record[name] is not None]
+                  for name in ("shift", "noise", "ratio")}
+        found.append({"space": space, "size": size, "pairs": len(records),
+                      **{name: sum(each) / len(each) if each else None for name, each in values.items()}})
+    return found
+
+
+def _shift_lines(records, width):
+    """One line for each space and size, below the row of a pair."""
+    def line(record):
+        size = record["size"] if isinstance(record["size"], int) else "x".join(map(str, record["size"]))
+        values = (f"{name} {'-' if record[name] is None else f'{record[name]:.2f}'}" for name in ("shift", "noise", "ratio"))
+        return "  ".join([f"{'':4}{record['space']} at {size}".ljust(width), *values])
+
+    return "".join(f"\n{line(record)}" for record in records)
+
+
+def _spaces(args, device):
+    """The editor `latents` that the flags ask for, or None."""
+    if not (args.latents or args.spaces):
+        return None
+    from . import PROGRAM
+    from .editors import latents
+    from .models.checkpoints import Unavailable
+    items = args.spaces or latents.at_hand()
+    if not items:
+        raise Unavailable(f"no latent space is on this machine: run `{PROGRAM}.weights download latents` once, about 50 MB, or "
+                          "give the folder of an editor with --spaces")
+    return latents.load_latents(f"{latents.NAME}:{','.join(items)}", device=device)
+
+
 def mean(records, wanted):
     """The last line of a table: the mean of each metric's finite values, and the number of values left out."""
     values = {name: [record[name] for record in records if record[name] is not None] for name in wanted}
@@ -128,7 +191,10 @@ def _body(args):
         raise ValueError("--weights is for lpips, which --metrics leaves out")
     device = cli.place(args)["device"] or ("cuda" if _cuda() else "cpu")
     matched, left_out = pairs(args.distorted, args.reference)
-    weights = None
+    spaces, weights = _spaces(args, device), None
+    if spaces and all(space.tiny for space in spaces.spaces):
+        cli.say("only tiny autoencoders are compared, distilled copies of the editors' own; --spaces takes the folder of an "
+                "editor, whose autoencoder is the full one", quiet=args.quiet)
     if "lpips" in wanted:
         try:
             weights = metrics.lpips_weights(args.network, args.weights)
@@ -149,7 +215,7 @@ def _body(args):
     def row(name, values):
         return "  ".join([name.ljust(width), *(_cell(metric, values[metric]).rjust(_width(metric)) for metric in wanted)])
 
-    records, partner = [], dict(zip(names, matched, strict=True))
+    records, moved, partner = [], [], dict(zip(names, matched, strict=True))
 
     def one(name):
         left, right = partner[name]
@@ -170,13 +236,17 @@ def _body(args):
             isinstance(weights, metrics.LPIPSWeights)) else None
         record = {"distorted": left, "reference": right, "size": list(pictures[0].image.size), **found,
                   **({"lpips_weights": used} if used else {}), **({"notes": told} if told else {})}
+        shifts = latent_shifts(spaces, *pictures) if spaces else []
         records.append(found)
-        cli.result(record, row(name, found), as_json=args.json)
+        moved.append(shifts)
+        cli.result(record | ({"shifts": shifts} if spaces else {}), row(name, found) + _shift_lines(shifts, width),
+                   as_json=args.json)
 
     code = cli.each_file(names, one, left_out=left_out, done="compared", quiet=args.quiet, debug=args.debug, as_json=args.json)
     if len(records) > 1:
-        summary = mean(records, wanted)
-        cli.result(summary, row(f"mean of {len(records)}", summary["mean"]), as_json=args.json)
+        summary, shifts = mean(records, wanted), mean_shifts(moved)
+        cli.result(summary | ({"shifts": shifts} if spaces else {}),
+                   row(f"mean of {len(records)}", summary["mean"]) + _shift_lines(shifts, width), as_json=args.json)
         if summary["left_out"]:
             told = ", ".join(f"{count} of {name}" for name, count in summary["left_out"].items())
             cli.say(f"not in the mean, as infinite, undefined or absent: {told}", quiet=args.quiet)

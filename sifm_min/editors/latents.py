@@ -112,14 +112,20 @@ class Latents(Editor):
         return [None] * len(prompts)
 
     @torch.no_grad()
-    def latents(self, pixels):
-        """The latents of every space, float32, of pixels (1,3,H,W) at a working size. Those of the last pictures are kept."""
-        for known, found in self._remembered:
-            if known.shape == pixels.shape and torch.equal(known, pixels):
-                return found
-        found = [space.encode(pixels) for space in self.spaces]
-        self._remembered = [*self._remembered[1 - REMEMBERED:], (pixels, found)]
-        return found
+    def latents(self, pixels, spaces=None):
+        """{name: latent, float32} of pixels (1,3,H,W) at a working size, in these spaces (default: all).
+
+        The latents of the last pictures are kept.
+        """
+        known = next((found for kept, found in self._remembered
+                      if kept is pixels or kept.shape == pixels.shape and torch.equal(kept, pixels)), None)
+        if known is None:
+            known = {}
+            self._remembered = [*self._remembered[1 - REMEMBERED:], (pixels, known)]
+        for space in spaces or self.spaces:
+            if space.name not in known:
+                known[space.name] = space.encode(pixels)
+        return known
 
     def measures(self, picture, immunized, control):
         """{"shifts": ...} for a report: `shifts.measure` of a `Picture`, of PIL images, with the purifiers of a report."""
@@ -132,8 +138,8 @@ class Latents(Editor):
         height, width = self.frame(*picture.size)
         pixels = images.resize(images.to_pixels(picture).to(self.device), height, width)
         with full_float32():
-            return [(space.name, images.to_image(space.decode(latent)))
-                    for space, latent in zip(self.spaces, self.latents(pixels), strict=True)]
+            latents = self.latents(pixels)
+            return [(space.name, images.to_image(space.decode(latents[space.name]))) for space in self.spaces]
 
     # -- the missing denoiser -------------------------------------------------------------------------------------------
 
@@ -157,24 +163,30 @@ def latent(editor, x_orig, contexts, *, generator, sizes=SIZES, spaces_per_step:
     some = count if spaces_per_step is None else spaces_per_step
     if not 1 <= some <= count:
         raise ValueError(f"spaces_per_step {some}: this editor has {count} latent space{'s' * (count > 1)}")
-    originals = {}                                           # frame -> the latents of each space, made once
+    originals = {}                                           # frame -> pixels of the original
 
     def objective(x_imu, step):
         turn, place = divmod(step, len(frames))
         frame = frames[place]
         if frame not in originals:
-            originals[frame] = editor.latents(images.resize(x_orig, *frame))
+            with torch.no_grad():
+                originals[frame] = images.resize(x_orig, *frame)
+        spaces = [editor.spaces[i] for i in sorted((turn * some + k) % count for k in range(some))]
+        before = editor.latents(originals[frame], spaces)
         pixels = images.resize(x_imu, *frame)
         leaf = pixels.detach().requires_grad_()
         moved, g = {}, torch.zeros_like(leaf)
-        for i in sorted((turn * some + k) % count for k in range(some)):
-            space = editor.spaces[i]
-            moved[space.name] = shifts.shift(editor.encode_fast(space, leaf), originals[frame][i])
+        for space in spaces:
+            moved[space.name] = shifts.shift(editor.encode_fast(space, leaf), before[space.name])
             g = g - torch.autograd.grad(moved[space.name], leaf)[0]
         return -sum(moved.values()).detach() + ((pixels - leaf.detach()) * g).sum(), moved
 
+    def first(steps):
+        """The number of the original's encodings in so many steps."""
+        return sum(min(count, some * len(range(place, steps, len(frames)))) for place in range(len(frames)))
+
     objective.passes = lambda steps: {
-        "encoder_forward": count * min(len(frames), steps) + some * steps, "encoder_backward": some * steps,
+        "encoder_forward": first(steps) + some * steps, "encoder_backward": some * steps,
         "denoiser_forward": 0, "denoiser_backward": 0}
     return objective
 
@@ -184,6 +196,13 @@ def latent(editor, x_orig, contexts, *, generator, sizes=SIZES, spaces_per_step:
 def is_latents(source):
     """True for "latents" and "latents:NAME,NAME"."""
     return re.fullmatch(rf"{NAME}(:.*)?", str(source)) is not None
+
+
+def at_hand():
+    """The items of "latents:ITEM,ITEM" that are on this machine: tiny autoencoders, then editors whose own was downloaded."""
+    return [*(space.name for space in latent_spaces.at_hand()),
+            *(source.name for source in checkpoints.EDITORS.values()
+              if source.hub_id and checkpoints.cached(source.hub_id, source.revision, ["vae"])[1] is None)]
 
 
 def load_latents(source, *, device=None, dtype=None, offline=None):

@@ -53,9 +53,9 @@ def _shifts(editor, pictures, frames):
     found = []
     for (height, width), *at_size in zip(frames, *seen, strict=True):
         original, changed, control = map(editor.latents, at_size)
-        found += [{"space": space.name, "size": [width, height], "shift": shift(moved, clean).item(),
-                   "noise": shift(noisy, clean).item()}
-                  for space, clean, moved, noisy in zip(editor.spaces, original, changed, control, strict=True)]
+        found += [{"space": name, "size": [width, height], "shift": shift(changed[name], clean).item(),
+                   "noise": shift(control[name], clean).item()} for name, clean in
+                  ((space.name, original[space.name]) for space in editor.spaces)]
     return found
 
 

@@ -8,12 +8,13 @@ from ..immunize import immunize
 from ..judging.records import Edit, ask
 from . import results
 from .plan import PIXEL_METRICS, edit_options, prompts_of, words
-from .runner import FAILURES, PIXELS, distances
+from .runner import FAILURES, PIXELS, distances, latent_shift
 
 # The name of a step: one of them, several, and the thing that takes the time.
 STEP_WORDS = {"immunize": ("immunization", "immunizations", ""), "attack": ("attack", "attacks", "an attack"),
          "edit": ("edit", "edits", ""), "metrics": ("comparison", "comparisons", "the distances of an edit"),
-         "lpips": ("LPIPS", "LPIPS", "LPIPS"), "verdict": ("verdict", "verdicts", "a verdict")}
+         "lpips": ("LPIPS", "LPIPS", "LPIPS"), "verdict": ("verdict", "verdicts", "a verdict"),
+         "shift": ("shift of latents", "shifts of latents", "a shift of latents")}
 
 
 class _Enough(Exception):
@@ -56,7 +57,7 @@ def seconds_each(plan, editors, case, missing, *, judges=None, lpips=None):
     for arm in plan["arms"]:
         target, attack = arm["target"], arm["attack"]
         trials = {("immunize", arm["method"]): _immunization, ("edit", target): _edit, ("metrics", target): _distances,
-                  ("lpips", target): _distances}
+                  ("lpips", target): _distances, ("shift", target): _shift}
         if attack:
             trials["attack", attack["name"]] = _attack
         if judges:
@@ -102,6 +103,12 @@ def _distances(plan, editors, case, arm, *, step, lpips, **_):
     pixels, started = pixels.expand(count, -1, -1, -1), time.perf_counter()
     distances(pixels, pixels.flip(3), PIXEL_METRICS if step == "metrics" else ("lpips",), editors[arm["target"]].device, lpips)
     return (time.perf_counter() - started) / count
+
+
+def _shift(plan, editors, case, arm, **_):
+    image, started = case.read(), time.perf_counter()
+    latent_shift(editors[arm["target"]], image, image)
+    return time.perf_counter() - started
 
 
 def _verdict(plan, editors, case, arm, *, judges, **_):

@@ -131,13 +131,15 @@ def worst(cells):
 
 
 def cost_of(arm):
-    """The cost of an arm's immunizations: medians of seconds and passes, the largest step, the mean PSNR."""
+    """The cost of an arm's immunizations: medians of seconds and passes, the largest step, the mean PSNR and shift."""
     rows = list(arm["immunized"].values())
     if not rows:
         return {}
     passes = {key: statistics.median(row["passes"].get(key, 0) for row in rows) for key in rows[0]["passes"]}
     psnr = [float(row["psnr"]) for row in rows if math.isfinite(float(row["psnr"]))]
+    shifts = [float(row["shift"]) for row in rows if row.get("shift") is not None]        # folders of older versions have none
     return {"seconds": statistics.median(row["seconds"] for row in rows), **passes,
+            "shift": statistics.fmean(shifts) if shifts else None,
             "linf_255": max(row["linf_steps"] for row in rows), "psnr_of_picture": statistics.fmean(psnr) if psnr else None}
 
 

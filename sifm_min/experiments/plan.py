@@ -1,4 +1,4 @@
-"""The plan of a run, and the keys of its steps: immunize -> attack -> edit -> distances -> verdict.
+"""The plan of a run, and the keys of its steps: immunize -> attack -> edit -> distances -> verdict; and shift.
 
 A *plan* is a JSON-ready dict of everything that decides the results (see `make_plan`). It lists the pictures with their
 prompts, the editors, and the *arms*, the rows of a table. The runner carries it out for every picture, arm, prompt and
@@ -14,7 +14,8 @@ from .. import __version__
 from ..files.digests import digest
 from ..immunize import METHODS, PROTOCOL, options_of, settings
 
-STEPS = {"immunize": 2, "attack": 2, "edit": 1, "metrics": 1, "lpips": 1, "verdict": 1}   # raised when code changes results
+# The steps; a number is raised when code changes results.
+STEPS = {"immunize": 2, "attack": 2, "edit": 1, "metrics": 1, "lpips": 1, "verdict": 1, "shift": 1}
 PIXEL_METRICS = ("psnr", "ssim", "vifp", "fsim")
 CONTROL, NOISE = "control", "noise"
 
@@ -165,6 +166,13 @@ def metrics_key(plan, sha256, reference):
 
 def lpips_key(plan, sha256, reference):
     return step_key(plan, "lpips", pictures=[sha256, reference], weights=plan["lpips"]["sha256"])
+
+
+def shift_key(plan, case, arm, sha256):
+    """Of the shift of the target's latents; None for an arm without a perturbation, or with an attack behind it."""
+    if not arm["method"] or arm["attack"]:
+        return None
+    return step_key(plan, "shift", pictures=[case["sha256"], sha256], editor=plan["editors"][arm["target"]]["identity"])
 
 
 def verdict_key(plan, arm, case, prompt, sha256):

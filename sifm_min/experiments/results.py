@@ -12,6 +12,7 @@ from .plan import (
     metrics_key,
     prompts_of,
     reference_arm,
+    shift_key,
     verdict_key,
 )
 from .store import Folder
@@ -90,6 +91,8 @@ def _steps(plan, case, rows, answers, failed):
                         made("lpips", target, lpips_key(plan, edited, reference))
                 if not answers.complete(case["sha256"], edited, prompt["instruct"]):
                     made("verdict", target, verdict_key(plan, arm, case, prompt, edited))
+        if sha256 and (key := shift_key(plan, case, arm, sha256)):
+            made("shift", target, key)
         yield from steps
 
 
@@ -142,7 +145,8 @@ def _collected(folder, plans):
                 arms.setdefault(place, arm)
                 row = _immunized(plan, case, arm, rows)
                 if arm["method"] and row and "failed" not in row:
-                    immunized.setdefault(place, {})[case["id"]] = row
+                    measured = rows.get(shift_key(plan, case, arm, row["sha256"])) or {}
+                    immunized.setdefault(place, {})[case["id"]] = {**row, "shift": measured.get("shift")}
                 for seed in plan["seeds"]:
                     for prompt in prompts_of(plan, case):
                         edit = (*place, case["id"], prompt["id"], seed)

@@ -21,6 +21,7 @@ from .plan import (
     metrics_key,
     prompts_of,
     reference_arm,
+    shift_key,
     verdict_key,
     words,
 )
@@ -130,6 +131,10 @@ class Runner:
                 self._distances(journal, case, arm, edited, reference)
             if self.judges:
                 self._judge(journal, case, arm, prompts, edited)
+        key = shift_key(self.plan, case.record, arm, sha256)
+        if key and not journal.get(key):
+            self._require(arm["target"])
+            self._step(journal, case, arm, "shift", [key], self._shift, journal, case, arm, sha256, key)
 
     def _protected(self, journal, case, arm):
         """Immunize and attack the picture; return the SHA-256 of the picture that is then edited."""
@@ -212,6 +217,11 @@ class Runner:
                 journal.add(keys[pair], step, values=_plain({metric: of_all[i] for metric, of_all in values.items()}),
                             absent=absent, seconds=round(_since(started) / len(part), 4))
 
+    def _shift(self, journal, case, arm, sha256, key):
+        started = time.perf_counter()
+        value = latent_shift(self.editors[arm["target"]], journal.image(case.record["sha256"]), journal.image(sha256))
+        journal.add(key, "shift", shift=_plain(value), seconds=round(_since(started), 4))
+
     def _judge(self, journal, case, arm, prompts, edited):
         judges = self.judges(self.editors[arm["target"]])
         for prompt, sha256 in zip(prompts, edited, strict=True):
@@ -245,6 +255,19 @@ def distances(dist, ref, names, device, lpips):
         except ValueError as error:                          # the pictures are too small for this metric
             absent[name] = str(error)
     return values, absent
+
+
+def latent_shift(editor, original, immunized):
+    """The shift (editors/shifts.py) of an editor's own latents at its working size, of two PIL images."""
+    import torch
+
+    from .. import images
+    from ..editors.precision import full_float32
+    from ..editors.shifts import shift
+    with torch.no_grad(), full_float32():
+        before, after = (editor.encode(editor.resize(images.to_pixels(image).to(editor.device))).float()
+                         for image in (original, immunized))
+        return shift(after, before).item()
 
 
 def answers_of(records):

@@ -119,7 +119,8 @@ def test_every_step_is_done_once_and_a_second_run_does_nothing(run, calls, capsy
     assert run("white-box") == cli.OK
     assert sorted(calls) == sorted(["immunize noise", "immunize photoguard-encoder", *["edit 6"] * 3] * 2)
     made = steps()
-    assert {step: len(rows) for step, rows in made.items()} == {"immunize": 4, "edit": 36, "metrics": 24, "verdict": 36}
+    assert {step: len(rows) for step, rows in made.items()} == {"immunize": 4, "edit": 36, "metrics": 24, "verdict": 36,
+                                                                  "shift": 4}
     names = [row["name"] for rows in made.values() for row in rows]
     assert len(set(names)) == len(names)
     for row in made["immunize"] + made["edit"]:
@@ -713,9 +714,11 @@ def test_the_estimate_counts_and_times_every_kind_of_step(loaded, tmp_path, caps
         told = announced()
     assert "not counted: noise, immunize, which failed" in told and "a verdict " in told
     told = announced("-o", "other")
-    for part in ("2 immunizations", "3 attacks", "6 edits", "5 comparisons", "6 verdicts", "0 pictures done", "; about "):
+    for part in ("2 immunizations", "3 attacks", "6 edits", "5 comparisons", "6 verdicts", "2 shifts", "0 pictures done",
+                 "; about "):
         assert part in told
-    for part in ("noise", "photoguard-encoder", "an edit by tiny0", "an attack", "the distances of an edit", "a verdict"):
+    for part in ("noise", "photoguard-encoder", "an edit by tiny0", "an attack", "the distances of an edit", "a verdict",
+                 "a shift of latents"):
         assert re.search(rf"[(, ]{part} [0-9.]+ m?s", told), part
     assert "to do: nothing; 1 pictures done" in announced("-o", "other")
 
