@@ -128,6 +128,23 @@ def test_convolutions_are_those_of_the_networks(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_latents_have_the_gradient_of_the_naive_loop(tmp_path, capsys):
+    pytest.importorskip("diffusers", reason="diffusers, which the bench compares with, is not installed")
+    threads, file = torch.get_num_threads(), tmp_path / "found.json"
+    try:
+        bench.main(["latents", "--size", "32", "--spaces", "1,2", "--repeat", "2", "--json", str(file)])
+    finally:
+        torch.set_num_threads(threads)
+    found, out = json.loads(file.read_text()), capsys.readouterr().out
+    assert found["weights"] == "random" and found["counts"].keys() == {"1", "2"}
+    for one in found["counts"].values():
+        assert one["cosine"] > 0.9999 and one["same_sign"] > 0.99
+        assert one["photograph"] == {side: pytest.approx(100 * one[side]["cpu"]) for side in ("ours", "peer")}
+        assert min(one["ours"]["cpu"], one["peer"]["cpu"]) > 0
+    assert "| spaces | ours, cpu s | peer | ratio |" in out and "A step is measured; a photograph is 100" in out
+
+
+@pytest.mark.slow
 def test_without_diffusers_ours_is_measured_alone(run, monkeypatch):
     def absent():
         raise ImportError("No module named 'diffusers'")

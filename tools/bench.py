@@ -5,6 +5,7 @@
     python tools/bench.py memory --editor flux-klein    one SIFM step at full size, random weights (default: sd3)
     python tools/bench.py blocks --editor flux-klein    one block of each kind of FLUX, beside diffusers'
     python tools/bench.py step                          one SIFM step, beside a naive one on diffusers; so are edit and load
+    python tools/bench.py latents                       one step of --editor latents, beside diffusers' AutoencoderTiny
     python tools/bench.py convolutions                  torch's convolutions beside the kernels of models/cpu.py
     python tools/bench.py judge                         a run of 1,000 samples, 16 in flight, a service that takes 1 s a call
 
@@ -29,6 +30,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import bench_blocks  # noqa: E402
 import bench_convolutions  # noqa: E402
 import bench_editors  # noqa: E402
+import bench_latents  # noqa: E402
 import bench_memory  # noqa: E402
 from bench_measuring import wait  # noqa: E402
 
@@ -199,6 +201,7 @@ def main(argv=None):
     bench_blocks.add(commands, shared)
     bench_editors.add(commands, shared)
     bench_convolutions.add(commands, shared)
+    bench_latents.add(commands, shared)
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     if args.threads:
