@@ -17,7 +17,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from bench_measuring import agreement, cells, clock, compared, figure, heads, keep_memory, rounds_of, save, table  # noqa: E402
 from bench_peers import picture, quiet  # noqa: E402
 
-from sifm_min import images  # noqa: E402
 from sifm_min.editors import latents, shifts  # noqa: E402
 from sifm_min.models.latent_spaces import SPACES  # noqa: E402
 from sifm_min.models.tiny_vae import AutoencoderTiny, TinyVAEConfig  # noqa: E402
