@@ -193,6 +193,6 @@ def test_help_has_examples_that_parse(run):
     code, out, _ = run("--help")
     examples = [line.split("sifm_min.compare ")[1].split() for line in out.splitlines()
                 if line.startswith("  python -m sifm_min.compare ")]
-    assert code == 0 and len(examples) == 3
+    assert code == 0 and len(examples) == 5
     for words in examples:
         compare._parser().parse_args(words)

@@ -123,7 +123,8 @@ class Naive:
 
 def add(commands, shared):
     """The bench's command, among those of tools/bench.py."""
-    made = commands.add_parser("latents", parents=[shared], help="one step of --editor latents, beside diffusers' AutoencoderTiny")
+    made = commands.add_parser("latents", parents=[shared],
+                               help="one step of --editor latents, beside diffusers' AutoencoderTiny")
     made.set_defaults(run=bench_latents, threads=1, repeat=3)
     made.add_argument("--spaces", type=lambda text: [int(n) for n in text.split(",")], default=[2, 5], metavar="LIST",
                       help="how many spaces (default: 2,5)")
