@@ -79,7 +79,7 @@ def test_the_estimate_runs_nothing(run, tmp_path):
 def test_purified_pictures_are_compared_with_the_purified_original(folder):  # noqa: F811
     editor = latents.load_latents(f"latents:{folder}", device="cpu")
     found = tool.measure(editor, photo(32, 32), photo(32, 32), ("jpeg-50",))
-    assert max(value for of in found.values() for value in of.values()) < 1e-5
+    assert max(value for of in found.values() for value in of.values()) < 1e-3
 
 
 @pytest.mark.parametrize(("words", "said"), [
