@@ -1,8 +1,9 @@
 """Kernels for CPUs, behind one switch: faster convolutions, and group norms that are exact in the channels-last layout.
 
-On a CPU torch's layers lose time or digits in three places. Each has a replacement here:
+On a CPU torch's layers lose time or digits in four places. Each has a replacement here:
 - "winograd": 3x3 convolutions in float32 of many channels and positions, with a quarter of the multiplications (winograd.py).
 - "matrix product": convolutions of few positions and many weights. torch reorders the weights at each call.
+- "strips": convolutions of very many positions, one after the other. A part of the picture goes through all of them at once.
 - "group norm": norms of channels-last float32 tensors. torch adds all positions one after the other in float32. Where they
   are all alike, as in a picture of one colour, every addition rounds the same way: at 256x256 the variance is then off by up
   to a hundredth. Here the mean is known before the deviations are squared (two passes), blocks are added pairwise, and their
@@ -28,6 +29,9 @@ WINOGRAD_CHANNELS, WINOGRAD_POSITIONS, WINOGRAD_WEIGHTS = 128, 256, 400
 # Matrix products: .2 to .8 for layers of 1280 -> 1280 channels or more at 8x8 and 16x16, and at 4x4 for four pictures; about 1
 # at 4x4 for one; .8 to 1.3 for smaller layers, whose weights fit into the cache.
 PRODUCT_WEIGHTS = 2**23
+# A layer's result of more positions is new memory from the system at every call, which costs more than adding it up does. With
+# 64 channels: 512x512 in two strips takes .82 of the time in one (encoder of models/tiny_vae.py, forward and backward).
+STRIP_POSITIONS = 2**17
 NORM_POSITIONS = 1024                               # torch's sums of up to so many equal numbers are exact to some millionths
 BLOCK = 2**17                                       # numbers: 512 KiB, about what a core's cache holds
 
@@ -139,6 +143,12 @@ def product_gradient(gradient, weight):
     edge = kernel // 2
     whole = sum(parts[1:], parts[0])[:, edge:edge + height, edge:edge + width]
     return whole.to(gradient.dtype).permute(0, 3, 1, 2)
+
+
+def strips(x):
+    """The number of strips in which a chain of convolutions should run through x (B, C, h, w)."""
+    count = -(-len(x) * x.shape[2] * x.shape[3] // STRIP_POSITIONS) if x.device.type == "cpu" else 1
+    return count if _chosen("strips", count > 1) else 1
 
 
 # ----------------------------------------------------------------------------------------------------------- group norms

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from . import cpu
 from .config import EMA, LAYERS, Config
 
 HARMLESS = EMA | {
@@ -103,6 +104,25 @@ def run(layers, x, checkpointing):
     return x
 
 
+def in_strips(layers, x, count, checkpointing):
+    """x through 3x3 convolutions and blocks of three, of which the last layer halves the size, in `count` strips of rows.
+
+    Each strip has the rows around it that the convolutions read, so the result is that of x as a whole.
+    """
+    if count == 1 or not layers:
+        return run(layers, x, checkpointing)
+    height, parts = x.shape[2], []
+    rows = 3 * len(layers) - 4                              # that a result depends on above it: one for each convolution
+    margin, out = rows + rows % 2, -(-height // 2)          # even: the strip's rows are halved as the picture's are
+    count = min(count, out)
+    for i in range(count):
+        first, end = out * i // count, out * (i + 1) // count
+        low, high = max(2 * first - margin, 0), min(2 * end + margin, height)
+        y = run(layers, x[:, :, low:high], checkpointing)
+        parts.append(y[:, :, first - low // 2:end - low // 2])
+    return torch.cat(parts, 2)
+
+
 class Encoder(nn.Module):
     """Pixels in [0, 1] to latents."""
 
@@ -115,9 +135,12 @@ class Encoder(nn.Module):
             coarsest = i == len(counts) - 1
             layers += [Block(width, config.use_midblock_gn and coarsest) for _ in range(count)]
         self.layers = nn.ModuleList([*layers, convolution(width, config.latent_channels)])
+        self.finest = counts[0] + 2 if len(counts) > 1 else 0               # layers up to the first that halves the size
 
     def forward(self, x, checkpointing=False):                              # (B, 3, H, W) -> (B, latent, h, w)
-        return run(self.layers, x, checkpointing)
+        layers = list(self.layers)
+        x = in_strips(layers[:self.finest], x, cpu.strips(x), checkpointing)
+        return run(layers[self.finest:], x, checkpointing)
 
 
 class Decoder(nn.Module):

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sifm_min.models import checkpoints, tiny_vae
+from sifm_min.models import checkpoints, cpu, tiny_vae
 from sifm_min.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 
 diffusers = pytest.importorskip("diffusers", reason="the oracle, diffusers, is not installed")
@@ -187,6 +187,27 @@ def test_checkpointing_changes_memory_alone(monkeypatch):
     ours.checkpointing = True
     again, twice = gradient()
     assert torch.equal(plain, again) and (once, twice) == (20, 40)
+
+
+@pytest.mark.parametrize(("blocks", "height", "count"), [(1, 64, 4), (1, 45, 3), (2, 50, 2), (0, 21, 5), (1, 6, 3)])
+def test_strips_are_the_whole_picture(monkeypatch, blocks, height, count):
+    """The latents and the gradient at the pixels of two pictures at once, whatever the number of strips and their rows."""
+    torch.manual_seed(0)
+    ours = AutoencoderTiny(TinyVAEConfig(num_encoder_blocks=(blocks, 1), num_decoder_blocks=(1, 1),
+                                         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8)))
+    pixels = torch.randn(2, 3, height, 24, requires_grad=True)
+
+    def encode():
+        with cpu.record() as kernels:
+            (latent,) = ours.encode(pixels)
+        return latent.detach(), torch.autograd.grad(latent.square().sum(), pixels)[0], "strips" in kernels
+
+    *whole, cut = encode()
+    monkeypatch.setattr(cpu, "STRIP_POSITIONS", -(-2 * height * 24 // count))
+    *strips, truly = encode()
+    assert (cut, truly) == (False, True)
+    for one, other in zip(strips, whole, strict=True):
+        assert_close(one, other)
 
 
 def test_arguments_are_left_alone():
