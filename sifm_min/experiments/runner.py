@@ -262,7 +262,7 @@ def latent_shift(editor, original, immunized):
     import torch
 
     from .. import images
-    from ..editors.precision import full_float32
+    from ..models.precision import full_float32
     from ..editors.shifts import shift
     with torch.no_grad(), full_float32():
         before, after = (editor.encode(editor.resize(images.to_pixels(image).to(editor.device))).float()
