@@ -262,8 +262,8 @@ def latent_shift(editor, original, immunized):
     import torch
 
     from .. import images
-    from ..models.precision import full_float32
     from ..editors.shifts import shift
+    from ..models.precision import full_float32
     with torch.no_grad(), full_float32():
         before, after = (editor.encode(editor.resize(images.to_pixels(image).to(editor.device))).float()
                          for image in (original, immunized))
