@@ -57,6 +57,9 @@ def test_purifiers_are_measured_at_the_smallest_size(editor, monkeypatch):
         ("sd1", [24, 16], True), ("sd3", [24, 16], True), ("sd1", [48, 32], False), ("sd3", [48, 32], False)]
     before, after = (images.resize(images.to_pixels(image), 16, 24) for image in (original, changed(original, 7)))
     assert found[1]["shift"] == pytest.approx(shift_by_hand(editor.spaces[1], after, before), rel=1e-3)
+    before, after = (images.resize(images.to_pixels(jpeg(image)), 16, 24) for image in (original, changed(original, 7)))
+    purified = shift_by_hand(editor.spaces[1], after, before)
+    assert found[1]["after"]["jpeg-75"]["shift"] == pytest.approx(purified, rel=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
