@@ -21,7 +21,10 @@ def shift(latent, original):
 
 
 def noise(picture, eps, *, seed=0, mask=None):
-    """A `Picture` with uniform noise of this budget in place of a perturbation: a PIL image, as method `noise` makes it."""
+    """A `Picture` with uniform noise of this budget in place of a perturbation: a PIL image, as method `noise` makes it.
+
+    eps, mask: as of `pgd`.
+    """
     pixels = images.to_pixels(picture.image)[:, :picture.channels]
     start = pgd(pixels, None, eps, steps=0, step_size=1, mask=mask, generator=torch.Generator().manual_seed(seed))
     return images.quantize(picture, start, eps)
