@@ -3,11 +3,14 @@
 import inspect
 import json
 from dataclasses import asdict, fields
+from functools import partial
 
+import parity
 import pytest
 import torch
 import torch.nn.functional as F
 from faults import Wrong
+from parity import gradients, varied
 from test_mmdit import Saved
 
 from sifm_min.models import flux, modulation
@@ -36,6 +39,8 @@ CONFIGS = {
 BOTH = ("Kontext, narrow", "klein, narrow")
 GRIDS = {"square": ((3, 3), (3, 3)), "wide, another reference": ((2, 5), (4, 3)), "no picture": ((4, 2), None)}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-6}       # of the largest value; the oracle rotates in float32
+assert_close = partial(parity.assert_close, tolerance=TOLERANCE)
+assert_gradients_close = partial(parity.assert_gradients_close, tolerance=TOLERANCE)
 
 
 def is_flux1(config):
@@ -46,13 +51,7 @@ def oracle(config, seed=0):
     """diffusers' network at random weights; no scale is one, no bias zero, and the attention is far from uniform."""
     torch.manual_seed(seed)
     network = getattr(diffusers, "FluxTransformer2DModel" if is_flux1(config) else "Flux2Transformer2DModel")(**asdict(config))
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            elif any(part in name for part in ("to_q", "to_k", "add_q", "add_k", "norm1", "norm.", "norm_out", "modulation")):
-                parameter.mul_(3)
-    return network.eval()
+    return varied(network, ("to_q", "to_k", "add_q", "add_k", "norm1", "norm.", "norm_out", "modulation"))
 
 
 def ours_like(theirs):
@@ -106,32 +105,13 @@ def leaves(arguments):
     return [x for x in arguments.values() if x is not None and x.requires_grad]
 
 
-def gradients(y, arguments):
-    """Of a random projection of y, at all arguments that have one."""
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
-    return torch.autograd.grad((y * weight).sum(), leaves(arguments), retain_graph=True, allow_unused=True)
-
-
-def assert_close(ours, theirs):
-    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    assert (ours - theirs).abs().max().item() <= TOLERANCE[ours.dtype] * theirs.abs().max().item()
-
-
-def assert_gradients_close(ours, theirs, arguments):
-    for mine, other in zip(gradients(ours, arguments), gradients(theirs, arguments), strict=True):
-        assert (mine is None) == (other is None)
-        if other is not None:
-            assert other.abs().max() > 0
-            assert_close(mine, other)
-
-
 def assert_parity(ours, theirs, config, grids="wide, another reference"):
     """The velocities agree, and so do the gradients at the latent, the reference, the context and the pooled text."""
     arguments = inputs(config, grids, dtype=theirs.dtype)
     pair = ours(**arguments), output(theirs, **arguments)
     assert_close(*pair)
-    assert None not in gradients(pair[1], arguments)
-    assert_gradients_close(*pair, arguments)
+    assert None not in gradients(pair[1], leaves(arguments))
+    assert_gradients_close(*pair, leaves(arguments))
 
 
 @pytest.mark.parametrize("grids", GRIDS)
@@ -236,7 +216,7 @@ def test_every_tap_is_what_a_hook_of_that_name_sees(name):
     assert list(found) == list(ours.tap_names) == list(expected) == list(tap_names(CONFIGS[name]))
     for tap, activation in found.items():
         assert_close(activation, expected[tap])
-        assert_gradients_close(activation, expected[tap], arguments)        # live: the gradient arrives at the input
+        assert_gradients_close(activation, expected[tap], leaves(arguments))        # live: the gradient arrives at the input
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -323,7 +303,8 @@ def test_context_mass_and_maps_are_the_explicit_attention(name):
         mass = rows[..., text + target:].sum(-1).mean((1, 2))
         torch.testing.assert_close(found[f"{block}.attn.mass"], mass, rtol=0, atol=1e-12)
         assert mass.std() > 1e-5 and rows.std() > 1e-2                      # far from uniform
-        for mine, other in zip(gradients(found[f"{block}.attn.mass"], arguments), gradients(mass, arguments), strict=True):
+        pair = (gradients(y, leaves(arguments)) for y in (found[f"{block}.attn.mass"], mass))
+        for mine, other in zip(*pair, strict=True):
             assert (mine is None) == (other is None)
             if other is not None:
                 torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-12)
@@ -350,7 +331,7 @@ def test_checkpointing_saves_less_and_changes_nothing(name):
     assert checkpointed.elements < plain.elements / 3
     for tap in taps:
         assert torch.equal(found[tap], expected[tap])
-        assert_gradients_close(found[tap], expected[tap], arguments)
+        assert_gradients_close(found[tap], expected[tap], leaves(arguments))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from faults import Wrong
+from parity import assert_close, assert_gradients_close, gradients, varied
 
 from sifm_min.models import mmdit, modulation
 from sifm_min.models.config import EMA
@@ -41,7 +42,6 @@ CONFIGS = {
 }
 SMALL = "a token per pixel, dual to the end"        # small, and nothing in it is equal by accident
 SIZES = {"square": (4, 4), "wide": (3, 8), "tall": (7, 2)}                  # in patches; crops of every parity
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}                     # of the largest value; double sees details
 
 
 def oracle(config: MMDiTConfig, seed: int = 0):
@@ -49,13 +49,7 @@ def oracle(config: MMDiTConfig, seed: int = 0):
     torch.manual_seed(seed)
     network = diffusers.SD3Transformer2DModel(sample_size=config.pos_embed_max_size * config.patch_size // 2,
                                               **asdict(config))
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            elif any(part in name for part in ("to_q", "to_k", "add_q", "add_k", "norm1", "norm_out")):
-                parameter.mul_(3)
-    return network.eval()
+    return varied(network, ("to_q", "to_k", "add_q", "add_k", "norm1", "norm_out"))
 
 
 def ours_like(theirs, **changes) -> MMDiT:
@@ -78,23 +72,9 @@ def output(theirs, latent, timestep, context, pooled):
     return theirs(latent, encoder_hidden_states=context, pooled_projections=pooled, timestep=timestep).sample
 
 
-def gradients(y, arguments):
-    """Of a random projection of y, at the three arguments that have one."""
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
-    return torch.autograd.grad((y * weight).sum(), (arguments[0], *arguments[2:]), retain_graph=True, allow_unused=True)
-
-
-def assert_close(ours, theirs):
-    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    assert (ours - theirs).abs().max().item() <= TOLERANCE[ours.dtype] * theirs.abs().max().item()
-
-
-def assert_gradients_close(ours, theirs, arguments):
-    for mine, other in zip(gradients(ours, arguments), gradients(theirs, arguments), strict=True):
-        assert (mine is None) == (other is None)
-        if other is not None:
-            assert other.abs().max() > 0
-            assert_close(mine, other)
+def leaves(arguments):
+    """The arguments that have a gradient."""
+    return arguments[0], *arguments[2:]
 
 
 def assert_parity(ours, theirs, size="wide"):
@@ -102,8 +82,8 @@ def assert_parity(ours, theirs, size="wide"):
     arguments = inputs(theirs.config, size, dtype=theirs.dtype)
     pair = ours(*arguments), output(theirs, *arguments)
     assert_close(*pair)
-    assert None not in gradients(pair[1], arguments)
-    assert_gradients_close(*pair, arguments)
+    assert None not in gradients(pair[1], leaves(arguments))
+    assert_gradients_close(*pair, leaves(arguments))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -244,7 +224,7 @@ def test_every_tap_is_what_a_hook_of_that_name_sees(name):
     assert list(found) == list(ours.tap_names) == list(expected)
     for tap, activation in found.items():
         assert_close(activation, expected[tap])
-        assert_gradients_close(activation, expected[tap], arguments)        # live: the gradient arrives at the input
+        assert_gradients_close(activation, expected[tap], leaves(arguments))        # live: the gradient arrives at the input
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -353,7 +333,7 @@ def test_attention_maps_are_those_of_their_queries_and_keys(name):
         assert_close(probs, expected[tap])
         assert probs.sum(-1).max() < 1              # the rest went to the image
         assert probs.std() > 1e-3                   # far from uniform, or any order of tokens would do
-        assert_gradients_close(probs, expected[tap], arguments)
+        assert_gradients_close(probs, expected[tap], leaves(arguments))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -370,7 +350,7 @@ def test_wanted_maps_change_nothing_else(name):
             assert_close(x, fused[tap])
         else:                                       # each just before the output of its block
             assert order[order.index(tap) + 1] == tap.removesuffix(".attn.probs")
-    assert_gradients_close(explicit[-1][1], fused["out"], arguments)
+    assert_gradients_close(explicit[-1][1], fused["out"], leaves(arguments))
     last = ours.probs_names[-1]                     # one map leaves the blocks before it as they were
     for tap, x in ours.walk(*arguments, wanted=[last]):
         if tap == last:
@@ -417,7 +397,7 @@ def test_checkpointing_saves_less_and_changes_nothing(name):
     assert len(ran) == depth
     for tap in taps:
         assert torch.equal(found[tap], expected[tap])
-        assert_gradients_close(found[tap], expected[tap], arguments)
+        assert_gradients_close(found[tap], expected[tap], leaves(arguments))
     assert len(ran) > depth                         # run again, in the backward pass
     for network in (ours, ours_like(oracle(CONFIGS[name]))):
         network.zero_grad()
@@ -486,7 +466,7 @@ def test_the_weights_decide_the_dtype(dtype, checkpointing):
     ours.checkpointing = checkpointing
     arguments = inputs(ours.config, dtype=dtype)
     assert all(x.dtype == dtype for _, x in ours.walk(*arguments, wanted=ours.probs_names))
-    assert all(gradient.dtype == dtype for gradient in gradients(ours(*arguments), arguments))
+    assert all(gradient.dtype == dtype for gradient in gradients(ours(*arguments), leaves(arguments)))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from faults import Wrong
+from parity import assert_close, assert_gradients_close, gradients, varied
 from torch import nn
 
 from sifm_min.models import lean, unet
@@ -40,20 +41,13 @@ CONFIGS = {
 }
 SMALL = "heads and depths per resolution, linear"   # small, and nothing in it is equal by accident
 SIZES = {"even": (16, 8), "odd": (11, 13)}
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}                     # of the largest value; double sees details
 
 
 def oracle(config: UNetConfig, seed: int = 0):
     """diffusers' network at random weights; no scale is one, no bias zero, and the attention is far from uniform."""
     torch.manual_seed(seed)
     network = diffusers.UNet2DConditionModel(**asdict(config))
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            elif "to_q" in name or "to_k" in name:
-                parameter.mul_(3)
-    return network.eval()
+    return varied(network)
 
 
 def ours_like(theirs, **changes) -> UNet:
@@ -70,20 +64,13 @@ def inputs(config, size=SIZES["even"], batch=2, dtype=torch.float32):
     return latent.requires_grad_(), torch.tensor([999, 421, 3, 77][:batch]), context.requires_grad_()
 
 
-def assert_close(ours, theirs):
-    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    assert (ours - theirs).abs().max().item() <= TOLERANCE[ours.dtype] * theirs.abs().max().item()
-
-
 def assert_parity(ours, theirs, size=SIZES["even"]):
     """The predictions agree, and so do the gradients at the latent and at the context."""
     latent, timestep, context = inputs(theirs.config, size, dtype=theirs.dtype)
     pair = ours(latent, timestep, context), theirs(latent, timestep, context).sample
     assert_close(*pair)
-    weight = torch.randn(pair[1].shape, generator=torch.Generator().manual_seed(2), dtype=theirs.dtype)
-    for mine, other in zip(*(torch.autograd.grad((y * weight).sum(), (latent, context)) for y in pair), strict=True):
-        assert other.abs().max() > 0
-        assert_close(mine, other)
+    assert None not in gradients(pair[1], (latent, context))
+    assert_gradients_close(*pair, (latent, context))
 
 
 @pytest.mark.slow

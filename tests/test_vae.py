@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from faults import Wrong
+from parity import assert_close, varied
 from torch import nn
 
 from sifm_min.models import lean, vae
@@ -39,7 +40,6 @@ CONFIGS = {
 }
 FLUX2 = [name for name, config in CONFIGS.items() if config.batch_norm_eps is not None]
 SIZES = [(24, 40), (21, 35)]                        # 3 x 5 latents at factor 8; and sides that no factor divides
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}                     # of the largest value; double sees details
 
 
 def oracle(config: VAEConfig, seed: int = 0):
@@ -59,13 +59,7 @@ def oracle(config: VAEConfig, seed: int = 0):
         network = diffusers.AutoencoderKLFlux2(**given)
         network.bn.running_mean.normal_()
         network.bn.running_var.uniform_(0.1, 4)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            elif "to_q" in name or "to_k" in name:
-                parameter.mul_(3)
-    return network.eval()
+    return varied(network)
 
 
 def ours_like(theirs) -> AutoencoderKL:
@@ -76,11 +70,6 @@ def ours_like(theirs) -> AutoencoderKL:
 
 def renamed(state):
     return {name: tensor for stored, tensor in state.items() if (name := AutoencoderKL.rename(stored)) is not None}
-
-
-def assert_close(ours, theirs):
-    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    assert (ours - theirs).abs().max().item() <= TOLERANCE[ours.dtype] * theirs.abs().max().item()
 
 
 def assert_parity(ours, theirs, size=SIZES[0]):
