@@ -55,6 +55,7 @@ def theirs(pipeline, image, prompt, *, seed=0, steps=3, guidance=1.0):
 
 # ----------------------------------------------------------------------------------------------------------- the oracle
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", small_flux.KLEIN)
 def test_edit_is_the_published_pipelines(name, folders):
     pipeline, _, editor = folders(name)
@@ -68,6 +69,7 @@ def test_edit_is_the_published_pipelines(name, folders):
         assert values.std() > 15 and np.isin(values, (0, 255)).mean() < 0.3             # neither flat nor saturated
 
 
+@pytest.mark.slow
 def test_oracle_sees_everything_that_goes_in(folders):
     """Otherwise two editors that ignored their inputs would agree."""
     pipeline, _, _ = folders("base, another width")
@@ -92,6 +94,7 @@ FAULTS = {                                                   # each is one plaus
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_parity_sees(fault, folders, monkeypatch):
     """The comparison above is worth something only if it fails on a wrong editor."""
@@ -104,6 +107,7 @@ def test_parity_sees(fault, folders, monkeypatch):
         assert_same(editor.edit(smooth(78, 70), RED, **options), expected)
 
 
+@pytest.mark.slow
 def test_text_cut_at_its_limit(folders):
     pipeline, _, editor = folders()
     with pytest.warns(UserWarning, match="Qwen3 reads 512"):
@@ -112,6 +116,7 @@ def test_text_cut_at_its_limit(folders):
     assert_other(edited, theirs(pipeline, smooth(*SQUARE), RED, steps=1))
 
 
+@pytest.mark.slow
 def test_sides_are_cut_and_the_output_keeps_the_shape(folders):
     """The pipeline returns what is left of the picture; ours is stretched over the whole of it."""
     pipeline, _, editor = folders()
@@ -143,6 +148,7 @@ def test_a_picture_of_odd_shape_is_one_sentence(size, folders):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_guidance_of_the_distilled_one_is_ignored_with_a_warning(folders):
     pipeline, _, editor = folders()
     with pytest.warns(UserWarning, match="is distilled: guidance 5.0 is ignored"):
@@ -169,6 +175,7 @@ def test_words_stand_between_the_chats_tokens(folders):
     assert editor.word_positions(LONG)[-1] == 511
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sifm", "photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack",
                                     "sds", "mist", "ace", "decontext"])
 def test_every_method_runs(method, folders):
@@ -206,6 +213,7 @@ def test_a_folder_that_does_not_fit_is_one_sentence(folders, tmp_path):
         load_editor(copy, device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "options"), [("sifm", {"timesteps": 2}), ("decontext", {})], ids=str)
 def test_gradient_agrees_with_finite_differences(method, options, folders, monkeypatch):
     editor = load_editor(folders()[1], device="cpu", dtype=torch.float64, vae_dtype=torch.float64)
@@ -213,5 +221,6 @@ def test_gradient_agrees_with_finite_differences(method, options, folders, monke
     assert_gradient(editor, method, [RED], (64, 64), monkeypatch, **options)
 
 
+@pytest.mark.slow
 def test_low_memory_holds_one_block_and_changes_nothing(folders):
     small_flux.assert_streams(folders()[1], RED, 64)

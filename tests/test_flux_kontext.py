@@ -62,6 +62,7 @@ def theirs(pipeline, image, prompt, *, seed=0, steps=3, guidance=2.5, true_guida
 
 # ----------------------------------------------------------------------------------------------------------- the oracle
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", small_flux.KONTEXT)
 def test_edit_is_the_published_pipelines(name, folders):
     pipeline, _, editor = folders(name)
@@ -74,6 +75,7 @@ def test_edit_is_the_published_pipelines(name, folders):
         assert values.std() > 15 and np.isin(values, (0, 255)).mean() < 0.3             # neither flat nor saturated
 
 
+@pytest.mark.slow
 def test_oracle_sees_everything_that_goes_in(folders):
     """Otherwise two editors that ignored their inputs would agree."""
     pipeline, _, _ = folders()
@@ -100,6 +102,7 @@ FAULTS = {                                                   # each is one plaus
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_parity_sees(fault, folders, monkeypatch):
     """The comparison above is worth something only if it fails on a wrong editor."""
@@ -111,6 +114,7 @@ def test_parity_sees(fault, folders, monkeypatch):
         assert_same(edited, theirs(pipeline, smooth(*SQUARE), RED, **options))
 
 
+@pytest.mark.slow
 def test_text_cut_at_its_limits(folders):
     pipeline, _, editor = folders()
     with pytest.warns(UserWarning, match="T5 reads 512"):
@@ -119,6 +123,7 @@ def test_text_cut_at_its_limits(folders):
     assert_other(edited, theirs(pipeline, smooth(*SQUARE), RED, steps=1))
 
 
+@pytest.mark.slow
 def test_a_batch_is_single_edits(folders):
     _, _, editor = folders()
     pictures, options = [smooth(*SQUARE), smooth(*WIDE, seed=2)], {"steps": 2, "size": 64, "true_guidance": 2.0}
@@ -206,6 +211,7 @@ def test_text_encoders_are_gone_before_the_transformer_is_read(folders):
     assert not any(isinstance(value, torch.nn.Module) for value in vars(editor.text_encoders).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sifm", "photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack",
                                     "sds", "mist", "ace", "decontext"])
 def test_every_method_runs(method, folders):
@@ -222,6 +228,7 @@ def test_every_method_runs(method, folders):
     assert result.report["passes"]["encoder_backward"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "options"), [("sifm", {"timesteps": 2}), ("sifm", {"timesteps": 2, "noisy": "deploy"}),
                                                  ("decontext", {}), ("decontext", {"blocks": 1, "low": 0})], ids=str)
 def test_gradient_agrees_with_finite_differences(method, options, folders, monkeypatch):
@@ -230,6 +237,7 @@ def test_gradient_agrees_with_finite_differences(method, options, folders, monke
     assert_gradient(editor, method, [RED], (32, 32), monkeypatch, **options)
 
 
+@pytest.mark.slow
 def test_decontext_lessens_the_share_that_it_measures(folders):
     _, folder, _ = folders()
     editor = load_editor(folder, device="cpu")
@@ -239,6 +247,7 @@ def test_decontext_lessens_the_share_that_it_measures(folders):
     assert sum(share[-3:]) < sum(share[:3])
 
 
+@pytest.mark.slow
 def test_decontext_expects_purifiers_at_the_same_cost(folders):
     """It never looks at the original, so nothing of it is computed anew."""
     _, folder, _ = folders()
@@ -287,6 +296,7 @@ def test_a_folder_that_does_not_fit_is_one_sentence(folders, tmp_path):
         load_editor(copy, device="cpu")
 
 
+@pytest.mark.slow
 def test_shards_are_read_and_a_missing_one_is_named(folders, tmp_path):
     pipeline, _, editor = folders()
     pipeline.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
@@ -299,6 +309,7 @@ def test_shards_are_read_and_a_missing_one_is_named(folders, tmp_path):
         load_editor(tmp_path / "shards", device="cpu")
 
 
+@pytest.mark.slow
 def test_low_memory_holds_one_block_and_changes_nothing(folders):
     small_flux.assert_streams(folders()[1], RED, 32)
 
