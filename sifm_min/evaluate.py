@@ -16,6 +16,7 @@ from .experiments import suites
 from .files.weight_digests import hash_weights
 from .immunize import PRESETS
 from .judging import panels
+from .metrics.perturbation import BUDGETS
 
 EXAMPLES = """examples:
   %(prog)s run white-box --images 20 -o runs
@@ -58,6 +59,7 @@ def _parser():
     option("--eps", type=cli.eps, default=0.03, help="budget, as 0.03 or 8/255 (default: 0.03)")
     option("--steps", type=cli.count, help="PGD iterations (default: 100)")
     option("--preset", choices=PRESETS, default="protocol", help="how baselines are run; see immunize --help")
+    option("--budget", choices=BUDGETS, default="uniform", help="of the pixels, noise included; see immunize --help")
     option("--robust", action="store_true", help="methods expect purifiers; see immunize --help")
     option("--set", action="append", type=_setting, default=[], metavar="NAME=VALUE",
            help="an option of the methods that have it, such as lam=0.5; several times")
@@ -133,7 +135,8 @@ def _run(args):
         args.suite, {name: plan.about_editor(editor) for name, editor in editors.items()}, cases, arms,
         seeds=list(dict.fromkeys(args.seeds)), seed=args.seed, eps=args.eps,
         options=dict(args.set) | ({"steps": args.steps} if args.steps else {})
-        | ({"robust": True} if args.robust else {}), preset=args.preset,
+        | ({"robust": True} if args.robust else {}) | ({"budget": args.budget} if args.budget != "uniform" else {}),
+        preset=args.preset,
         edit={key: value for key, value in edit.items() if value is not None},
         prompts=suites.PROMPTS.get(args.suite, ("original",)), lpips=about_lpips,
         judge={"kind": "panel", **panel.record()} if panel else {"kind": "oracle", "judges": list(miniature.judges)})

@@ -84,9 +84,9 @@ def make_plan(suite, editors, cases, arms, *, seeds, seed=0, eps=0.03, options=N
     """The plan of a run, JSON-ready.
 
     editors: name -> about_editor(...). seeds: of the edits; seed: of the perturbation. options: of the loop and of methods,
-    each for the methods that have it; {"robust": True} is for all but the controls. edit: options of every edit. prompts: the
-    types ("original", "unseen") that are edited. judge: {"kind": "oracle"} or the record of a panel. lpips: the hash of its
-    weights, or the reason of their absence.
+    each for the methods that have it; {"robust": True} is for all but the controls, {"budget": "texture"} for noise as well.
+    edit: options of every edit. prompts: the types ("original", "unseen") that are edited. judge: {"kind": "oracle"} or the
+    record of a panel. lpips: the hash of its weights, or the reason of their absence.
     """
     options = options or {}
     arms = [{**arm, "settings": _settings(arm, options, preset)} for arm in arms]
@@ -96,9 +96,12 @@ def make_plan(suite, editors, cases, arms, *, seeds, seed=0, eps=0.03, options=N
 
 
 def _settings(arm, given, preset):
-    """The loop of an arm's method in full, and its options that are not the method's defaults; {} for the controls."""
-    if arm["method"] in (None, NOISE):
+    """The loop of an arm's method in full, and its options that are not the method's defaults; for the controls neither."""
+    if arm["method"] is None:
         return {}
+    budget = {"budget": given["budget"]} if given.get("budget", "uniform") != "uniform" else {}
+    if arm["method"] == NOISE:
+        return budget
     from ..baselines import NATIVE
     known = (*PROTOCOL, *options_of(arm["method"]))
     chosen = {name: value for name, value in given.items() if name in known} | arm["options"]
@@ -106,7 +109,7 @@ def _settings(arm, given, preset):
     loop, options = settings(arm["method"], preset, **chosen)
     defaults = inspect.signature(METHODS[arm["method"]]).parameters      # a default has the same key, given or not
     robust = {"robust": True} if given.get("robust") else {}             # recorded only where it differs from the default
-    return {"preset": preset, **loop, **robust,
+    return {"preset": preset, **loop, **robust, **budget,
             **{name: value for name, value in options.items() if value != defaults[name].default}}
 
 
@@ -143,7 +146,8 @@ def step_key(plan, step, **inputs):
 
 def immunize_key(plan, case, arm):
     if arm["method"] == NOISE:                               # needs no editor, so one result serves all of them
-        return step_key(plan, "immunize", picture=case["sha256"], method=NOISE, eps=plan["eps"], seed=plan["seed"])
+        return step_key(plan, "immunize", picture=case["sha256"], method=NOISE, eps=plan["eps"], seed=plan["seed"],
+                        **arm["settings"])
     return step_key(plan, "immunize", picture=case["sha256"], method=arm["method"], eps=plan["eps"], seed=plan["seed"],
                     settings=arm["settings"], editor=plan["editors"][arm["source"]]["identity"],
                     prompt=words(plan, arm["source"], case["prompts"][0]))

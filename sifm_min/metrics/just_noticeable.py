@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from .pixels import YIQ, checked, luma
 
 STEP = 1 / 255                                               # of an 8-bit picture
-BASE = 1.25 * STEP                                           # just noticeable on flat mid-grey
-SLOPE = 0.6                                                  # of the threshold, per standard deviation of the luma
+BASE = 1.5 * STEP                                            # just noticeable on flat mid-grey
+SLOPE = 0.4                                                  # of the threshold, per standard deviation of the luma
 OVERLAP = 0.3                                                # of the two terms (Yang et al.: 0.3)
 BRIGHTEST = 2                                                # largest factor of the luminance
-CHROMA = 0.2                                                 # power of the luma's weights
+CHROMA = 0.1                                                 # power of the luma's weights
 WINDOW = 5                                                   # pixels a side
 FULL = 7 * STEP                                              # the threshold from which on a pixel has the whole budget
 

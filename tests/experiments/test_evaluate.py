@@ -162,6 +162,8 @@ def test_results_are_what_the_library_says(run, loaded):
     (("--images", "3"), 2, 18),
     (("--methods", "photoguard-encoder,sds"), 2, 12),
     (("--set", "variant=grey"), 2, 12),
+    (("--budget", "texture"), 4, 24),                        # of the noise as well
+    (("--budget", "uniform"), 0, 0),
     (("--robust",), 2, 12),                                  # of the method, not of the noise
     (("--edit-batch", "2"), 0, 0),
 ])
@@ -177,6 +179,13 @@ def test_robust_reaches_the_methods_and_the_notes(run, capsys):
     options = {row["options"]["init"]: row["options"]["robust"] for row in steps()["immunize"] if row["options"]["steps"]}
     assert options == {"random": draws.stated(True)} and len(steps()["immunize"]) == 2
     assert "robust" in table(capsys)
+
+
+@pytest.mark.slow
+def test_budget_reaches_methods_noise_and_notes(run, capsys):
+    assert run("white-box", "--budget", "texture", "--images", "1") == cli.OK
+    assert [row["options"]["budget"] for row in steps()["immunize"]] == ["texture", "texture"]
+    assert "budget texture" in table(capsys)
 
 
 @pytest.mark.slow

@@ -1,0 +1,150 @@
+"""Measure the cost of a budget: uniform 3, 5 and 7 of 255, and texture of 7 and 9, in shift, SSIM, LPIPS and FSIM.
+
+    python tools/measure_budgets.py --photos ../shared/data/photoset --images 20 --editor latents:sd1 -o budgets.jsonl
+
+Every photograph is scaled to --size on its long side and immunized with the method `latent` at each budget. The last part of
+the table compares each texture budget with the uniform one at the same shift, photograph by photograph: the uniform values
+are interpolated between the two budgets whose shifts are next to the texture's. A photograph whose texture shift lies
+outside them is left out, and counted.
+
+Photographs: those of a folder; in a folder with a LICENSES.jsonl, those that it marks `"use": "evaluate"` (or --use), from
+its categories in turn. Every measurement goes to the journal -o at once, one JSON line each, and is not done twice. Means
+over photographs, with a 95 % bootstrap interval. LPIPS is measured where its weights are (`weights download lpips-alex`).
+At 256 pixels and 60 steps a photograph takes about a minute of one slow core for each budget and latent space; the
+table prints the CPU seconds that were used.
+"""
+
+import argparse
+import json
+import sys
+import time
+from itertools import zip_longest
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import sifm_min  # noqa: E402
+from sifm_min import images, metrics  # noqa: E402
+from sifm_min.files.digests import digest, picture_sha256  # noqa: E402
+from sifm_min.files.ledger import Ledger  # noqa: E402
+from sifm_min.files.listing import list_pictures  # noqa: E402
+from sifm_min.judging.intervals import bootstrap  # noqa: E402
+from sifm_min.metrics import just_noticeable  # noqa: E402
+from sifm_min.models.checkpoints import Unavailable  # noqa: E402
+
+ARMS = {"uniform 3": (3, "uniform"), "uniform 5": (5, "uniform"), "uniform 7": (7, "uniform"), "texture 7": (7, "texture"),
+        "texture 9": (9, "texture")}
+MEASURES = ("shift", "ssim", "lpips", "fsim", "psnr", "visibility", "mean budget")
+
+
+def photographs(folder, use, count):
+    """Paths of `count` photographs: see the head of this file."""
+    licences = folder / "LICENSES.jsonl"
+    if not licences.is_file():
+        return list_pictures([folder]).pictures[:count]
+    by_category = {}
+    for line in licences.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["use"] == use:
+            by_category.setdefault(row["category"], []).append(folder / row["file"])
+    return [path for paths in zip_longest(*by_category.values()) for path in paths if path is not None][:count]
+
+
+def shrunk(path, size):
+    """The photograph as PIL RGB, at most `size` pixels on its long side."""
+    image = images.read(path).image
+    scale = min(1, size / max(image.size))
+    return image.resize([max(1, round(side * scale)) for side in image.size], images.Image.Resampling.LANCZOS)
+
+
+def measure(image, editor, eps, budget, steps, lpips):
+    """{measure: value} of one photograph immunized at one budget; shift: the mean over the editor's latent spaces."""
+    started = time.process_time()
+    result = sifm_min.immunize(image, editor, eps=eps, budget=budget, steps=steps, schedule="linear", step_size=2 / 7 * eps)
+    seconds = time.process_time() - started
+    report, (after, before) = result.report, [images.to_pixels(picture) for picture in (result.image, image)]
+    assert report["values_beyond_budget"] == 0
+    shifts = [found["shift"] for found in report["shifts"]]
+    return {"shift": sum(shifts) / len(shifts), "ssim": metrics.ssim(after, before).item(),
+            "lpips": metrics.lpips(after, before, weights=lpips).item() if lpips else None,
+            "fsim": metrics.fsim(after, before).item(), "psnr": report["psnr"], "visibility": report["visibility"],
+            "mean budget": report["budget_mean_steps"], "seconds": seconds}
+
+
+def at_shift(uniform, shift, name):
+    """The value of a measure that uniform budgets have at this shift, interpolated; None outside their shifts."""
+    ordered = sorted(uniform, key=lambda values: values["shift"])
+    for low, high in zip(ordered, ordered[1:], strict=False):
+        if low["shift"] <= shift <= high["shift"] and low["shift"] < high["shift"]:
+            part = (shift - low["shift"]) / (high["shift"] - low["shift"])
+            return low[name] + part * (high[name] - low[name])
+    return None
+
+
+def interval(values):
+    """"mean [low, high]" of a list of numbers, "-" of an empty one."""
+    if not values:
+        return "-"
+    found = bootstrap([(i, (value, 1)) for i, value in enumerate(values)], {"mean": lambda v: v[..., 0] / v[..., 1]})["mean"]
+    bounds = "" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]"
+    return f"{found.value:.3f}{bounds}"
+
+
+def table(found):
+    """Lines of the table; found: {photograph: {arm: {measure: value}}}, all arms of each photograph."""
+    names = [name for name in MEASURES if all(values[name] is not None for arms in found.values() for values in arms.values())]
+    lines = ["| budget | " + " | ".join(names) + " | CPU s |", "|---" * (len(names) + 2) + "|"]
+    for arm in ARMS:
+        values = [arms[arm] for arms in found.values()]
+        cells = [interval([value[name] for value in values]) for name in names]
+        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {sum(v['seconds'] for v in values) / len(values):.0f} |")
+    for texture in (arm for arm, (_, budget) in ARMS.items() if budget == "texture"):
+        gains = {name: [] for name in names[1:]}
+        for arms in found.values():
+            uniform = [values for arm, values in arms.items() if ARMS[arm][1] == "uniform"]
+            for name, values in gains.items():
+                if (other := at_shift(uniform, arms[texture]["shift"], name)) is not None:
+                    values.append(arms[texture][name] - other)
+        kept = len(gains["ssim"])
+        lines += ["", f"{texture} minus uniform at the same shift ({kept} photographs, {len(found) - kept} outside):",
+                  *(f"  {name}: {interval(values)}" for name, values in gains.items())]
+    return lines
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--use", default="evaluate", help="of a folder with LICENSES.jsonl (default: evaluate)")
+    parser.add_argument("--images", type=int, default=20, metavar="N")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--editor", default="latents:sd1")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the journal")
+    args = parser.parse_args(argv)
+    paths = photographs(args.photos, args.use, args.images)
+    editor = sifm_min.load_editor(args.editor)
+    try:
+        lpips = metrics.lpips_weights("alex")
+    except Unavailable as error:
+        lpips = None
+        print(f"lpips is absent: {error}", file=sys.stderr)
+    about = [sifm_min.__version__, editor.provenance()["weights"], editor.provenance()["dtype"], args.size, args.steps,
+             lpips and lpips.sha256,
+             [value for name, value in vars(just_noticeable).items() if name.isupper() and isinstance(value, float | int)]]
+    found = {}
+    with Ledger(args.output) as journal:
+        done = {row["key"]: row["values"] for row in journal.rows}
+        for i, path in enumerate(paths):
+            image = shrunk(path, args.size)
+            for arm, (levels, budget) in ARMS.items():
+                key = digest([about, picture_sha256(image), arm])
+                if key not in done:
+                    done[key] = measure(image, editor, levels / 255, budget, args.steps, lpips)
+                    journal.append({"key": key, "photograph": str(path), "arm": arm, "values": done[key]})
+                found.setdefault(str(path), {})[arm] = done[key]
+            spent = sum(values["seconds"] for arms in found.values() for values in arms.values())
+            print(f"{i + 1} of {len(paths)}: {path.name}, {spent:.0f} CPU seconds of immunizing so far", file=sys.stderr)
+    print("\n".join(table(found)))
+
+
+if __name__ == "__main__":
+    main()
