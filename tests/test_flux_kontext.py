@@ -248,13 +248,16 @@ def test_decontext_lessens_the_share_that_it_measures(folders):
 
 
 @pytest.mark.slow
-def test_decontext_expects_purifiers_at_the_same_cost(folders):
-    """It never looks at the original, so nothing of it is computed anew."""
+def test_decontext_expects_purifiers_at_the_same_cost(folders, monkeypatch):
+    """It never looks at the original, so it is not called anew."""
     _, folder, _ = folders()
     editor = load_editor(folder, device="cpu")
     editor.defaults = replace(editor.defaults, size=32, steps=2)
+    prepare, prepared = editor.prepare_text, []
+    monkeypatch.setattr(editor, "prepare_text", lambda context: prepared.append(1) or prepare(context))
     plain, robust = (sifm_min.immunize(smooth(32, 32), editor, [RED], method="decontext", steps=2, robust=robust)
                      for robust in (False, True))
+    assert len(prepared) == 2
     assert robust.report["passes"] == plain.report["passes"] and robust.image.tobytes() != plain.image.tobytes()
     assert all(step["purifier"] for step in robust.report["loss"])
 
