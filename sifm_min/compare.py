@@ -115,8 +115,8 @@ def latent_shifts(spaces, distorted, reference):
     from . import images
     from .editors import shifts
     steps = images.steps_used(distorted.image, reference.image)
-    control = shifts.noise(reference, steps / 255) if steps else reference.image
-    found = shifts.measure(spaces, reference.image, distorted.image, control)
+    control = shifts.noise_control(reference, steps / 255) if steps else reference.image
+    found = shifts.measure_shifts(spaces, reference.image, distorted.image, control)
     return [{**record, **({} if steps else {"shift": 0.0, "noise": None}),
              "ratio": record["shift"] / record["noise"] if steps else None, "budget_steps": steps} for record in found]
 

@@ -165,7 +165,7 @@ def _measures(editor, picture, immunized, eps, region, seed):
     if not hasattr(editor, "measures"):
         return {}
     from .editors import shifts
-    return editor.measures(picture, immunized, shifts.noise(picture, eps, seed=seed, mask=region))
+    return editor.measures(picture, immunized, shifts.noise_control(picture, eps, seed=seed, mask=region))
 
 
 def _with_draws(curve, objective):
@@ -462,7 +462,7 @@ def _shifts(report):
     if not report.get("shifts"):
         return ""
     from .editors import shifts
-    return f"; {shifts.in_words(report['shifts'])}"
+    return f"; {shifts.tell_shifts(report['shifts'])}"
 
 
 def main(argv=None):

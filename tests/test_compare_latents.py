@@ -53,7 +53,7 @@ def test_every_space_at_hand_is_measured(run, spaces):
     assert code == cli.OK and record["linf"] == 5 and "only tiny" not in err
     assert [(found["space"], found["size"]) for found in record["shifts"]] == [
         ("sd1", [48, 40]), ("instruct-pix2pix", [48, 40])]
-    control = shifts.noise(images.read("b.png"), 5 / 255)
+    control = shifts.noise_control(images.read("b.png"), 5 / 255)
     assert images.steps_used(control, Image.open("b.png")) == 5
     before, after, noisy = (images.to_pixels(image) for image in (Image.open("b.png"), Image.open("a.png"), control))
     for space, found in zip(spaces, record["shifts"], strict=True):

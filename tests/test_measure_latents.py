@@ -76,7 +76,7 @@ def test_the_estimate_runs_nothing(run, tmp_path):
     assert "CPU hours for 2 photographs of 32x32 and 2 spaces" in out and not (tmp_path / "out").exists()
 
 
-def test_purified_pictures_are_compared_with_the_purified_original(folder):  # noqa: F811
+def test_purified_pictures_are_compared_with_each_other(folder):  # noqa: F811
     editor = latents.load_latents(f"latents:{folder}", device="cpu")
     found = tool.measure(editor, photo(32, 32), photo(32, 32), ("jpeg-50",))
     assert max(value for of in found.values() for value in of.values()) < 1e-3

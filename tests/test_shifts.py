@@ -38,7 +38,7 @@ def changed(image, amount, seed=0):
 def test_purified_shifts_are_of_pictures_that_pillow_purified(editor):
     original = photo(48, 40)
     immunized, control = changed(original, 7), changed(original, 5, seed=1)
-    found = shifts.measure(editor, original, immunized, control, shifts.PURIFIERS)
+    found = shifts.measure_shifts(editor, original, immunized, control, shifts.PURIFIERS)
     assert [record["space"] for record in found] == ["sd1", "sd3"]
     for space, record in zip(editor.spaces, found, strict=True):
         assert record["size"] == [48, 40] and [*record["after"]] == ["jpeg-75", "resize-0.75"]
@@ -52,7 +52,7 @@ def test_purified_shifts_are_of_pictures_that_pillow_purified(editor):
 def test_purifiers_are_measured_at_the_smallest_size(editor, monkeypatch):
     monkeypatch.setattr(editor, "frames", lambda width, height: [(16, 24), (32, 48)])
     original = photo(48, 32)
-    found = shifts.measure(editor, original, changed(original, 7), changed(original, 7, seed=1), ("jpeg-75",))
+    found = shifts.measure_shifts(editor, original, changed(original, 7), changed(original, 7, seed=1), ("jpeg-75",))
     assert [(record["space"], record["size"], "after" in record) for record in found] == [
         ("sd1", [24, 16], True), ("sd3", [24, 16], True), ("sd1", [48, 32], False), ("sd3", [48, 32], False)]
     before, after = (images.resize(images.to_pixels(image), 16, 24) for image in (original, changed(original, 7)))
@@ -65,7 +65,7 @@ def test_purifiers_are_measured_at_the_smallest_size(editor, monkeypatch):
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
 def test_noise_is_that_of_the_noise_method(editor, mode):
     original = photo(40, 32).convert(mode)
-    control = shifts.noise(images.picture(original), 0.03, seed=3)
+    control = shifts.noise_control(images.picture(original), 0.03, seed=3)
     assert np.array_equal(np.asarray(control), np.asarray(
         sifm_min.immunize(original, editor, method="noise", eps=0.03, seed=3).image))
     assert control.mode == mode and images.steps_used(original, control) == 7
@@ -83,5 +83,5 @@ def test_words_name_every_figure():
     records = [{"space": "sd1", "size": [512, 384], "shift": 1.234, "noise": 0.36,
                 "after": {"jpeg-75": {"shift": 0.8, "noise": 0.3}}},
                {"space": "sd1", "size": [1024, 768], "shift": 1.1, "noise": 0.4}]
-    assert shifts.in_words(records) == ("sd1 at 512: shift 1.23 (noise 0.36), after jpeg-75 0.80 (0.30); "
+    assert shifts.tell_shifts(records) == ("sd1 at 512: shift 1.23 (noise 0.36), after jpeg-75 0.80 (0.30); "
                                         "sd1 at 1024: shift 1.10 (noise 0.40)")

@@ -68,7 +68,7 @@ def arms_of(editor):
 def perturb(editor, image, arm, args, steps):
     """The picture that an arm makes, PIL."""
     if arm == NOISE:
-        return shifts.noise(images.picture(image), args.eps, seed=args.seed)
+        return shifts.noise_control(images.picture(image), args.eps, seed=args.seed)
     alone = [space for space in editor.spaces if WHITE + space.name == arm]
     made_for = Unmeasured(alone or editor.spaces, device=editor.device, loop_dtype=editor.loop_dtype)
     loop = {"sizes": (args.size,), "steps": steps, "step_size": args.step_size, "schedule": args.schedule,

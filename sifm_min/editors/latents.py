@@ -128,9 +128,9 @@ class Latents(Editor):
         return known
 
     def measures(self, picture, immunized, control):
-        """{"shifts": ...} for a report: `shifts.measure` of a `Picture`, of PIL images, with the purifiers of a report."""
+        """{"shifts": ...} for a report: `shifts.measure_shifts` of a `Picture`, of PIL images, and the purifiers of reports."""
         original = picture.put_together(picture.image)
-        return {"shifts": shifts.measure(self, original, immunized, control, shifts.PURIFIERS)}
+        return {"shifts": shifts.measure_shifts(self, original, immunized, control, shifts.PURIFIERS)}
 
     @torch.no_grad()
     def decodings(self, picture):

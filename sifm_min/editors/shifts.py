@@ -20,7 +20,7 @@ def shift(latent, original):
     return ((latent - original).square().mean() + SMALLEST).sqrt() / original.std().clamp(min=1e-6)
 
 
-def noise(picture, eps, *, seed=0, mask=None):
+def noise_control(picture, eps, *, seed=0, mask=None):
     """A `Picture` with uniform noise of this budget in place of a perturbation: a PIL image, as method `noise` makes it.
 
     eps, mask: as of `pgd`.
@@ -31,7 +31,7 @@ def noise(picture, eps, *, seed=0, mask=None):
 
 
 @torch.no_grad()
-def measure(editor, original, changed, control, purifiers=()):
+def measure_shifts(editor, original, changed, control, purifiers=()):
     """The shift in every space of `Latents` at each working size: [{space, size, shift, noise, after}].
 
     original, changed, control: PIL images of one size; control: the original with noise of the same budget. after:
@@ -62,8 +62,8 @@ def _shifts(editor, pictures, frames):
     return found
 
 
-def in_words(records):
-    """Records of `measure` as a text of one line."""
+def tell_shifts(records):
+    """Records of `measure_shifts` as a text of one line."""
     def of(record):
         after = "".join(f", after {name} {found['shift']:.2f} ({found['noise']:.2f})"
                         for name, found in record.get("after", {}).items())
