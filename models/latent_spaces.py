@@ -23,6 +23,7 @@ from .places import Place
 LICENCE = "MIT (Ollin Boer Bohan)"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 HALVES = ("encoder", "decoder")
+COPIES = Path(__file__).parent / "latents"                   # of sd1 and sd3, trained by this project: see its README
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +175,17 @@ def open_folder(folder, space):
         raise Unavailable(absence(folder, space))
     inner = folder / Path(names[0]).parent
     return TinyCheckpoint(inner, str(inner), None, [Path(name).name for name in names], space)
+
+
+def open_copy(folder, space):
+    """The `TinyCheckpoint` of a copy of a space that this project trained: a folder in diffusers' layout."""
+    return TinyCheckpoint(folder, str(folder), None, (CONFIG, WEIGHTS), space)
+
+
+def shipped(space):
+    """The `TinyCheckpoint` of the copy that ships with the project, or None where there is none."""
+    folder = COPIES / space.name
+    return open_copy(folder, space) if (folder / WEIGHTS).is_file() else None
 
 
 def absence(folder, space):
