@@ -40,10 +40,11 @@ def command(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "BATCH", 3)
     monkeypatch.setattr(tool, "CROP", 16)
     monkeypatch.setattr(latent_spaces, "COPIES", tmp_path / "latents")
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)              # the other tests keep theirs
     weights = write_authors(tmp_path / "weights", SPACES["sd3"], network(SPACES["sd3"]))
 
     def run(name, *more):
-        paths = {"train": ["sd3", "--photos", photos, "--weights", weights, "--threads", 1],
+        paths = {"train": ["sd3", "--photos", photos, "--weights", weights],
                  "export": ["sd3", "--photos", photos], "measure": ["sd3", "--photos", photos, "--weights", weights],
                  "card": []}[name]
         tool.main([name, *map(str, [*paths, "--work", tmp_path / "work", *more])])
@@ -89,7 +90,6 @@ def test_training_goes_on_from_a_copy(command, tmp_path):
 
 
 def test_figures_of_a_copy_that_equals_its_teacher(command, tmp_path, monkeypatch):
-    made = network(SPACES["sd3"])
     monkeypatch.setattr(latent_spaces, "open_copy",
                         lambda folder, space: latent_spaces.open_folder(tmp_path / "weights", space))
     command("measure", "--images", 2, "--size", 32, "--steps", 2)

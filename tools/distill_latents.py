@@ -35,13 +35,13 @@ from safetensors.torch import save
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import sifm_min  # noqa: E402
 from sifm_min import images, metrics  # noqa: E402
-from sifm_min.editors.latents import Latents, LatentSpace, shift  # noqa: E402
+from sifm_min.editors.latents import Latents, LatentSpace, latent, shift  # noqa: E402
 from sifm_min.files import writing  # noqa: E402
 from sifm_min.models import latent_spaces  # noqa: E402
 from sifm_min.models.latent_spaces import SPACES  # noqa: E402
 from sifm_min.models.tiny_vae import AutoencoderTiny, TinyVAEConfig  # noqa: E402
+from sifm_min.pgd import pgd  # noqa: E402
 
 COPIED = ("sd1", "sd3")                                      # the latent spaces that ship as copies
 EPS = 7 / 255                                                # the budget of 0.03 on a picture of 8 bits
@@ -281,15 +281,20 @@ def measured(args, teacher, pupil, picture):
         for name, picture_of in decoded.items():
             figures[f"PSNR {name}"] = metrics.psnr(picture_of.clamp(0, 1), pixels).item()
     for made in ("noise", "teacher", "pupil"):
-        editor = Latents([spaces.get(made, teacher)])
-        options = {"method": "noise"} if made == "noise" else {
-            "method": "latent", "steps": args.steps, "step_size": 2 / 255, "schedule": "linear", "sizes": args.size}
-        changed = sifm_min.immunize(picture, editor, **options).image
+        changed = protected(args, Latents([spaces.get(made, teacher)]), picture, 0 if made == "noise" else args.steps)
         for purifier, clean, noisy in (("none", picture, changed), ("JPEG 75", jpeg(picture), jpeg(changed))):
             for space in spaces:
                 figures[f"{made}, {space}, {purifier}"] = shift(of(space, images.to_pixels(noisy)),
                                                                 of(space, images.to_pixels(clean))).item()
     return figures
+
+
+def protected(args, editor, picture, steps):
+    """The picture after `steps` of the method `latent`, on 8 bits; 0 steps: uniform noise."""
+    pixels, generator = images.to_pixels(picture), torch.Generator().manual_seed(0)
+    objective = latent(editor, pixels, [None], generator=generator, sizes=args.size)
+    delta = pgd(pixels, objective, EPS, steps=steps, step_size=2 / 255, schedule="linear", generator=generator)
+    return images.to_image(on_8_bits(pixels, delta))
 
 
 def jpeg(picture, quality=75):
