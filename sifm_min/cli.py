@@ -30,6 +30,7 @@ from unicodedata import category
 from . import PROGRAM, memory
 from .files.json_text import to_json
 from .files.listing import EARLIER
+from .models.sources import EDITORS
 
 OK, SOME_FAILED, USAGE, UNAVAILABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
@@ -69,8 +70,8 @@ class Parser(argparse.ArgumentParser):
         """Add the flags that choose an editor: see `load_editor`."""
         add = self.add_argument
         add("--editor", default="miniature",
-            help="miniature, miniature-plain, miniature-sd3, instruct-pix2pix, hq-edit, sd3, ultraedit, a folder in the "
-                 "published layout, a single file of Stable Diffusion 3 or FLUX, a hub id, latents[:ITEM,ITEM], or MODULE:NAME")
+            help=f"{', '.join(EDITORS)}, a folder in the published layout, a single file of Stable Diffusion 3 or FLUX, "
+                 "a hub id, latents[:ITEM,ITEM], or MODULE:NAME")
         add("--revision", help="of a hub repository (a commit, tag or branch)")
         add("--components", metavar="FOLDER-OR-NAME", help="where a single file's text encoders and tokenizers come from")
         add("--no-t5", dest="t5", action="store_false",
