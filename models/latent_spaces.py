@@ -23,7 +23,7 @@ from .places import Place
 LICENCE = "MIT (Ollin Boer Bohan)"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 HALVES = ("encoder", "decoder")
-COPIES = Path(__file__).parent / "latents"                   # of sd1 and sd3, trained by this project: see its README
+COPIES, COPY = Path(__file__).parent / "latents", "copy"     # copies that this project trained: see the README there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class TinyCheckpoint(Checkpoint):
 
     def __init__(self, folder, source, revision, files, space):
         super().__init__(folder, source, revision, files)
-        self.space = space
+        self.space, self.recognised = space, False
         self._headers = {self.folder / file: header(self.folder / file) for file in self.files if is_weights(file)}
         self._places = {file: {name: _place(file, name) for name in found} for file, found in self._headers.items()}
         self._check_marks()
@@ -137,6 +137,7 @@ class TinyCheckpoint(Checkpoint):
             with safe_open(file, framework="pt") as opened:
                 found = opened.get_tensor(stored).float().flatten().tolist()
             other = next((space for space in SPACES.values() if _is_marked(found, space)), None)
+            self.recognised = other is not None
             if len(found) != self.space.channels or other not in (None, self.space):
                 of = f"of {other.stem}, which is the latent space of {other.title}" if other else f"of {len(found)} channels"
                 raise Unfit(f"{file} is the file {of}; {self.space.stem} has {self.space.channels} channels and is of "
@@ -177,15 +178,36 @@ def open_folder(folder, space):
     return TinyCheckpoint(inner, str(inner), None, [Path(name).name for name in names], space)
 
 
+def in_folder(folder):
+    """{name: `TinyCheckpoint`} of all tiny autoencoders in a folder; {} where there is none.
+
+    Files with the author's name are of that space. A config.json and its weights in the folder itself are of the space that
+    their marks say; where these say none, they carry the folder's name.
+    """
+    names = {space.name: files for space in SPACES.values() if (files := files_in(folder, space))}
+    if list(names.values()) != [[CONFIG, WEIGHTS]] * len(SPACES):
+        return {name: open_folder(folder, SPACES[name]) for name in names}
+    found = []
+    for space in SPACES.values():
+        try:
+            found.append(open_folder(folder, space))
+        except Unfit as error:
+            unfit = error
+    if not found:
+        raise unfit
+    known = next((checkpoint for checkpoint in found if checkpoint.recognised), None)
+    return {known.space.name: known} if known else {folder.resolve().name: found[0]}
+
+
 def open_copy(folder, space):
     """The `TinyCheckpoint` of a copy of a space that this project trained: a folder in diffusers' layout."""
     return TinyCheckpoint(folder, str(folder), None, (CONFIG, WEIGHTS), space)
 
 
-def shipped(space):
-    """The `TinyCheckpoint` of the copy that ships with the project, or None where there is none."""
-    folder = COPIES / space.name
-    return open_copy(folder, space) if (folder / WEIGHTS).is_file() else None
+def shipped():
+    """The copies that ship with the project, {"sd1-copy": `TinyCheckpoint`}: of sd1 and sd3 where nobody took them out."""
+    folders = {f"{name}-{COPY}": COPIES / name for name in SPACES}
+    return {name: open_copy(folder, SPACES[folder.name]) for name, folder in folders.items() if (folder / WEIGHTS).is_file()}
 
 
 def absence(folder, space):

@@ -21,6 +21,8 @@ PIXELS = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(3)) * 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
+    """Empty folders in place of the downloads and of the copies that ship."""
+    monkeypatch.setattr(latent_spaces, "COPIES", tmp_path / "copies")
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from test_latent_spaces import home, network, write_authors  # noqa: F401 (home is a fixture)
 
 import sifm_min
 from sifm_min import cli, edit, evaluate, images, immunize
 from sifm_min.editors import latents, load_editor
+from sifm_min.models import latent_spaces
 from sifm_min.models.checkpoints import Unavailable
 from sifm_min.models.latent_spaces import SPACES
 
@@ -250,6 +252,40 @@ def test_latents_are_the_spaces_on_this_machine():
         write_authors(SPACES[name].kept, SPACES[name], network(SPACES[name]))
     assert [space.name for space in load_editor("latents", device="cpu").spaces] == ["sd1", "flux2"]
     assert [space.name for space in load_editor("latents:flux2,sd1", device="cpu").spaces] == ["flux2", "sd1"]
+
+
+def write_flat(folder, made):
+    """A folder in diffusers' layout that names no space."""
+    folder.mkdir(parents=True)
+    save_file(made.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"latent_channels": made.config.latent_channels}))
+    return folder
+
+
+def test_copies_stand_for_spaces_that_are_not_here():
+    made = {name: network(SPACES[name], seed) for seed, name in enumerate(("sd1", "sd3"), 5)}
+    for name in made:
+        write_flat(latent_spaces.COPIES / name, made[name])
+    assert [space.name for space in load_editor("latents", device="cpu").spaces] == ["sd1-copy", "sd3-copy"]
+    write_authors(SPACES["sd1"].kept, SPACES["sd1"], network(SPACES["sd1"]))
+    assert [space.name for space in load_editor("latents", device="cpu").spaces] == ["sd1", "sd3-copy"]
+    assert latents.at_hand()[:2] == ["sd1", "sd3-copy"]
+    chosen = load_editor("latents:sd3,sd1,sd1-copy", device="cpu").spaces
+    assert [space.name for space in chosen] == ["sd3-copy", "sd1", "sd1-copy"]
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(chosen[2].encode(pixels), made["sd1"].encode(2 * pixels - 1)[0])
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_folder_without_a_name_is_the_space_of_its_marks(name, tmp_path):
+    made = network(SPACES[name])
+    folder = write_flat(tmp_path / "mine", made)
+    if made.config.use_midblock_gn:
+        (folder / "config.json").write_text('{"latent_channels": 32, "use_midblock_gn": true}')
+    assert [space.name for space in load_editor(f"latents:{folder}", device="cpu").spaces] == [name]
+    made.encoder.layers[-1].bias.data += 1                        # marks that nobody knows
+    save_file(made.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    assert [space.name for space in load_editor(f"latents:{folder}", device="cpu").spaces] == ["mine"]
 
 
 @pytest.mark.slow

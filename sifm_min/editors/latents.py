@@ -199,8 +199,10 @@ def is_latents(source):
 
 
 def at_hand():
-    """The items of "latents:ITEM,ITEM" that are on this machine: tiny autoencoders, then editors whose own was downloaded."""
-    return [*(space.name for space in latent_spaces.at_hand()),
+    """The items of "latents:ITEM,ITEM" on this machine: of each space the tiny autoencoder or the copy, then the editors'."""
+    copies = latent_spaces.shipped()
+    found = [name if latent_spaces.is_here(space) else f"{name}-{latent_spaces.COPY}" for name, space in SPACES.items()]
+    return [*(name for name in found if name in SPACES or name in copies),
             *(source.name for source in checkpoints.EDITORS.values()
               if source.hub_id and checkpoints.cached(source.hub_id, source.revision, ["vae"])[1] is None)]
 
@@ -208,9 +210,11 @@ def at_hand():
 def load_latents(source, *, device=None, dtype=None, offline=None):
     """The `Latents` called "latents", all spaces on this machine, or "latents:ITEM,ITEM".
 
-    An item is a space (`SPACES`), a folder with files of tiny autoencoders, or an editor (a folder, a known name or a hub id),
-    of which the autoencoder alone is read. dtype: what the encoders compute in while a perturbation is sought (default:
-    bfloat16 on a CPU with units for it, else float32). Raises `Unavailable` where a space is not here.
+    An item is a space (`SPACES`), the copy of one that ships (sd1-copy, sd3-copy), a folder with files of tiny autoencoders,
+    or an editor (a folder, a known name or a hub id), of which the autoencoder alone is read. Where the published tiny
+    autoencoder of a space is not on this machine, the copy stands for it, if there is one. dtype: what the encoders compute
+    in while a perturbation is sought (default: bfloat16 on a CPU with units for it, else float32). Raises `Unavailable` where a
+    space is not here.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     asked = str(source).partition(":")[2]
@@ -218,7 +222,7 @@ def load_latents(source, *, device=None, dtype=None, offline=None):
         items = [item.strip() for item in asked.split(",")]
         found = [space for item in items for space in _spaces_of(item, device, offline)]
     else:
-        found = [_tiny(latent_spaces.find(space), device) for space in latent_spaces.at_hand()]
+        found = [space for name in SPACES if (space := _of_space(name, device)) is not None]
         if not found:
             raise checkpoints.Unavailable(f"no latent space is on this machine: run `{PROGRAM}.weights download latents` once, "
                                           "about 50 MB, or give the folder of an editor as latents:FOLDER")
@@ -230,14 +234,16 @@ def load_latents(source, *, device=None, dtype=None, offline=None):
 
 def _spaces_of(item, device, offline):
     if item in SPACES:
-        return [_tiny(latent_spaces.find(SPACES[item]), device)]
+        return [_of_space(item, device) or _tiny(latent_spaces.find(SPACES[item]), device)]
+    if item in latent_spaces.shipped():
+        return [_copy(item, device)]
     folder = Path(item).expanduser()
     if item and folder.is_dir() and not (folder / "vae").is_dir():
-        named = [space for space in SPACES.values() if latent_spaces.files_in(folder, space)]
-        if not named:
+        found = latent_spaces.in_folder(folder)
+        if not found:
             raise checkpoints.Unavailable(f"{folder} has neither an editor's vae/ nor files of a tiny autoencoder such as "
                                           "taesd_encoder.safetensors and taesd_decoder.safetensors")
-        return [_tiny(latent_spaces.open_folder(folder, space), device) for space in named]
+        return [_tiny(checkpoint, device, name) for name, checkpoint in found.items()]
     try:
         checkpoint = checkpoints.open_checkpoint(item, ["vae"], offline=offline)
     except checkpoints.Unavailable:
@@ -249,8 +255,20 @@ def _spaces_of(item, device, offline):
                         type(network).__name__ == "AutoencoderTiny")]
 
 
-def _tiny(checkpoint, device):
-    return LatentSpace(checkpoint.space.name, checkpoint.network(device=device, dtype=torch.float32), checkpoint, True)
+def _of_space(name, device):
+    """The published tiny autoencoder of a space, else the copy that ships, else None."""
+    if latent_spaces.is_here(SPACES[name]):
+        return _tiny(latent_spaces.find(SPACES[name]), device)
+    copy = f"{name}-{latent_spaces.COPY}"
+    return _copy(copy, device) if copy in latent_spaces.shipped() else None
+
+
+def _copy(name, device):
+    return _tiny(latent_spaces.shipped()[name], device, name)
+
+
+def _tiny(checkpoint, device, name=None):
+    return LatentSpace(name or checkpoint.space.name, checkpoint.network(device=device, dtype=torch.float32), checkpoint, True)
 
 
 def _has_bfloat16_units(device):
