@@ -36,7 +36,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sifm_min import images, metrics  # noqa: E402
-from sifm_min.editors.latents import Latents, LatentSpace, latent, shift  # noqa: E402
+from sifm_min.editors.latents import Latents, LatentSpace, latent  # noqa: E402
+from sifm_min.editors.shifts import shift  # noqa: E402
 from sifm_min.files import writing  # noqa: E402
 from sifm_min.models import latent_spaces  # noqa: E402
 from sifm_min.models.latent_spaces import SPACES  # noqa: E402
