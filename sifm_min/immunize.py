@@ -272,6 +272,7 @@ def _parser():
     own("--variant", help="which form of the loss: zero, grey (photoguard-encoder); eot, plain, released (editshield); minus, "
                           "plus (sds); fused, textural, semantic (mist); ace+, ace (ace); the first is the default")
     own("--sizes", type=cli.commas(cli.count), help="long sides at which latents are moved, in turn (latent: 512,1024)")
+    own("--spaces-per-step", type=cli.count, metavar="K", help="so many latent spaces take turns (latent; default: all)")
     own("--blocks", type=cli.count, help="single blocks to attack, from the first (decontext; default: the editor's)")
     own("--low", type=cli.count, help="the least noisy timestep that is drawn (decontext; default: 980)")
     parser.memory()
@@ -287,7 +288,7 @@ def _method(text):
 
 
 OPTIONS = ("lam", "timesteps", "taps", "reduction", "aggregate", "noisy", "resample", "batch", "unroll", "repeats", "content",
-           "variant", "sizes", "blocks", "low")
+           "variant", "sizes", "spaces_per_step", "blocks", "low")
 
 
 def _given(args):

@@ -22,7 +22,7 @@ from sifm_min.models import schedulers
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "sifm_min" / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README[README.index("## Add a method"):], re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
 PROMPT = "make the sky red"
 

@@ -46,7 +46,7 @@ from sifm_min.pgd import pgd  # noqa: E402
 
 COPIED = ("sd1", "sd3")                                      # the latent spaces that ship as copies
 EPS = 7 / 255                                                # the budget of 0.03 on a picture of 8 bits
-# No block at full resolution, where half of the published encoder's work lies: 2.4 times as fast, 2.2 MB a half in bfloat16.
+# No block at full resolution, where half of the published encoder's work lies; 2.2 MB a half in bfloat16.
 BLOCKS = {"num_encoder_blocks": (0, 2, 3, 4), "num_decoder_blocks": (4, 3, 2, 0)}
 CROP, REGIONS = 96, (96, 320)                                # pixels of a crop; of the square that it is shrunk from
 BATCH, FRESH, KEPT = 8, 2, 3000                              # pairs a step; new ones among them; pairs kept for later steps
@@ -332,7 +332,8 @@ uses a copy where its teacher is not on the machine (`python -m sifm_min.weights
   on the teacher: the tables below say by how much. What either does to the full autoencoder is not measured here.
 - **Licence**: Apache-2.0. Trained on 419 photographs and artworks; `ATTRIBUTIONS.jsonl` names the source, author and
   licence of each.
-- **Size**: 1.1 million parameters a half, 2.2 MB in bfloat16. No block at full resolution: 2.4 times as fast as the teacher.
+- **Size**: 1.1 million parameters a half, 2.2 MB in bfloat16. No block at full resolution, where half of the teacher's
+  work lies.
 - **Training and figures**: `tools/distill_latents.py`, whose header has the loss and the commands.
 
 Below: evaluation photographs that were not trained on, their middle squares at 256 pixels, a budget of 7/255, attacks of
@@ -355,8 +356,11 @@ def card(args):
                                              for space_ in ("teacher", "pupil") for purifier in ("none", "JPEG 75")) + " |"
                   for made, source in (("uniform noise", "noise"), ("encoder-max on the teacher", "teacher"),
                                        ("encoder-max on ours", "pupil"))]
+        steps = {half: torch.load(args.work / f"{space}-{half}.pt", weights_only=True)["step"] for half in latent_spaces.HALVES}
         tables.append("\n".join([
-            f"## {space}: {SPACES[space].title} (teacher: {SPACES[space].hub_id}), {len(rows)} photographs", "",
+            f"## {space}: {SPACES[space].title}", "",
+            f"Teacher: {SPACES[space].hub_id}. Trained for {steps['encoder']} steps of {BATCH} pairs (encoder) and "
+            f"{steps['decoder']} of {BATCH} crops (decoder). {len(rows)} photographs.", "",
             "| | aim | measured |", "|---|---|---|", *lines, "",
             "| shift | teacher | teacher, JPEG 75 | ours | ours, JPEG 75 |", "|---|---|---|---|---|", *shifts]))
     writing.write(latent_spaces.COPIES / "README.md", CARD + "\n\n".join(tables) + "\n", overwrite=True)
