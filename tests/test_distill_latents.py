@@ -94,6 +94,7 @@ def test_training_goes_on_from_a_copy(command, tmp_path):
 def test_figures_of_a_copy_that_equals_its_teacher(command, tmp_path, monkeypatch):
     monkeypatch.setattr(latent_spaces, "open_copy",
                         lambda folder, space: latent_spaces.open_folder(tmp_path / "weights", space))
+    command("train", "--encoder-steps", 1, "--decoder-steps", 1)
     command("measure", "--images", 2, "--size", 32, "--steps", 2)
     command("measure", "--images", 3, "--size", 32, "--steps", 2)
     rows = [json.loads(line) for line in (tmp_path / "work" / "sd3-measured.jsonl").read_text().splitlines()]
@@ -108,6 +109,7 @@ def test_figures_of_a_copy_that_equals_its_teacher(command, tmp_path, monkeypatc
     latent_spaces.COPIES.mkdir()
     command("card")
     text = (latent_spaces.COPIES / "README.md").read_text()
+    assert "Trained for 1 steps of 3 pairs (encoder) and 1 of 3 crops (decoder). 3 photographs." in text
     assert "| made on ours: the teacher's shift over its white box | at least .70 | 1.00 [1.00, 1.00] |" in text
 
 
