@@ -334,6 +334,8 @@ uses a copy where its teacher is not on the machine (`python -m sifm_min.weights
   licence of each.
 - **Size**: 1.1 million parameters a half, 2.2 MB in bfloat16. No block at full resolution, where half of the teacher's
   work lies.
+- **A beginning**: most aims below are missed, because the training was short. `tools/distill_latents.py train --start`
+  goes on from these files.
 - **Training and figures**: `tools/distill_latents.py`, whose header has the loss and the commands.
 
 Below: evaluation photographs that were not trained on, their middle squares at 256 pixels, a budget of 7/255, attacks of
