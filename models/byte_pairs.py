@@ -1,4 +1,4 @@
-"""Byte-level BPE, shared by CLIP's and Qwen's tokenizers: reading its files, and merging the bytes of a word to ids.
+"""Byte-level BPE, shared by CLIP's and Qwen's tokenizers: reading its files, and from a text to ids.
 
 The files are `vocab.json` with `merges.txt`, or `tokenizer.json`. Standard library only.
 """
@@ -7,7 +7,7 @@ import heapq
 from itertools import pairwise
 
 from .config import shown
-from .tokens import read, read_json
+from .tokens import alternate, check_unicode, read, read_json, splitter
 
 
 def byte_symbols():
@@ -18,6 +18,44 @@ def byte_symbols():
     themselves = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in themselves]
     return {byte: chr(byte) for byte in themselves} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+class ByteLevelBPE:
+    """A tokenizer's way from a text to ids. The steps in which tokenizers differ are `_normalise` and `_words`.
+
+    specials: text -> (id, normalised); each is cut out of the text first, the normalised ones out of the normalised text.
+    pairs: the `BytePairs` that turns a word into ids.
+    """
+
+    def __init__(self, specials, pairs):
+        self._raw = {text: number for text, (number, normalised) in specials.items() if not normalised}
+        self._normalised = {self._normalise(text): number for text, (number, normalised) in specials.items() if normalised}
+        self._raw_splitter, self._normalised_splitter = splitter(self._raw), splitter(self._normalised)
+        self._pairs = pairs
+
+    def _normalise(self, text):
+        """The text as its words are looked for."""
+        raise NotImplementedError
+
+    def _words(self, text):
+        """The words of a normalised text."""
+        raise NotImplementedError
+
+    def encode(self, text):
+        """The ids of a text of any length, with nothing put around it and no padding."""
+        check_unicode(text)
+        ids = []
+        for part, is_special in alternate(self._raw_splitter, text):
+            if is_special:
+                ids.append(self._raw[part])
+                continue
+            for piece, is_normalised_special in alternate(self._normalised_splitter, self._normalise(part)):
+                if is_normalised_special:
+                    ids.append(self._normalised[piece])
+                    continue
+                for word in self._words(piece):
+                    ids.extend(self._pairs(word))
+        return ids
 
 
 class BytePairs:

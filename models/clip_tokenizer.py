@@ -10,9 +10,9 @@ of newer versions of Unicode (Python 3.11 has 14) count as symbols.
 import unicodedata
 from pathlib import Path
 
-from .byte_pairs import BytePairs, listed_tokens, numbered, read_model, special
+from .byte_pairs import ByteLevelBPE, BytePairs, listed_tokens, numbered, read_model, special
 from .config import shown
-from .tokens import alternate, check_unicode, kind, read_json, splitter
+from .tokens import kind, read_json
 
 # ---------------------------------------------------------------------------------------------- from text to words
 
@@ -56,7 +56,7 @@ def words(text):
 # ------------------------------------------------------------------------------------------- from words to ids
 
 
-class CLIPTokenizer:
+class CLIPTokenizer(ByteLevelBPE):
     """CLIP's byte-level BPE. Made by `from_folder`; then `tokenizer(prompts)` gives one row of ids for each prompt.
 
     `vocab`: token -> id. `merges`: pairs of tokens, in order of priority. `specials`: text -> (id, folded); each is cut out
@@ -66,10 +66,7 @@ class CLIPTokenizer:
 
     def __init__(self, vocab, merges, specials, *, start, end, pad, unknown, length):
         self.vocab, self.start, self.end, self.pad, self.length = vocab, start, end, pad, length
-        self._raw = {text: number for text, (number, folded) in specials.items() if not folded}
-        self._folded = {normalise(text): number for text, (number, folded) in specials.items() if folded}
-        self._raw_splitter, self._folded_splitter = splitter(self._raw), splitter(self._folded)
-        self._pairs = BytePairs(vocab, merges, end="</w>", unknown=unknown)
+        super().__init__(specials, BytePairs(vocab, merges, end="</w>", unknown=unknown))
 
     @classmethod
     def from_folder(cls, folder):
@@ -105,21 +102,11 @@ class CLIPTokenizer:
         rows = ([self.start, *self.encode(prompt)[:self.length - 2], self.end] for prompt in prompts)
         return [row + [self.pad] * (self.length - len(row)) for row in rows]
 
-    def encode(self, text):
-        """The ids of a text of any length, without start, end and padding."""
-        check_unicode(text)
-        ids = []
-        for part, is_special in alternate(self._raw_splitter, text):
-            if is_special:
-                ids.append(self._raw[part])
-                continue
-            for piece, is_folded_special in alternate(self._folded_splitter, normalise(part)):
-                if is_folded_special:
-                    ids.append(self._folded[piece])
-                    continue
-                for word in words(piece):
-                    ids.extend(self._pairs(word))
-        return ids
+    def _normalise(self, text):
+        return normalise(text)
+
+    def _words(self, text):
+        return words(text)
 
 
 def _read_specials(folder, config, whole, vocab):

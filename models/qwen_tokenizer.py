@@ -9,9 +9,9 @@ Face tokenizer. Text is classified by this Python's Unicode tables: characters o
 import unicodedata
 from pathlib import Path
 
-from .byte_pairs import BytePairs, byte_symbols, listed_tokens, numbered, read_model, special
+from .byte_pairs import ByteLevelBPE, BytePairs, byte_symbols, listed_tokens, numbered, read_model, special
 from .config import shown
-from .tokens import alternate, check_unicode, kind, read, read_json, splitter
+from .tokens import kind, read, read_json
 
 # A prompt as FLUX.2 [klein] gives it to Qwen3: one turn of the user, and the answer begun with no thought in it. This is
 # what the chat template of the published files makes of it with add_generation_prompt and enable_thinking off.
@@ -73,7 +73,7 @@ def _run(kinds, start, wanted):
 
 # ------------------------------------------------------------------------------------------- from words to ids
 
-class QwenTokenizer:
+class QwenTokenizer(ByteLevelBPE):
     """Qwen's byte-level BPE. Made by `from_folder`; then `tokenizer(prompts)` gives rows of ids, and their masks.
 
     `vocab`: token -> id. `merges`: pairs of tokens, in order of priority. `specials`: text -> (id, normalised); each is cut
@@ -82,10 +82,7 @@ class QwenTokenizer:
 
     def __init__(self, vocab, merges, specials, *, pad):
         self.vocab, self.pad = vocab, pad
-        self._raw = {text: number for text, (number, normalised) in specials.items() if not normalised}
-        self._normalised = {normalise(text): number for text, (number, normalised) in specials.items() if normalised}
-        self._raw_splitter, self._normalised_splitter = splitter(self._raw), splitter(self._normalised)
-        self._pairs = BytePairs(vocab, merges)
+        super().__init__(specials, BytePairs(vocab, merges))
 
     @classmethod
     def from_folder(cls, folder):
@@ -127,21 +124,11 @@ class QwenTokenizer:
         """The number of ids of a prompt in its chat, uncut."""
         return len(self.encode(CHAT.format(prompt)))
 
-    def encode(self, text):
-        """The ids of a text of any length, without chat and padding."""
-        check_unicode(text)
-        ids = []
-        for part, is_special in alternate(self._raw_splitter, text):
-            if is_special:
-                ids.append(self._raw[part])
-                continue
-            for piece, is_normalised_special in alternate(self._normalised_splitter, normalise(part)):
-                if is_normalised_special:
-                    ids.append(self._normalised[piece])
-                    continue
-                for word in words(piece):
-                    ids.extend(self._pairs(word))
-        return ids
+    def _normalise(self, text):
+        return normalise(text)
+
+    def _words(self, text):
+        return words(text)
 
 
 def _check_template(folder, config):
