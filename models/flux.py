@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import EMA, LARGEST, LAYERS, Config, shown
-from .lean import Prepared
+from .lean import Prepared, tapped
 from .modulation import NORM_EPS, FeedForward, Modulation, TwoLayers, normed, waves
 
 HALF_LIMIT = 65504.0                                # the largest number of float16; activations are held below it
@@ -478,14 +478,8 @@ class Flux(nn.Module):
             raise ValueError(f"unknown tap {unknown[0]!r}; this transformer has {', '.join(known)}")
         if reference is None and (absent := sorted(tap for tap in taps if tap.endswith((".reference", ".mass")))):
             raise ValueError(f"the tap {absent[0]!r} is of a reference picture, and none is given")
-        found, wanted = {}, taps.difference(self.tap_names)
-        for name, x in self.walk(noisy_latent, reference, timestep, context, pooled, guidance, wanted=wanted):
-            if name in taps:
-                found[name] = x
-                if len(found) == len(taps):
-                    break
-        assert len(found) == len(taps), "tap_names has a name that walk does not yield"
-        return found
+        wanted = taps.difference(self.tap_names)
+        return tapped(self.walk(noisy_latent, reference, timestep, context, pooled, guidance, wanted=wanted), taps)
 
 
 class Flux1(Flux):

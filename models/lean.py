@@ -19,6 +19,18 @@ def only_the_input(x, *parameters):
     return torch.is_grad_enabled() and x.requires_grad and not any(parameter.requires_grad for parameter in parameters)
 
 
+def tapped(activations, taps):
+    """{name: activation} of the taps, a set, from the (name, activation) pairs of a `walk`, which ends at the last of them."""
+    found = {}
+    for name, x in activations:
+        if name in taps:
+            found[name] = x
+            if len(found) == len(taps):
+                break
+    assert len(found) == len(taps), "tap_names has a name that walk does not yield"
+    return found
+
+
 def frozen(network):
     """True if no weight of the network requires a gradient."""
     return not any(parameter.requires_grad for parameter in network.parameters())

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import EMA, LAYERS, Config, shown
-from .lean import Prepared
+from .lean import Prepared, tapped
 from .modulation import NORM_EPS, FeedForward, Modulation, TwoLayers, normed, waves
 
 # Keys of the published config.json that are not fields of `MMDiTConfig`.
@@ -302,11 +302,4 @@ class MMDiT(nn.Module):
             raise ValueError(f"no taps are given; this transformer has {len(known)}, from {known[0]!r} to {known[-1]!r}")
         if unknown := sorted(taps.difference(known)):
             raise ValueError(f"unknown tap {unknown[0]!r}; this transformer has {', '.join(known)}")
-        found = {}
-        for name, x in self.walk(noisy_latent, timestep, context, pooled, wanted=taps.intersection(self.probs_names)):
-            if name in taps:
-                found[name] = x
-                if len(found) == len(taps):
-                    break
-        assert len(found) == len(taps), "tap_names has a name that walk does not yield"
-        return found
+        return tapped(self.walk(noisy_latent, timestep, context, pooled, wanted=taps.intersection(self.probs_names)), taps)

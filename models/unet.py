@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import EMA, LAYERS, Config, shown
-from .lean import Conv2d, GroupNorm, NormSiLU, Prepared, gated_gelu
+from .lean import Conv2d, GroupNorm, NormSiLU, Prepared, gated_gelu, tapped
 
 # Keys of the published config.json that are not fields of `UNetConfig` and change nothing at inference.
 HARMLESS = EMA | {
@@ -482,11 +482,4 @@ class UNet(nn.Module):
             raise ValueError(f"no taps are given; this U-Net has {len(known)}, from {known[0]!r} to {known[-1]!r}")
         if unknown := sorted(taps.difference(known, maps)):
             raise ValueError(f"unknown tap {unknown[0]!r}; this U-Net has {', '.join((*known, *maps))}")
-        found = {}
-        for name, x in self.walk(noisy_latent, timestep, context, wanted=taps.intersection(maps)):
-            if name in taps:
-                found[name] = x
-                if len(found) == len(taps):
-                    break
-        assert len(found) == len(taps), "tap_names has a name that walk does not yield"
-        return found
+        return tapped(self.walk(noisy_latent, timestep, context, wanted=taps.intersection(maps)), taps)
