@@ -23,7 +23,7 @@ from .places import Place
 LICENCE = "MIT (Ollin Boer Bohan)"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 HALVES = ("encoder", "decoder")
-COPIES, COPY = Path(__file__).parent / "latents", "copy"     # copies that this project trained: see the README there
+COPIES = Path(__file__).parent / "latents"                   # copies that this project trained: see the README there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +94,9 @@ class TinyCheckpoint(Checkpoint):
     space: the `Space` of the files; `Unfit` if they belong to another.
     """
 
-    def __init__(self, folder, source, revision, files, space):
+    def __init__(self, folder, source, revision, files, space, name=None):
         super().__init__(folder, source, revision, files)
-        self.space, self.recognised = space, False
+        self.space, self.name, self.recognised = space, name or space.name, False
         self._headers = {self.folder / file: header(self.folder / file) for file in self.files if is_weights(file)}
         self._places = {file: {name: _place(file, name) for name in found} for file, found in self._headers.items()}
         self._check_marks()
@@ -179,35 +179,37 @@ def open_folder(folder, space):
 
 
 def in_folder(folder):
-    """{name: `TinyCheckpoint`} of all tiny autoencoders in a folder; {} where there is none.
+    """The `TinyCheckpoint`s of all tiny autoencoders in a folder; [] where there is none.
 
     Files with the author's name are of that space. A config.json and its weights in the folder itself are of the space that
     their marks say; where these say none, they carry the folder's name.
     """
-    names = {space.name: files for space in SPACES.values() if (files := files_in(folder, space))}
-    if list(names.values()) != [[CONFIG, WEIGHTS]] * len(SPACES):
-        return {name: open_folder(folder, SPACES[name]) for name in names}
-    found = []
-    for space in SPACES.values():
+    here = [space for space in SPACES.values() if files_in(folder, space)]
+    if any(files_in(folder, space) != [CONFIG, WEIGHTS] for space in here):
+        return [open_folder(folder, space) for space in here]
+    found, unfit = [], None
+    for space in here:
         try:
             found.append(open_folder(folder, space))
         except Unfit as error:
             unfit = error
-    if not found:
+    if unfit and not found:
         raise unfit
-    known = next((checkpoint for checkpoint in found if checkpoint.recognised), None)
-    return {known.space.name: known} if known else {folder.resolve().name: found[0]}
+    known = [checkpoint for checkpoint in found if checkpoint.recognised]
+    if found and not known:
+        found[0].name = folder.resolve().name
+    return known or found[:1]
 
 
 def open_copy(folder, space):
     """The `TinyCheckpoint` of a copy of a space that this project trained: a folder in diffusers' layout."""
-    return TinyCheckpoint(folder, str(folder), None, (CONFIG, WEIGHTS), space)
+    return TinyCheckpoint(folder, str(folder), None, (CONFIG, WEIGHTS), space, f"{space.name}-copy")
 
 
-def shipped():
-    """The copies that ship with the project, {"sd1-copy": `TinyCheckpoint`}: of sd1 and sd3 where nobody took them out."""
-    folders = {f"{name}-{COPY}": COPIES / name for name in SPACES}
-    return {name: open_copy(folder, SPACES[folder.name]) for name, folder in folders.items() if (folder / WEIGHTS).is_file()}
+def copy_of(space):
+    """The `TinyCheckpoint` of the copy of a space that ships with the project, or None."""
+    folder = COPIES / space.name
+    return open_copy(folder, space) if (folder / WEIGHTS).is_file() else None
 
 
 def absence(folder, space):
@@ -225,6 +227,18 @@ def find(space):
         raise Unavailable(f"the latent space {space.name} is not on this machine: run `{PROGRAM}.weights download "
                           f"{space.command}` once, about {space.size / 1e6:.0f} MB")
     return TinyCheckpoint(folder, space.hub_id, space.revision, space.files, space)
+
+
+def find_or_copy(space):
+    """The `TinyCheckpoint` of a space on this machine, else of the copy that ships; `Unavailable` where there is neither."""
+    try:
+        return find(space)
+    except Unfit:
+        raise
+    except Unavailable:
+        if copy := copy_of(space):
+            return copy
+        raise
 
 
 def fetch(space):

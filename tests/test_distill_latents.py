@@ -143,7 +143,7 @@ def test_pairs_hold_the_teachers_latents(photos, monkeypatch):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_copies_are_small_and_whole(name):
     assert "sd1" in SHIPPED
-    copy = latent_spaces.shipped()[f"{name}-copy"].network()
+    copy = latent_spaces.copy_of(SPACES[name]).network()
     for half in (copy.encoder, copy.decoder):
         assert sum(p.numel() * p.element_size() for p in half.parameters()) < 3e6
     assert isinstance(copy, AutoencoderTiny) and copy.config.latent_channels == SPACES[name].channels

@@ -200,11 +200,20 @@ def is_latents(source):
 
 def at_hand():
     """The items of "latents:ITEM,ITEM" on this machine: of each space the tiny autoencoder or the copy, then the editors'."""
-    copies = latent_spaces.shipped()
-    found = [name if latent_spaces.is_here(space) else f"{name}-{latent_spaces.COPY}" for name, space in SPACES.items()]
-    return [*(name for name in found if name in SPACES or name in copies),
+    return [*(checkpoint.name for checkpoint in _tiny_at_hand()),
             *(source.name for source in checkpoints.EDITORS.values()
               if source.hub_id and checkpoints.cached(source.hub_id, source.revision, ["vae"])[1] is None)]
+
+
+def _tiny_at_hand():
+    """The checkpoint of each space: the published one, else the copy; spaces with neither are left out."""
+    for space in SPACES.values():
+        try:
+            yield latent_spaces.find_or_copy(space)
+        except checkpoints.Unfit:
+            raise
+        except checkpoints.Unavailable:
+            continue
 
 
 def load_latents(source, *, device=None, dtype=None, offline=None):
@@ -222,7 +231,7 @@ def load_latents(source, *, device=None, dtype=None, offline=None):
         items = [item.strip() for item in asked.split(",")]
         found = [space for item in items for space in _spaces_of(item, device, offline)]
     else:
-        found = [space for name in SPACES if (space := _of_space(name, device)) is not None]
+        found = [_tiny(checkpoint, device) for checkpoint in _tiny_at_hand()]
         if not found:
             raise checkpoints.Unavailable(f"no latent space is on this machine: run `{PROGRAM}.weights download latents` once, "
                                           "about 50 MB, or give the folder of an editor as latents:FOLDER")
@@ -234,16 +243,16 @@ def load_latents(source, *, device=None, dtype=None, offline=None):
 
 def _spaces_of(item, device, offline):
     if item in SPACES:
-        return [_of_space(item, device) or _tiny(latent_spaces.find(SPACES[item]), device)]
-    if item in latent_spaces.shipped():
-        return [_copy(item, device)]
+        return [_tiny(latent_spaces.find_or_copy(SPACES[item]), device)]
+    if copy := next((copy for copy in map(latent_spaces.copy_of, SPACES.values()) if copy and copy.name == item), None):
+        return [_tiny(copy, device)]
     folder = Path(item).expanduser()
     if item and folder.is_dir() and not (folder / "vae").is_dir():
         found = latent_spaces.in_folder(folder)
         if not found:
             raise checkpoints.Unavailable(f"{folder} has neither an editor's vae/ nor files of a tiny autoencoder such as "
                                           "taesd_encoder.safetensors and taesd_decoder.safetensors")
-        return [_tiny(checkpoint, device, name) for name, checkpoint in found.items()]
+        return [_tiny(checkpoint, device) for checkpoint in found]
     try:
         checkpoint = checkpoints.open_checkpoint(item, ["vae"], offline=offline)
     except checkpoints.Unavailable:
@@ -255,20 +264,8 @@ def _spaces_of(item, device, offline):
                         type(network).__name__ == "AutoencoderTiny")]
 
 
-def _of_space(name, device):
-    """The published tiny autoencoder of a space, else the copy that ships, else None."""
-    if latent_spaces.is_here(SPACES[name]):
-        return _tiny(latent_spaces.find(SPACES[name]), device)
-    copy = f"{name}-{latent_spaces.COPY}"
-    return _copy(copy, device) if copy in latent_spaces.shipped() else None
-
-
-def _copy(name, device):
-    return _tiny(latent_spaces.shipped()[name], device, name)
-
-
-def _tiny(checkpoint, device, name=None):
-    return LatentSpace(name or checkpoint.space.name, checkpoint.network(device=device, dtype=torch.float32), checkpoint, True)
+def _tiny(checkpoint, device):
+    return LatentSpace(checkpoint.name, checkpoint.network(device=device, dtype=torch.float32), checkpoint, True)
 
 
 def _has_bfloat16_units(device):
