@@ -35,7 +35,7 @@ SHORTEST, NARROWEST = 64, 8                         # klein: the least side in p
 
 
 class Flux(TransformerEditor):
-    """The part that both have: packing, reference tokens and the noise levels of a picture's size.
+    """The part that both have: packing, reference tokens and the noise levels of a picture's size. TEXTS: the text encoders.
 
     The working size (`defaults.size`) is the side of the square whose area a picture is edited at.
     """
@@ -51,6 +51,10 @@ class Flux(TransformerEditor):
         if (self.config.in_channels, self.config.out_channels) != (wanted, wanted):
             raise ValueError(f"{name}: the transformer takes {self.config.in_channels} channels and gives "
                              f"{self.config.out_channels}; with this VAE it has to take and give {wanted}")
+
+    def make_text_encoders(self):
+        return self.TEXTS(self.checkpoint, config=self.config, length=self.defaults.text_length, device=self.device,
+                          dtype=self.dtype)
 
     @property
     def multiple(self):
@@ -79,6 +83,9 @@ class Flux(TransformerEditor):
         if not self.is_frozen:
             return timesteps
         return self.transformer.prepare_timestep(timesteps.to(self.device), **self._vectors(context))
+
+    def word_positions(self, text):
+        return self.text_encoders.word_positions(text)
 
     def features(self, image_latent, noisy_latent, timesteps, context, *, taps, guidance=None):
         """Activations of the transformer, name -> tensor, with their graph; the forward pass ends at the last tap.
@@ -128,13 +135,9 @@ class FluxKontext(Flux):
 
     OPTIONS = frozenset({"true_guidance"})
     PIPELINES = ("FluxKontextPipeline",)
-    NETWORK = flux.Flux1
+    NETWORK, TEXTS = flux.Flux1, KontextTexts
     DEFAULTS = Defaults(steps=28, guidance=2.5, size=FULL, text_length=512)      # guidance: of the model card
     KNOWN = {"flux-kontext": DEFAULTS}
-
-    def make_text_encoders(self):
-        return KontextTexts(self.checkpoint, config=self.config, length=self.defaults.text_length, device=self.device,
-                            dtype=self.dtype)
 
     def frame(self, width, height, size=None):
         _, *nearest = min((abs(width / height - w / h), w, h) for w, h in SIZES)
@@ -152,9 +155,6 @@ class FluxKontext(Flux):
     def prepare_text(self, context):
         return context._replace(states=self.transformer.prepare_context(context.states)) if self.is_frozen else context
 
-    def word_positions(self, text):
-        return self.text_encoders.word_positions(text)
-
     def _vectors(self, context, guidance=None):
         guidance = self.defaults.guidance if guidance is None else guidance
         return {"pooled": context.pooled, "guidance": guidance if self.config.guidance_embeds else None}
@@ -168,7 +168,7 @@ class FluxKlein(Flux):
     """
 
     PIPELINES = ("Flux2KleinPipeline",)
-    NETWORK, PACKED = flux.Flux2, True
+    NETWORK, TEXTS, PACKED = flux.Flux2, KleinTexts, True
     DEFAULTS = Defaults(steps=4, guidance=1.0, size=FULL, text_length=512)
     KNOWN = {"flux-klein": DEFAULTS}
 
@@ -179,10 +179,6 @@ class FluxKlein(Flux):
         if getattr(self.vae, "bn", None) is None:
             raise ValueError(f"{name}: the autoencoder has no statistics of its latents (bn), by which FLUX.2 scales them; a "
                              "tiny autoencoder cannot take the place of FLUX.2's")
-
-    def make_text_encoders(self):
-        return KleinTexts(self.checkpoint, config=self.config, length=self.defaults.text_length, device=self.device,
-                          dtype=self.dtype)
 
     @property
     def context_blocks(self):
@@ -216,20 +212,22 @@ class FluxKlein(Flux):
         scale = math.sqrt(area / (width * height))
         return (int(width * scale), int(height * scale)) if scale < 1 else (width, height)
 
+    def _window(self, width, height, size):
+        """((width, height) before the sides are cut, (left, top, width, height) of what is kept)."""
+        kept_height, kept_width = self.frame(width, height, size)
+        whole = self._scaled_down(width, height, size)
+        return whole, ((whole[0] - kept_width) // 2, (whole[1] - kept_height) // 2, kept_width, kept_height)
+
     def fitted(self, picture, size=None):
-        height, width = self.frame(*picture.size, size)
-        whole = self._scaled_down(*picture.size, size)
+        whole, (left, top, width, height) = self._window(*picture.size, size)
         picture = picture.convert("RGB")
         if whole != picture.size:
             picture = picture.resize(whole, Image.Resampling.LANCZOS)
-        left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
         return picture.crop((left, top, left + width, top + height))
 
     def resize(self, pixels, size=None):
-        height, width = self.frame(pixels.shape[3], pixels.shape[2], size)
-        whole = self._scaled_down(pixels.shape[3], pixels.shape[2], size)
+        whole, (left, top, width, height) = self._window(pixels.shape[3], pixels.shape[2], size)
         pixels = images.resize(pixels, whole[1], whole[0])
-        left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
         return pixels[:, :, top:top + height, left:left + width]
 
     # -- latents -------------------------------------------------------------------------------------------------------
@@ -246,9 +244,6 @@ class FluxKlein(Flux):
 
     def prepare_text(self, context):
         return self.transformer.prepare_context(context) if self.is_frozen else context
-
-    def word_positions(self, text):
-        return self.text_encoders.word_positions(text)
 
 
 class FluxKleinBase(FluxKlein):
