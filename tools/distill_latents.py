@@ -19,7 +19,6 @@ pupil's latents.
 """
 
 import argparse
-import io
 import json
 import math
 import os
@@ -34,7 +33,9 @@ from PIL import Image
 from safetensors.torch import save
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+from photosets import in_turn, marked  # noqa: E402
+
 from sifm_min import images, metrics  # noqa: E402
 from sifm_min.editors.latents import Latents, LatentSpace, latent  # noqa: E402
 from sifm_min.editors.shifts import shift  # noqa: E402
@@ -43,6 +44,7 @@ from sifm_min.models import latent_spaces  # noqa: E402
 from sifm_min.models.latent_spaces import SPACES  # noqa: E402
 from sifm_min.models.tiny_vae import AutoencoderTiny, TinyVAEConfig  # noqa: E402
 from sifm_min.pgd import pgd  # noqa: E402
+from sifm_min.purifiers.attacks import ATTACKS  # noqa: E402
 
 COPIED = ("sd1", "sd3")                                      # the latent spaces that ship as copies
 EPS = 7 / 255                                                # the budget of 0.03 on a picture of 8 bits
@@ -61,8 +63,10 @@ def say(text):
 
 def licences(folder, use):
     """The lines of LICENSES.jsonl whose photographs are for this use."""
-    rows = [json.loads(line) for line in (folder / "LICENSES.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["use"] == use]
+    rows = marked(folder, use)
+    if rows is None:
+        raise SystemExit(f"{folder} has no LICENSES.jsonl, which says what each photograph is for")
+    return rows
 
 
 def photographs(folder, use):
@@ -252,9 +256,7 @@ def measure(args):
     writing.make_folder(args.work)
     journal = args.work / f"{args.space}-measured.jsonl"
     done = journal.read_text().splitlines() if journal.exists() else []
-    chosen = [row for group in zip(*(  # one of each category in turn
-        [row for row in licences(args.photos, "evaluate") if row["category"] == category]
-        for category in ("people", "landscapes", "artworks")), strict=False) for row in group][:args.images]
+    chosen = in_turn(licences(args.photos, "evaluate"))[:args.images]
     for row in chosen[len(done):]:
         found = measured(args, teacher, pupil, Image.open(args.photos / row["file"]).convert("RGB"))
         with journal.open("a") as file:
@@ -281,6 +283,7 @@ def measured(args, teacher, pupil, picture):
         decoded = {"teacher": teacher.decode(t), "teacher's decoder": teacher.decode(s), "pupil": pupil.decode(s)}
         for name, picture_of in decoded.items():
             figures[f"PSNR {name}"] = metrics.psnr(picture_of.clamp(0, 1), pixels).item()
+    jpeg = ATTACKS["jpeg-75"]
     for made in ("noise", "teacher", "pupil"):
         changed = protected(args, Latents([spaces.get(made, teacher)]), picture, 0 if made == "noise" else args.steps)
         for purifier, clean, noisy in (("none", picture, changed), ("JPEG 75", jpeg(picture), jpeg(changed))):
@@ -296,12 +299,6 @@ def protected(args, editor, picture, steps):
     objective = latent(editor, pixels, [None], generator=generator, sizes=args.size)
     delta = pgd(pixels, objective, EPS, steps=steps, step_size=2 / 255, schedule="linear", generator=generator)
     return images.to_image(on_8_bits(pixels, delta))
-
-
-def jpeg(picture, quality=75):
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality)
-    return Image.open(buffer).convert("RGB")
 
 
 AIMS = [                                                     # (what, aim, a function of a photograph's figures)

@@ -15,13 +15,13 @@ table prints the CPU seconds that were used.
 """
 
 import argparse
-import json
 import sys
 import time
-from itertools import zip_longest
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+from photosets import in_turn, marked  # noqa: E402
+
 import sifm_min  # noqa: E402
 from sifm_min import images, metrics  # noqa: E402
 from sifm_min.files.digests import digest, picture_sha256  # noqa: E402
@@ -38,15 +38,9 @@ MEASURES = ("shift", "ssim", "lpips", "fsim", "psnr", "visibility", "mean budget
 
 def photographs(folder, use, count):
     """Paths of `count` photographs: see the head of this file."""
-    licences = folder / "LICENSES.jsonl"
-    if not licences.is_file():
-        return list_pictures([folder]).pictures[:count]
-    by_category = {}
-    for line in licences.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row["use"] == use:
-            by_category.setdefault(row["category"], []).append(folder / row["file"])
-    return [path for paths in zip_longest(*by_category.values()) for path in paths if path is not None][:count]
+    rows = marked(folder, use)
+    found = list_pictures([folder]).pictures if rows is None else [folder / row["file"] for row in in_turn(rows)]
+    return found[:count]
 
 
 def shrunk(path, size):

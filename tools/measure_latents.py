@@ -15,7 +15,6 @@ with the 95 % interval of a bootstrap over photographs.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -25,7 +24,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+from photosets import marked  # noqa: E402
+
 import sifm_min  # noqa: E402
 from sifm_min import images  # noqa: E402
 from sifm_min.editors import latents, shifts  # noqa: E402
@@ -42,12 +43,8 @@ DRAWS = 2000                                                 # of the bootstrap
 
 def photographs(folder, count):
     """`count` pictures of a folder for evaluation, in an order that is random and fixed: a larger count has them too."""
-    notes = folder / "LICENSES.jsonl"
-    if notes.is_file():
-        rows = map(json.loads, notes.read_text(encoding="utf-8").splitlines())
-        found = [folder / row["file"] for row in rows if row.get("use", "evaluate") == "evaluate"]
-    else:
-        found = list_pictures([folder]).pictures
+    rows = marked(folder, "evaluate")
+    found = list_pictures([folder]).pictures if rows is None else [folder / row["file"] for row in rows]
     if len(found) < count:
         raise SystemExit(f"{folder} has {len(found)} photographs for evaluation, fewer than --images {count}")
     return sorted(found, key=lambda path: digest(path.name))[:count]
