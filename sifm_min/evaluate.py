@@ -14,8 +14,8 @@ from pathlib import Path
 from . import PROGRAM, cli
 from .experiments import suites
 from .files.weight_digests import hash_weights
-from .immunize import PRESETS
 from .judging import panels
+from .methods import PRESETS
 from .metrics.perturbation import BUDGETS
 
 EXAMPLES = """examples:
@@ -166,7 +166,7 @@ def _run(args):
 
 def _methods(args):
     """The methods of the run. Raises ValueError for options that do not fit the suite or the methods."""
-    from .immunize import options_of
+    from .methods import options_of
     methods = list(dict.fromkeys(args.methods or suites.METHODS_OF.get(args.suite, ("sifm",))))
     if unknown := [method for method in methods if method not in suites.COMPARED]:
         raise ValueError(f"--methods {unknown[0]}: choose from {','.join(suites.COMPARED)} (the controls are always there)")

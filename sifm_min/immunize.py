@@ -5,7 +5,6 @@ fails, and returns the picture with a report that holds everything needed to rep
 holds on the 8-bit picture that is saved. `python -m sifm_min.immunize` does it for files and folders.
 """
 
-import argparse
 import inspect
 import math
 import os
@@ -21,9 +20,11 @@ from . import cli, methods
 from .files import listing as listing_of
 from .files import reports, writing
 from .files.weight_digests import hash_weights
+from .immunizing import previews
+from .immunizing.flags import given, parser
 from .memory import in_words
-from .methods import METHODS, PRESETS, PROTOCOL, options_of, settings
-from .metrics.perturbation import BUDGETS, local_budget, measured
+from .methods import METHODS, options_of, settings
+from .metrics.perturbation import local_budget, measured
 
 
 @dataclass(frozen=True)
@@ -214,90 +215,7 @@ sys.modules[__name__].__signature__ = inspect.signature(immunize)
 
 # -- the command ---------------------------------------------------------------------------------------------------------
 
-EXAMPLES = """examples:
-  %(prog)s photo.png --prompt "make her a witch" -o out
-  %(prog)s photo.png --prompt "make her a witch" --editor instruct-pix2pix -o out
-  %(prog)s photo.png --editor latents -o out
-  %(prog)s photos/ --prompt "turn him into a zombie" --prompt "make it night" --steps 200 -o out
-
-writes, per picture: NAME_immunized.png, NAME_preview.png (original, its edit, immunized, its edit, perturbation x10; with
---editor latents the decodings of each latent space in place of edits) and NAME.json (the report). A folder resumes
-where it stopped. Exit codes: 0 all done, 1 some pictures failed, 2 usage, 3 weights unavailable, 130 or 143 interrupted."""
 OUTPUTS = ("_immunized.png", "_preview.png", ".json")
-
-
-def _parser():
-    parser = cli.Parser("immunize",
-                        "Write a picture again with an invisible perturbation that makes text-guided edits of it fail.",
-                        EXAMPLES)
-    add = parser.add_argument
-    add("pictures", nargs="*", type=cli.path, metavar="PICTURE-OR-FOLDER")
-    add("--prompt", action="append", type=cli.prompt, help="the edit to defeat; several take turns")
-    add("-o", "--output", type=cli.path, metavar="DIR", help="where results go (created if absent)")
-    parser.editor()
-    add("--method", type=_method,
-        help=f"{', '.join(METHODS)}, or your own as MODULE:NAME (default: sifm; of --editor latents: latent)")
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, above all of your own")
-    add("--eps", type=cli.eps, default=0.03, help="budget, as 0.03 or 8/255 (default: 0.03)")
-    add("--budget", choices=BUDGETS, default="uniform",
-        help="where --eps holds: everywhere (uniform, default), or with less for smooth areas, where changes show (texture)")
-    add("--preset", choices=PRESETS, default="protocol",
-        help="what holds unless told otherwise: the paper's protocol for all methods (default), or how the original of a "
-             "baseline was run; the budget is --eps in both")
-    add("--steps", type=cli.count, help="PGD iterations (protocol: 100)")
-    add("--step-size", type=cli.positive, help="of one iteration, on [0,1] (protocol: 1/255)")
-    add("--schedule", choices=("constant", "linear"), help="of the step size (protocol: constant)")
-    add("--init", choices=("random", "zero"), help="where the perturbation starts (protocol: random)")
-    add("--mask", type=cli.path, metavar="PICTURE", help="perturb only where this picture is bright")
-    add("--robust", action="store_true",
-        help="expect what pictures meet before an edit: each step sees both pictures after a JPEG, a resize, a blur or nothing")
-    add("--robust-cleaner", dest="robust", action="store_const", const="cleaner",
-        help="the same with AdverseCleaner among them, which takes longer and some 2 kB of memory a pixel")
-    own = parser.add_argument_group("options of single methods, named behind each").add_argument
-    own("--lam", "--lambda", type=cli.number, help="weight of the distance term (sifm; default: 0.1)")
-    own("--timesteps", type=cli.timesteps,
-        help="a count, or timesteps as 900,500,100 (sifm, semantic-attack; default: 10)")
-    own("--taps", type=cli.commas(), help="activations to perturb, comma-separated; `list` prints what there is (sifm)")
-    own("--reduction", choices=("balanced", "relative", "mean", "literal"),
-        help="of activations to a number (sifm; default: balanced)")
-    own("--aggregate", choices=("loss-mean", "feature-mean"), help="of the taps (sifm; default: loss-mean)")
-    own("--noisy", choices=("paper", "deploy"),
-        help="whose latent is noised: the immunized picture's (default), or the original's (sifm)")
-    own("--resample", action=argparse.BooleanOptionalAction,
-        help="draw new noise at every step (sifm; default: no; photoguard-diffusion; default: yes)")
-    own("--batch", type=cli.count, help="timesteps at once (sifm, semantic-attack; default: all)")
-    own("--unroll", type=cli.count, help="denoising steps to look through (photoguard-diffusion; default: 4)")
-    own("--repeats", type=cli.count, help="edits per step, each from its own noise (photoguard-diffusion; default: 1)")
-    own("--content", type=cli.prompt, metavar="TEXT", help="what to protect, as `man` (semantic-attack; default: the prompts)")
-    own("--variant", help="which form of the loss: zero, grey (photoguard-encoder); eot, plain, released (editshield); minus, "
-                          "plus (sds); fused, textural, semantic (mist); ace+, ace (ace); the first is the default")
-    own("--sizes", type=cli.commas(cli.count), help="long sides at which latents are moved, in turn (latent: 512,1024)")
-    own("--spaces-per-step", type=cli.count, metavar="K", help="so many latent spaces take turns (latent; default: all)")
-    own("--blocks", type=cli.count, help="single blocks to attack, from the first (decontext; default: the editor's)")
-    own("--low", type=cli.count, help="the least noisy timestep that is drawn (decontext; default: 980)")
-    parser.memory()
-    add("--no-preview", action="store_true", help="skip the preview and its two edits")
-    parser.shared("device", "dtype", "vae-dtype", "seed", "overwrite")
-    return parser
-
-
-def _method(text):
-    if text not in METHODS.HOMES and ":" not in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(METHODS)}; your own is MODULE:NAME")
-    return text
-
-
-OPTIONS = ("lam", "timesteps", "taps", "reduction", "aggregate", "noisy", "resample", "batch", "unroll", "repeats", "content",
-           "variant", "sizes", "spaces_per_step", "blocks", "low")
-
-
-def _given(args):
-    """Of loop and method, what the command line set; the rest is the preset's, or the method's own default."""
-    given = {name: value for name in (*PROTOCOL, *OPTIONS) if (value := getattr(args, name)) is not None}
-    options = methods.parse(args.method, args.option)
-    if twice := sorted(given.keys() & options.keys()):
-        raise ValueError(f"--option {twice[0]} and --{twice[0].replace('_', '-')} are the same; give one of them")
-    return given | options
 
 
 def _body(args):
@@ -309,7 +227,7 @@ def _body(args):
         prompt = "" if latents else ", --prompt TEXT"
         raise ValueError(f"give at least one picture or folder{prompt} and -o DIR (--help shows examples)")
     if not listing:
-        settings(args.method, args.preset, **_given(args))   # an unknown option is an error before any work
+        settings(args.method, args.preset, **given(args))   # an unknown option is an error before any work
         pictures, left_out = find(args.pictures, args.output, OUTPUTS)
         index, count = cli.rank(os.environ)
         pictures, left_out = pictures[index::count], {} if index else left_out
@@ -321,7 +239,7 @@ def _body(args):
             default = name in editor.default_taps
             cli.result({"tap": name, "default": default}, f"{name}{'  (default)' if default else ''}", as_json=args.json)
         return cli.OK
-    methods.check_fit(args.method, settings(args.method, args.preset, **_given(args))[1], editor)
+    methods.check_fit(args.method, settings(args.method, args.preset, **given(args))[1], editor)
     editor_taps = set(editor.tap_names)
     if unknown := [name for name in args.taps or () if name not in editor_taps]:
         raise ValueError(f"--taps {unknown[0]}: this editor has no such activation; --taps list prints those it has")
@@ -385,11 +303,11 @@ def _immunize_file(path, editor, args):
     if done:                                                 # all but the preview
         immunized, report = picture.put_together(images.read(immunized_path).image), before
     else:
-        steps = settings(args.method, args.preset, **_given(args))[0]["steps"]
+        steps = settings(args.method, args.preset, **given(args))[0]["steps"]
         with cli.progress(total=steps, what=path.name, quiet=args.quiet) as bar:
             result = immunize(picture, editor, args.prompt or (), method=args.method, eps=args.eps, budget=args.budget,
                               seed=args.seed, preset=args.preset, mask=args.mask, robust=args.robust, memory=args.memory,
-                              on_step=lambda step, loss, terms: bar.update(), **_given(args))
+                              on_step=lambda step, loss, terms: bar.update(), **given(args))
         immunized, limit = result.image, local_budget(picture, args.eps, args.budget)
         report = {"finished": True, "asked": asked, "results": [immunized_path.name, preview_path.name], "picture": str(path),
                   "immunized": immunized_path.name, **result.report}
@@ -402,7 +320,7 @@ def _immunize_file(path, editor, args):
                f"{_shifts(report)}",
                as_json=args.json)
     if not args.no_preview:
-        _write_preview(picture, immunized, preview_path, editor, args)
+        previews.write_preview(picture, immunized, preview_path, editor, args)
 
 
 def tell_skipped(path, report, args):
@@ -410,19 +328,6 @@ def tell_skipped(path, report, args):
     cli.say(f"{path}: done before, skipped", quiet=args.quiet)
     if args.json:
         cli.out(cli.to_json(reports.in_short(report) | {"skipped": True}))
-
-
-def _write_preview(picture, immunized, path, editor, args):
-    """Write the preview; its failure is a remark, because the immunized picture is finished and written."""
-    from . import images
-    try:
-        with in_words():
-            sheet = _preview(picture, immunized, _shown(picture, immunized, editor, args), editor.notice)
-    except (ValueError, RuntimeError) as error:
-        cli.say(f"{path}: no preview, because its edit failed: {cli.sentence(error)}; the immunized picture is not affected "
-                "(--no-preview leaves the preview out)", quiet=args.quiet)
-        return
-    images.write_picture(path, sheet, overwrite=True)
 
 
 def question(path, editor, args):
@@ -438,26 +343,6 @@ def question(path, editor, args):
     return {**values, "sha256": sha256(path), "mask": mask and sha256(mask), "weights": editor.provenance()["weights"]}
 
 
-def _shown(picture, immunized, editor, args):
-    """The columns of a preview beside the original and beside the immunized picture: edits, or the spaces' decodings."""
-    if hasattr(editor, "decodings"):
-        return [[(f"{name} decodes", found) for name, found in editor.decodings(image.convert("RGB"))]
-                for image in (picture.image, immunized)]
-    with cli.progress(total=2 * len(editor.plan().timesteps), what="preview", quiet=args.quiet) as bar:
-        return [[(f"edited: {args.prompt[0]}", editor.edit(image.convert("RGB"), args.prompt[0], seed=args.seed,
-                                                           on_step=lambda i, n: bar.update()))]
-                for image in (picture.image, immunized)]
-
-
-def _preview(picture, immunized, shown, notice):
-    from . import images
-    from .files import contact_sheet
-    original = picture.put_together(picture.image)           # with its transparency, as the immunized one has it
-    columns = [("original", original), *shown[0], ("immunized", immunized), *shown[1],
-               ("perturbation x10", images.amplify(picture.image, immunized))]
-    return picture.coloured(contact_sheet.sheet(columns, footer=notice))
-
-
 def _shifts(report):
     """The shifts of a report in words, "" where it has none."""
     if not report.get("shifts"):
@@ -467,7 +352,7 @@ def _shifts(report):
 
 
 def main(argv=None):
-    return cli.run_command(_body, _parser(), argv)
+    return cli.run_command(_body, parser(), argv)
 
 
 if __name__ == "__main__":

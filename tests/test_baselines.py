@@ -568,17 +568,17 @@ def test_run_without_a_gradient_is_refused(variant, editor, contexts, x_orig):
 
 
 def test_native_presets_name_loop_and_options_that_exist():
-    from sifm_min import immunize
+    from sifm_min import methods
     assert set(baselines.NATIVE) == METHODS.keys() - {"sifm", "noise", "latent"}
     for method, native in baselines.NATIVE.items():
-        loop, own = immunize.settings(method, "native")
-        assert {**loop, **own} == {**immunize.PROTOCOL, **native.settings}
+        loop, own = methods.settings(method, "native")
+        assert {**loop, **own} == {**methods.PROTOCOL, **native.settings}
         assert "eps" not in native.settings and native.source and native.budget
     table = {"photoguard-encoder": (1000, 0.01, "linear", "random"), "photoguard-diffusion": (200, 0.003, "constant", "zero"),
              "editshield": (30, 0.001, "constant", "zero"), "semantic-attack": (100, 1 / 255, "constant", "zero"),
              "sds": (100, 1 / 255, "constant", "zero"), "mist": (100, 1 / 255, "constant", "random"),
              "ace": (250, 0.0025, "constant", "zero"), "decontext": (800, 0.0025, "constant", "zero")}
-    assert {method: tuple(immunize.settings(method, "native")[0].values()) for method in baselines.NATIVE} == table
+    assert {method: tuple(methods.settings(method, "native")[0].values()) for method in baselines.NATIVE} == table
 
 
 # ------------------------------------------------------------------------------------------------- in a real latent space

@@ -15,6 +15,7 @@ from photographs import photo
 
 from sifm_min import cli, compare, edit, images
 from sifm_min.files import listing, reports, writing
+from sifm_min.immunizing import previews
 
 ROOT = Path(__file__).resolve().parents[1]
 immunize_module = importlib.import_module("sifm_min.immunize")
@@ -123,7 +124,7 @@ def test_failed_preview_costs_nothing_else(run, monkeypatch, capsys, error):
 
     photo("a.png")
     with monkeypatch.context() as patched:
-        patched.setattr(immunize_module, "_shown", fail)
+        patched.setattr(previews, "_shown", fail)
         assert run("a.png") == cli.OK
     out, err = capsys.readouterr()
     assert made() == ["a.json", "a_immunized.png"] and json.loads(Path("out/a.json").read_text())["finished"]

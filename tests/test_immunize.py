@@ -28,8 +28,9 @@ from picture_files import icc_header
 from PIL import Image
 
 import sifm_min
-from sifm_min import baselines, cli, images, immunize, metrics, pgd
+from sifm_min import baselines, cli, images, immunize, methods, metrics, pgd
 from sifm_min.files import contact_sheet, writing
+from sifm_min.immunizing import flags
 from sifm_min.models import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -312,7 +313,7 @@ def test_options_of_the_baselines_reach_them(run, method, argv, options):
 
 
 def test_options_of_command_and_methods_are_the_same():
-    assert set(immunize.OPTIONS) == {name for method in METHODS for name in immunize.options_of(method)}
+    assert set(flags.OPTIONS) == {name for method in METHODS for name in immunize.options_of(method)}
 
 
 @pytest.mark.parametrize("method", [method for method in baselines.NATIVE if method != "decontext"])    # refused here
@@ -323,8 +324,8 @@ def test_native_preset_is_the_original_without_its_budget(run, monkeypatch, meth
     assert immunize.main(["a.png", "--prompt", PROMPT, "--editor", "tiny", "--method", method, "--preset", "native",
                           "--no-preview", "-o", "out"]) == cli.OK
     [(eps, loop)], found = used, report()
-    assert {name: loop[name] for name in immunize.PROTOCOL} == {
-        name: native.settings.get(name, value) for name, value in immunize.PROTOCOL.items()}
+    assert {name: loop[name] for name in methods.PROTOCOL} == {
+        name: native.settings.get(name, value) for name, value in methods.PROTOCOL.items()}
     assert eps == found["options"]["eps"] == 0.03 and found["options"]["budget"] == "uniform"
     assert found["preset"] == {"name": "native", "source": native.source, "budget": native.budget}
     assert found["options"] | native.settings == found["options"]

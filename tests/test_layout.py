@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [                                                    # from the top; eight arrows, one between each two lines
     "compare edit evaluate judge weights",                   # commands: nothing imports them
     "experiments",                                           # the paper's tables
-    "immunize methods",                                      # one picture; the registry of methods
+    "immunize immunizing methods",                           # one picture; the registry of methods
     "judging",                                               # verdicts of models and people, and their statistics
     "baselines miniature",                                   # the methods SIFM is compared with; the world of exact verdicts
     "editors metrics",                                       # what is attacked; distances

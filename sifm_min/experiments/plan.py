@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .. import __version__
 from ..files.digests import digest
-from ..immunize import METHODS, PROTOCOL, options_of, settings
+from ..methods import METHODS, PROTOCOL, options_of, settings
 
 # The steps; a number is raised when code changes results.
 STEPS = {"immunize": 2, "attack": 2, "edit": 1, "metrics": 1, "lpips": 1, "verdict": 1, "shift": 1}

@@ -6,7 +6,7 @@ methods.
 """
 
 from ..files.digests import picture_sha256
-from ..immunize import METHODS
+from ..methods import METHODS
 from .plan import NOISE, Case, controls, make_arm
 
 SUITES = ("white-box", "transfer", "ablation", "lambda", "consistency", "robustness")

@@ -1,0 +1,92 @@
+"""The flags of `immunize`, and the settings that they give."""
+
+import argparse
+
+from .. import cli, methods
+from ..methods import METHODS, PRESETS, PROTOCOL
+from ..metrics.perturbation import BUDGETS
+
+EXAMPLES = """examples:
+  %(prog)s photo.png --prompt "make her a witch" -o out
+  %(prog)s photo.png --prompt "make her a witch" --editor instruct-pix2pix -o out
+  %(prog)s photo.png --editor latents -o out
+  %(prog)s photos/ --prompt "turn him into a zombie" --prompt "make it night" --steps 200 -o out
+
+writes, per picture: NAME_immunized.png, NAME_preview.png (original, its edit, immunized, its edit, perturbation x10; with
+--editor latents the decodings of each latent space in place of edits) and NAME.json (the report). A folder resumes
+where it stopped. Exit codes: 0 all done, 1 some pictures failed, 2 usage, 3 weights unavailable, 130 or 143 interrupted."""
+
+
+def parser():
+    """The parser of the command."""
+    made = cli.Parser("immunize",
+                        "Write a picture again with an invisible perturbation that makes text-guided edits of it fail.",
+                        EXAMPLES)
+    add = made.add_argument
+    add("pictures", nargs="*", type=cli.path, metavar="PICTURE-OR-FOLDER")
+    add("--prompt", action="append", type=cli.prompt, help="the edit to defeat; several take turns")
+    add("-o", "--output", type=cli.path, metavar="DIR", help="where results go (created if absent)")
+    made.editor()
+    add("--method", type=_method,
+        help=f"{', '.join(METHODS)}, or your own as MODULE:NAME (default: sifm; of --editor latents: latent)")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, above all of your own")
+    add("--eps", type=cli.eps, default=0.03, help="budget, as 0.03 or 8/255 (default: 0.03)")
+    add("--budget", choices=BUDGETS, default="uniform",
+        help="where --eps holds: everywhere (uniform, default), or with less for smooth areas, where changes show (texture)")
+    add("--preset", choices=PRESETS, default="protocol",
+        help="what holds unless told otherwise: the paper's protocol for all methods (default), or how the original of a "
+             "baseline was run; the budget is --eps in both")
+    add("--steps", type=cli.count, help="PGD iterations (protocol: 100)")
+    add("--step-size", type=cli.positive, help="of one iteration, on [0,1] (protocol: 1/255)")
+    add("--schedule", choices=("constant", "linear"), help="of the step size (protocol: constant)")
+    add("--init", choices=("random", "zero"), help="where the perturbation starts (protocol: random)")
+    add("--mask", type=cli.path, metavar="PICTURE", help="perturb only where this picture is bright")
+    add("--robust", action="store_true",
+        help="expect what pictures meet before an edit: each step sees both pictures after a JPEG, a resize, a blur or nothing")
+    add("--robust-cleaner", dest="robust", action="store_const", const="cleaner",
+        help="the same with AdverseCleaner among them, which takes longer and some 2 kB of memory a pixel")
+    own = made.add_argument_group("options of single methods, named behind each").add_argument
+    own("--lam", "--lambda", type=cli.number, help="weight of the distance term (sifm; default: 0.1)")
+    own("--timesteps", type=cli.timesteps,
+        help="a count, or timesteps as 900,500,100 (sifm, semantic-attack; default: 10)")
+    own("--taps", type=cli.commas(), help="activations to perturb, comma-separated; `list` prints what there is (sifm)")
+    own("--reduction", choices=("balanced", "relative", "mean", "literal"),
+        help="of activations to a number (sifm; default: balanced)")
+    own("--aggregate", choices=("loss-mean", "feature-mean"), help="of the taps (sifm; default: loss-mean)")
+    own("--noisy", choices=("paper", "deploy"),
+        help="whose latent is noised: the immunized picture's (default), or the original's (sifm)")
+    own("--resample", action=argparse.BooleanOptionalAction,
+        help="draw new noise at every step (sifm; default: no; photoguard-diffusion; default: yes)")
+    own("--batch", type=cli.count, help="timesteps at once (sifm, semantic-attack; default: all)")
+    own("--unroll", type=cli.count, help="denoising steps to look through (photoguard-diffusion; default: 4)")
+    own("--repeats", type=cli.count, help="edits per step, each from its own noise (photoguard-diffusion; default: 1)")
+    own("--content", type=cli.prompt, metavar="TEXT", help="what to protect, as `man` (semantic-attack; default: the prompts)")
+    own("--variant", help="which form of the loss: zero, grey (photoguard-encoder); eot, plain, released (editshield); minus, "
+                          "plus (sds); fused, textural, semantic (mist); ace+, ace (ace); the first is the default")
+    own("--sizes", type=cli.commas(cli.count), help="long sides at which latents are moved, in turn (latent: 512,1024)")
+    own("--spaces-per-step", type=cli.count, metavar="K", help="so many latent spaces take turns (latent; default: all)")
+    own("--blocks", type=cli.count, help="single blocks to attack, from the first (decontext; default: the editor's)")
+    own("--low", type=cli.count, help="the least noisy timestep that is drawn (decontext; default: 980)")
+    made.memory()
+    add("--no-preview", action="store_true", help="skip the preview and its two edits")
+    made.shared("device", "dtype", "vae-dtype", "seed", "overwrite")
+    return made
+
+
+def _method(text):
+    if text not in METHODS.HOMES and ":" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(METHODS)}; your own is MODULE:NAME")
+    return text
+
+
+OPTIONS = ("lam", "timesteps", "taps", "reduction", "aggregate", "noisy", "resample", "batch", "unroll", "repeats", "content",
+           "variant", "sizes", "spaces_per_step", "blocks", "low")
+
+
+def given(args):
+    """Of loop and method, what the command line set; the rest is the preset's, or the method's own default."""
+    found = {name: value for name in (*PROTOCOL, *OPTIONS) if (value := getattr(args, name)) is not None}
+    options = methods.parse(args.method, args.option)
+    if twice := sorted(found.keys() & options.keys()):
+        raise ValueError(f"--option {twice[0]} and --{twice[0].replace('_', '-')} are the same; give one of them")
+    return found | options
