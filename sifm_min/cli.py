@@ -66,12 +66,12 @@ class Parser(argparse.ArgumentParser):
         for name in (*names, "json", "quiet", "debug"):
             self.add_argument(f"--{name}", **SHARED[name])
 
-    def editor(self):
-        """Add the flags that choose an editor: see `load_editor`."""
+    def editor(self, several=""):
+        """Add the flags that choose an editor: see `load_editor`. several: a remark, where --editor may be given repeatedly."""
         add = self.add_argument
-        add("--editor", default="miniature",
+        add("--editor", **({"action": "append"} if several else {"default": "miniature"}),
             help=f"{', '.join(EDITORS)}, a folder in the published layout, a single file of Stable Diffusion 3 or FLUX, "
-                 "a hub id, latents[:ITEM,ITEM], or MODULE:NAME")
+                 f"a hub id, latents[:ITEM,ITEM], or MODULE:NAME{several}")
         add("--revision", help="of a hub repository (a commit, tag or branch)")
         add("--components", metavar="FOLDER-OR-NAME", help="where a single file's text encoders and tokenizers come from")
         add("--no-t5", dest="t5", action="store_false",

@@ -5,6 +5,7 @@ fails, and returns the picture with a report that holds everything needed to rep
 holds on the 8-bit picture that is saved. `python -m sifm_min.immunize` does it for files and folders.
 """
 
+import argparse
 import inspect
 import math
 import os
@@ -20,10 +21,23 @@ from . import cli, methods
 from .files import listing as listing_of
 from .files import reports, writing
 from .files.weight_digests import hash_weights
-from .immunizing import previews
-from .immunizing.flags import given, parser
+from .immunizing import joint, previews
+from .immunizing.flags import each_of, given, parser
+from .immunizing.shares import (
+    about_bank,
+    about_editors,
+    check_shares,
+    drawn_text,
+    group_of,
+    planned_timesteps,
+    shared_settings,
+    shares_of,
+    spelled_out,
+    told,
+)
+from .instructions.bank import find_bank
 from .memory import in_words
-from .methods import METHODS, options_of, settings
+from .methods import METHODS
 from .metrics.perturbation import local_budget, measured
 
 
@@ -40,14 +54,19 @@ class Result:
 
 
 def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="uniform", steps=None, seed=0, step_size=None,
-             schedule=None, init=None, preset="protocol", mask=None, robust=False, memory="auto", on_step=None, **options):
-    """Immunize a picture against one editor.
+             schedule=None, init=None, preset="protocol", mask=None, robust=False, any_prompt=False, each=None, memory="auto",
+             on_step=None, **options):
+    """Immunize a picture against one editor, or against several at once.
 
     image: a PIL picture, an `images.Picture`, or a path.
+    editor: an editor, or a list of them (or `editors.Several`) for one perturbation against all: the loss is the sum of the
+      editors' own, each over its own scale (see `immunizing.joint`). Beside a method that needs a denoiser, editors with
+      encoders alone, `latents`, have the method `latent`.
     prompts: the edit to defeat, or several that the steps cycle through (Algorithm 1 has one); none for `latents`.
     method: None is "sifm", or "latent" for `latents`; or a name in METHODS, a function, or
       "module:name" of one (see `methods`); options go to it (for SIFM: lam, timesteps,
       taps, reduction, aggregate, noisy, resample, batch).
+    each: of several editors, a list with a dict of options for each alone, such as {"taps": [...]}, which win over the others.
     eps: the budget on [0,1]; no preset changes it. budget: "uniform", eps everywhere, or "texture", less where the picture
       is smooth (`metrics.texture_budget`); the steps are scaled with it.
     steps, step_size, schedule ("constant" or "linear" decay), init ("random" in the budget, or "zero"): of the PGD loop.
@@ -56,8 +75,10 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
     mask: the path of a picture of the same size; only where it is bright is the picture perturbed.
     robust: True makes the loss an expectation over what pictures meet on their way: every step draws nothing, a JPEG, a resize
       or a blur, and the method sees both pictures after it (see `purifiers`); "cleaner" draws AdverseCleaner as well.
+    any_prompt: True draws the text of every step from the prompts, 64 general instructions and the empty prompt, none again
+      before all had their turn; or the path of a text file with instructions of one's own, or a `Bank` (`instructions.bank`).
     memory: "fast", "low", or "auto", which gives way where memory ends and warns (see `memory.plans`); the result is the
-      same.
+      same. Of several editors, "low" and the last resort of "auto" hold one at a time on the device.
     on_step(step, loss, terms): called after each step, and from the first again where a memory plan did not fit.
 
     Raises ValueError, in one sentence, for every error that the caller can correct.
@@ -73,16 +94,16 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
     from .purifiers import draws
     from .purifiers.expectation import purify_steps
 
-    if isinstance(editor, str | Path):
-        raise ValueError(f"editor {str(editor)!r} is a name; load it first: load_editor({str(editor)!r})")
-    needs_prompt = getattr(editor, "needs_prompt", True)
-    name, function = methods.find_method(method or ("sifm" if needs_prompt else "latent"))
-    loop, options = settings(function, preset, steps=steps, step_size=step_size, schedule=schedule, init=init, **options)
+    group = group_of(editor)
+    name, loop, shares = shares_of(group, method, preset, each, {
+        "steps": steps, "step_size": step_size, "schedule": schedule, "init": init, **options})
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if needs_prompt and not prompts:
+    bank = find_bank(any_prompt) if any_prompt else None
+    if group.needs_prompt and not prompts and not bank:
         raise ValueError("immunize needs at least one prompt")
-    check(editor)
-    methods.check_fit(name, options, editor)
+    for one in group.editors:
+        check(one)
+    check_shares(shares)
     images.budget(eps)                                       # an impossible budget is refused before any work
     purifiers = draws.stated(robust) if robust else False
     picture = _picture(image)
@@ -90,16 +111,15 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
     region = images.read_mask(mask, *picture.image.size) if mask is not None else None
 
     started = time.perf_counter()
-    plans.reset_peak(editor.device)
+    plans.reset_peak(group.device)
     with in_words(), torch.no_grad():
-        original = images.to_pixels(picture.image).to(editor.device)
-        contexts = editor.contexts(prompts)
-    texts = {"prompts": prompts} if "prompts" in methods.parameters_of(function) else {}
-    timesteps = _timesteps_of(function, options)
-    curve = []
+        original = images.to_pixels(picture.image).to(group.device)
+        shares = told(shares, prompts, bank, forget=memory == "low" and len(shares) > 1)
+    orders = {share.name: share.order(loop["steps"], seed) if bank else [] for share in shares}
+    timesteps, curve = planned_timesteps(shares), []
 
     def record(step, loss, terms):
-        curve.append({"loss": loss, **terms})
+        curve.append({"loss": loss, **terms, **drawn_text(shares, orders, step)})
         if on_step:
             on_step(step, loss, terms)
 
@@ -107,42 +127,60 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
     def perturb(plan):
         """(delta, objective, the loop as it ran) under this memory plan."""
         curve.clear()
-        generator = torch.Generator().manual_seed(seed)
-        batch = {"batch": plan.batch} if timesteps else {}
+        pixels, parts = original[:, :picture.channels], local / eps          # each value's share of the largest budget
 
-        def build(x_orig):
-            return function(editor, x_orig, contexts, generator=generator, **texts, **options | batch)
+        def make(share, generator):
+            batch = {"batch": share.options.get("batch") or plan.batch} if share.timesteps else {}
+            texts = {"prompts": share.texts} if share.takes_texts else {}
 
-        objective = (purify_steps(build, original, draws.Draws(robust, seed), generator, name) if robust
-                     else build(original))
-        loss = methods.checked_loss(objective, name)
+            def build(x_orig):
+                return share.function(share.editor, x_orig.to(share.editor.device), share.contexts, generator=generator,
+                                      **texts, **share.options | batch)
+
+            made = (purify_steps(build, original, draws.Draws(robust, seed), generator, share.method) if robust
+                    else build(original))
+            return share.in_order(made, orders[share.name])
+
+        def descend(loss, ran, generator, on_step=None):
+            return pgd(pixels, loss, local, **ran | {"step_size": ran["step_size"] * parts}, mask=region, generator=generator,
+                       on_step=on_step)
+
+        if len(shares) == 1 or name == "noise":
+            objective = make(shares[0], generator := torch.Generator().manual_seed(seed))
+            loss = methods.checked_loss(objective, name)
+        else:
+            few = loop | {"steps": min(joint.MEASURED, loop["steps"])}
+            objective = loss = joint.joint_objective(group, shares, make, seed, lambda own, drawn: descend(own, few, drawn),
+                                                     parts if region is None else parts * region.to(original))
+            generator = objective.generator
 
         def in_colour(x, step):                              # a grey picture is perturbed as one channel, and stays grey
             return loss(x.expand(-1, 3, -1, -1), step)
 
         # The noise control has no objective: it is the loop's random start as it is.
         ran = loop | ({"steps": 0, "init": "random"} if objective is None else {})
-        return pgd(original[:, :picture.channels], in_colour, local, **ran | {"step_size": ran["step_size"] * (local / eps)},
-                   mask=region, generator=generator, on_step=record), objective, ran
+        return descend(in_colour, ran, generator, record), objective, ran
 
     begun = time.perf_counter()
+    planned = group if len(shares) > 1 else group.editors[0]
     with cpu.record() as kernels:
-        (delta, objective, loop), plan = plans.run_planned(perturb, memory, editor, **timesteps, job=name,
-                                                           size=math.prod(editor.frame(*picture.image.size)))
+        (delta, objective, loop), plan = plans.run_planned(perturb, memory, planned, **timesteps, job=name,
+                                                           size=math.prod(group.frame(*picture.image.size)))
     looped = time.perf_counter() - begun
     immunized = images.quantize(picture, delta, local)
     seconds = {"seconds": round(time.perf_counter() - started, 3), "loop_seconds": round(looped, 3)}
-    measures = _measures(editor, picture, immunized, local, region, seed)
+    measures = _measures(group.editors, picture, immunized, local, region, seed)
     return Result(immunized, {
         "input": {"width": picture.image.width, "height": picture.image.height, "mode": picture.mode, **picture.info},
-        "editor": editor.provenance(),
-        "method": name, "note": getattr(objective, "note", ""), "prompts": prompts, "preset": _preset(name, preset),
+        **about_editors(shares, getattr(objective, "scales", {})),
+        "method": name, "note": getattr(objective, "note", ""), "prompts": prompts, **about_bank(bank, shares),
+        "preset": _preset(name, preset),
         "options": {"eps": eps, "budget": budget, **loop, "seed": seed, "mask": str(mask) if mask is not None else None,
-                    "robust": purifiers, **_spelled_out(name, function, editor, options)},
+                    "robust": purifiers, **(spelled_out(shares[0]) if len(shares) == 1 else {})},
         **measured(picture, immunized, local), **measures,
         "loss": _with_draws(curve, objective), "passes": methods.counted_passes(objective, len(curve)), **seconds,
-        "memory": {"asked": memory, **plan._asdict()}, "peak_memory_bytes": plans.peak(editor.device),
-        "cpu_kernels": cpu.describe(kernels, editor.device),
+        "memory": {"asked": memory, **plan._asdict()}, "peak_memory_bytes": plans.peak(group.device),
+        "cpu_kernels": cpu.describe(kernels, group.device),
         "versions": {"sifm_min": import_module(__package__).__version__, "torch": torch.__version__,
                      "python": platform.python_version()},
     })
@@ -161,41 +199,20 @@ def _picture(image):
     return images.picture(image)
 
 
-def _measures(editor, picture, immunized, eps, region, seed):
-    """The measurements that the editor itself makes, beside uniform noise of the same budget and mask; {} of most editors."""
-    if not hasattr(editor, "measures"):
+def _measures(editors, picture, immunized, eps, region, seed):
+    """The measurements that editors make themselves, beside uniform noise of the same budget and mask; {} of most."""
+    measuring = [editor for editor in editors if hasattr(editor, "measures")]
+    if not measuring:
         return {}
     from .editors import shifts
-    return editor.measures(picture, immunized, shifts.noise_control(picture, eps, seed=seed, mask=region))
+    control = shifts.noise_control(picture, eps, seed=seed, mask=region)
+    return {name: value for editor in measuring for name, value in editor.measures(picture, immunized, control).items()}
 
 
 def _with_draws(curve, objective):
     """The loss of every step; with robust, beside the purifier that was drawn in it."""
     drawn = getattr(objective, "drawn", ())
     return [step | {"purifier": purifier} for step, purifier in zip(curve, drawn, strict=True)] if drawn else curve
-
-
-def _timesteps_of(method, options):
-    """The number of the method's timesteps, and how many at once were asked for: what its memory depends on."""
-    if not {"batch", "timesteps"} <= {*options_of(method)}:
-        return {}
-    timesteps = options.get("timesteps", methods.parameters_of(method)["timesteps"].default)
-    if timesteps is None:
-        return {}
-    return {"count": timesteps if isinstance(timesteps, int) else len(timesteps), "batch": options.get("batch")}
-
-
-def _spelled_out(name, method, editor, options):
-    """The method's options with its defaults filled in, as plain values."""
-    parameters = methods.parameters_of(method)
-    values = {key: parameters[key].default for key in options_of(method)} | options
-    if name not in METHODS.HOMES:
-        return values
-    if "taps" in values:
-        values["taps"] = list(values["taps"] or editor.default_taps)
-    if isinstance(values.get("timesteps"), int):
-        values["timesteps"] = editor.timesteps(values["timesteps"]).tolist()
-    return values
 
 
 def _preset(method, preset):
@@ -221,34 +238,68 @@ OUTPUTS = ("_immunized.png", "_preview.png", ".json")
 def _body(args):
     from . import images
 
-    listing, latents = args.taps == ["list"], re.match("latents(:|$)", args.editor) is not None
+    sources = args.editor or ["miniature"]
+    args.editor = sources[0] if len(sources) == 1 else sources
+    encoders = [re.match("latents(:|$)", source) is not None for source in sources]
+    listing, latents = args.taps == ["list"], all(encoders)
     args.method = args.method or ("latent" if latents else "sifm")
-    if not listing and not (args.pictures and (args.prompt or latents) and args.output):
+    if not listing and not (args.pictures and (args.prompt or args.any_prompt or latents) and args.output):
         prompt = "" if latents else ", --prompt TEXT"
         raise ValueError(f"give at least one picture or folder{prompt} and -o DIR (--help shows examples)")
-    if not listing:
-        settings(args.method, args.preset, **given(args))   # an unknown option is an error before any work
+    if not listing:                                          # an unknown option is an error before any work
+        shared_settings(args.method, encoders, args.preset, each_of(args, encoders), **given(args))
         pictures, left_out = find(args.pictures, args.output, OUTPUTS)
         index, count = cli.rank(os.environ)
         pictures, left_out = pictures[index::count], {} if index else left_out
+        if args.any_prompt:
+            args.any_prompt = find_bank(args.any_prompt)
     if args.mask:                                            # what is wrong with the mask itself is no picture's fault
         images.read_mask(args.mask, *images.read(args.mask).image.size)
-    editor = editor_of(args)
+    group = group_of([editor_of(argparse.Namespace(**vars(args) | own)) for own in _of_each(args, sources)])
+    editor = group if len(sources) > 1 else group.editors[0]
     if listing:
+        return _list_taps(group, args)
+    _, loop, shares = shares_of(group, args.method, args.preset, each_of(args, encoders), given(args))
+    check_shares(shares)
+    for share in shares:
+        known = set(share.editor.tap_names)
+        if unknown := [name for name in share.options.get("taps") or () if name not in known]:
+            who = f"{share.name} has no such activation; --option 2:taps=... is for the second editor alone, and" if (
+                share.name) else "this editor has no such activation;"
+            raise ValueError(f"--taps {unknown[0]}: {who} --taps list prints those it has")
+    writing.make_folder(args.output)
+    for one in group.editors:
+        if pictures:
+            hash_weights(one, args.output)
+        cli.say_editor(one, quiet=args.quiet)
+    if args.any_prompt and (deaf := [str(share.editor.name) for share in shares if not share.reads_text]):
+        cli.say(f"{' and '.join(deaf)}: no text is read by {shares[-1].method if len(deaf) == len(shares) else 'it'}, so "
+                "--any-prompt changes nothing there", quiet=args.quiet)
+    return cli.each_file(pictures, lambda path: _immunize_file(path, editor, args, loop["steps"], each_of(args, encoders)),
+                         output=args.output, left_out=left_out, done="immunized", quiet=args.quiet, debug=args.debug,
+                         as_json=args.json)
+
+
+def _list_taps(group, args):
+    """Print the activations of each editor."""
+    for called, editor in zip(group.names, group.editors, strict=True):
+        of = {"editor": called} if len(group.editors) > 1 else {}
         for name in editor.tap_names:
             default = name in editor.default_taps
-            cli.result({"tap": name, "default": default}, f"{name}{'  (default)' if default else ''}", as_json=args.json)
-        return cli.OK
-    methods.check_fit(args.method, settings(args.method, args.preset, **given(args))[1], editor)
-    editor_taps = set(editor.tap_names)
-    if unknown := [name for name in args.taps or () if name not in editor_taps]:
-        raise ValueError(f"--taps {unknown[0]}: this editor has no such activation; --taps list prints those it has")
-    writing.make_folder(args.output)
-    if pictures:
-        hash_weights(editor, args.output)
-    cli.say_editor(editor, quiet=args.quiet)
-    return cli.each_file(pictures, lambda path: _immunize_file(path, editor, args), output=args.output, left_out=left_out,
-                         done="immunized", quiet=args.quiet, debug=args.debug, as_json=args.json)
+            cli.result({**of, "tap": name, "default": default},
+                       f"{called + ': ' if of else ''}{name}{'  (default)' if default else ''}", as_json=args.json)
+    return cli.OK
+
+
+def _of_each(args, sources):
+    """The flags of each editor among several: those that only some editors take go to these."""
+    if len(sources) == 1:
+        return [{"editor": sources[0]}]
+    if args.revision is not None:
+        raise ValueError("--revision is of one hub repository; with several editors, give downloaded ones or folders")
+    if args.strength is not None:
+        raise ValueError("--strength is for one editor; several keep their own defaults")
+    return [{"editor": source, "components": args.components if Path(source).is_file() else None} for source in sources]
 
 
 def editor_of(args):
@@ -288,7 +339,7 @@ def find(names, output, endings):
     return listing._replace(pictures=list(stems.values()))
 
 
-def _immunize_file(path, editor, args):
+def _immunize_file(path, editor, args, steps, each):
     """One picture from its file to its results: read, perturb, quantize, write with the report, preview."""
     from . import images
 
@@ -303,11 +354,11 @@ def _immunize_file(path, editor, args):
     if done:                                                 # all but the preview
         immunized, report = picture.put_together(images.read(immunized_path).image), before
     else:
-        steps = settings(args.method, args.preset, **given(args))[0]["steps"]
         with cli.progress(total=steps, what=path.name, quiet=args.quiet) as bar:
             result = immunize(picture, editor, args.prompt or (), method=args.method, eps=args.eps, budget=args.budget,
                               seed=args.seed, preset=args.preset, mask=args.mask, robust=args.robust, memory=args.memory,
-                              on_step=lambda step, loss, terms: bar.update(), **given(args))
+                              any_prompt=args.any_prompt, each=each, on_step=lambda step, loss, terms: bar.update(),
+                              **given(args))
         immunized, limit = result.image, local_budget(picture, args.eps, args.budget)
         report = {"finished": True, "asked": asked, "results": [immunized_path.name, preview_path.name], "picture": str(path),
                   "immunized": immunized_path.name, **result.report}
@@ -333,14 +384,18 @@ def tell_skipped(path, report, args):
 def question(path, editor, args):
     """All that decides the result: the bytes of picture, mask and weights, and every option, as text."""
     from .models.checkpoints import sha256
-    irrelevant = {"pictures", "output", "overwrite", "json", "quiet", "debug", "device", "memory", "no_preview"}
+    irrelevant = {"pictures", "output", "overwrite", "json", "quiet", "debug", "device", "memory", "no_preview", "any_prompt"}
     values = {key: str(value) for key, value in vars(args).items() if key not in irrelevant and value != []}
     if not path.is_file():                                   # hashing a device would never end
         raise ValueError(f"{path}: no such file")
-    method, mask = getattr(args, "method", None), getattr(args, "mask", None)
-    if own := methods.own_sources(*([METHODS[method]] if method else []), editor):
+    method, mask, bank = (getattr(args, name, None) for name in ("method", "mask", "any_prompt"))
+    editors = group_of(editor).editors
+    if own := methods.own_sources(*([METHODS[method]] if method else []), *editors):
         values["sources"] = [sha256(Path(source)) for source in own]
-    return {**values, "sha256": sha256(path), "mask": mask and sha256(mask), "weights": editor.provenance()["weights"]}
+    if bank:
+        values["any_prompt"] = bank.digest
+    weights = [one.provenance()["weights"] for one in editors]
+    return {**values, "sha256": sha256(path), "mask": mask and sha256(mask), "weights": weights if weights[1:] else weights[0]}
 
 
 def _shifts(report):

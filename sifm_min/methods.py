@@ -41,7 +41,8 @@ PROTOCOL = {"steps": 100, "step_size": 1 / 255, "schedule": "constant", "init": 
 PRESETS = ("protocol", "native")
 ENCODER_METHODS = ("latent", "photoguard-encoder", "editshield", "noise")     # which need no denoiser
 GIVEN = ("generator", "prompts")                             # keywords that are passed to a method, and no options of it
-TAKEN = (*PROTOCOL, "method", "eps", "budget", "seed", "preset", "mask", "robust", "memory", "on_step")   # of `immunize`
+TAKEN = (*PROTOCOL, "method", "eps", "budget", "seed", "preset", "mask", "robust", "any_prompt", "each", "memory",
+         "on_step")   # of `immunize`
 OPTION_TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 WORDS = {"true": True, "yes": True, "false": False, "no": False}
 # Options that need an image latent beside the noisy latent: (method, option, value) -> the reason.

@@ -234,7 +234,7 @@ def test_every_method_writes_its_picture_and_what_it_took(run, tiny, method):
     assert found["options"] == {
         "eps": 0.03, "budget": "uniform", "steps": 0 if method == "noise" else 2, "step_size": 1 / 255, "schedule": "constant",
         "init": "random", "seed": 0, "mask": None, "robust": False,
-        **{name: found["options"][name] for name in immunize.options_of(method)}}
+        **{name: found["options"][name] for name in methods.options_of(method)}}
     assert all(type(count) is int for count in found["passes"].values())
     assert len(found["loss"]) == found["passes"]["encoder_backward"] == found["options"]["steps"]
 
@@ -309,11 +309,11 @@ def test_options_of_the_baselines_reach_them(run, method, argv, options):
     photo("a.png")
     assert run("a.png", "--no-preview", "--method", method, "--steps", "1", *argv) == cli.OK
     found = report()["options"]
-    assert {name: found[name] for name in immunize.options_of(method)} == options
+    assert {name: found[name] for name in methods.options_of(method)} == options
 
 
 def test_options_of_command_and_methods_are_the_same():
-    assert set(flags.OPTIONS) == {name for method in METHODS for name in immunize.options_of(method)}
+    assert set(flags.OPTIONS) == {name for method in METHODS for name in methods.options_of(method)}
 
 
 @pytest.mark.parametrize("method", [method for method in baselines.NATIVE if method != "decontext"])    # refused here

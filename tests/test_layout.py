@@ -24,7 +24,7 @@ ROOMS = [                                                    # from the top; eig
     "judging",                                               # verdicts of models and people, and their statistics
     "baselines miniature",                                   # the methods SIFM is compared with; the world of exact verdicts
     "editors metrics",                                       # what is attacked; distances
-    "cli images memory pgd purifiers sifm",                  # the method and its tools
+    "cli images instructions memory pgd purifiers sifm",     # the method and its tools
     "files",                                                 # atomic writes, journals
     "models",                                                # networks, tokenizers, schedulers, loading
 ]

@@ -212,8 +212,8 @@ def shipped(project):
     """The files of the project in a package, under their installed names: code, and the data that setup.cfg names."""
     networks = {f"models/{name}" for name in matching(project / "models", "README.md", "**/*.py", "miniature*/**/*",
                                                      "latents/**/*", "lpips/*")}
-    data = ("README.md", "judging/README.md", "judging/panels/*.json", "judging/prompts/*", "**/pages/*.html",
-            "**/paper/*.json")
+    data = ("README.md", "instructions/*.txt", "judging/README.md", "judging/panels/*.json", "judging/prompts/*",
+            "**/pages/*.html", "**/paper/*.json")
     return matching(project / "sifm_min", "**/*.py", *data) | networks
 
 

@@ -10,6 +10,7 @@
     decontext.py          the method for editors with reference tokens
     precision.py          gradients through a network that runs in float16
     latents.py            encoders without a denoiser, and the method for them
+    several.py            several editors that one perturbation is made for
     text.py               text contexts, and the text encoders of Stable Diffusion 3 and FLUX
     loading.py            `load_editor`
 """
@@ -20,7 +21,8 @@ from .instruct_pix2pix import InstructPix2Pix
 from .latents import Latents
 from .loading import DEFAULTS, EDITORS, load_editor
 from .sd3 import StableDiffusion3, UltraEdit
+from .several import Several
 from .text import Text, TextEncoders
 
 __all__ = ["DEFAULTS", "EDITORS", "Defaults", "Editor", "FluxKlein", "FluxKleinBase", "FluxKontext", "InstructPix2Pix",
-           "Latents", "StableDiffusion3", "Text", "TextEncoders", "UltraEdit", "check", "load_editor"]
+           "Latents", "Several", "StableDiffusion3", "Text", "TextEncoders", "UltraEdit", "check", "load_editor"]

@@ -21,6 +21,7 @@ from ..models.precision import full_float32
 from ..models.schedulers import FlowScheduler
 from .guidance import UNGUIDED, one_by_one, over_text, over_text_and_picture
 from .precision import in_dtype
+from .several import send_weights
 from .text import apart, together
 
 LOWEST_TIMESTEP = 50                                         # below it the noisy latent is the picture itself
@@ -62,7 +63,7 @@ class Editor:
     needs_prompt = True
     probs_names = ()
     denoiser = None
-    _checkpointing = _streaming = False
+    _checkpointing = _streaming = _waiting = False
 
     def __init__(self, *, name, scheduler, vae=None, device="cpu", dtype=torch.float32, defaults=None, notice="",
                  checkpoint=None):
@@ -144,6 +145,18 @@ class Editor:
     def forget_text(self):
         """Release the text encoders until they are needed again."""
 
+    def wait(self):
+        """Keep the weights of the networks in main memory until the editor is used again: see `several.py`."""
+        if self.device.type != "cpu" and not self._waiting:
+            self._waiting = True
+            send_weights(self.networks, torch.device("cpu"))
+
+    def come(self):
+        """Have the weights on the device, if they wait in main memory."""
+        if self._waiting:
+            self._waiting = False
+            send_weights(self.networks, self.device)
+
     def provenance(self):
         """The editor as a report states it: the source of its weights, their hashes, and how it samples."""
         checkpoint = self.checkpoint
@@ -189,6 +202,7 @@ class Editor:
 
         Only the network itself runs in its dtype: budget and gradients are summed in float32.
         """
+        self.come()
         pixels = 2 * wide(pixels.to(self.device)) - 1
         return tuple(wide(moment) for moment in in_dtype(self.vae_dtype, self.vae.encode, pixels))
 
@@ -270,6 +284,7 @@ class Editor:
         `guidance` as an input of its network; `true_guidance` > 1 is its guidance by a second pass. Every picture of a batch
         draws from its own generator seeded with `seed`, so a batch gives what single calls give.
         """
+        self.come()
         options = {"image_guidance": image_guidance, "true_guidance": true_guidance, "strength": strength}
         options = {key: value for key, value in options.items() if value is not None}
         if wrong := sorted(options.keys() - self.OPTIONS):

@@ -76,6 +76,9 @@ class Latents(Editor):
     def networks(self):
         return [space.network for space in self.spaces]
 
+    def wait(self):
+        """Stay on the device: autoencoders take little memory."""
+
     def provenance(self):
         """As `Editor.provenance`; the weights of every space, below its name."""
         weights = {f"{space.name}/{file}": digest for space in self.spaces

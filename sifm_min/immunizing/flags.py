@@ -1,15 +1,18 @@
 """The flags of `immunize`, and the settings that they give."""
 
 import argparse
+import re
 
 from .. import cli, methods
 from ..methods import METHODS, PRESETS, PROTOCOL
 from ..metrics.perturbation import BUDGETS
+from .shares import own_method
 
 EXAMPLES = """examples:
   %(prog)s photo.png --prompt "make her a witch" -o out
   %(prog)s photo.png --prompt "make her a witch" --editor instruct-pix2pix -o out
   %(prog)s photo.png --editor latents -o out
+  %(prog)s photo.png --any-prompt --editor instruct-pix2pix --editor sd3 --memory low -o out
   %(prog)s photos/ --prompt "turn him into a zombie" --prompt "make it night" --steps 200 -o out
 
 writes, per picture: NAME_immunized.png, NAME_preview.png (original, its edit, immunized, its edit, perturbation x10; with
@@ -25,11 +28,15 @@ def parser():
     add = made.add_argument
     add("pictures", nargs="*", type=cli.path, metavar="PICTURE-OR-FOLDER")
     add("--prompt", action="append", type=cli.prompt, help="the edit to defeat; several take turns")
+    add("--any-prompt", nargs="?", const=True, metavar="FILE",
+        help="defeat edits in general: each step draws its text from 64 general instructions (or those of a text file, one a "
+             "line), the empty one, and --prompt, if given")
     add("-o", "--output", type=cli.path, metavar="DIR", help="where results go (created if absent)")
-    made.editor()
+    made.editor(several="; give it several times for one perturbation against all")
     add("--method", type=_method,
         help=f"{', '.join(METHODS)}, or your own as MODULE:NAME (default: sifm; of --editor latents: latent)")
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, above all of your own")
+    add("--option", action="append", default=[], metavar="NAME=VALUE",
+        help="an option of the method, above all of your own; 2:NAME=VALUE is of the second of several editors alone")
     add("--eps", type=cli.eps, default=0.03, help="budget, as 0.03 or 8/255 (default: 0.03)")
     add("--budget", choices=BUDGETS, default="uniform",
         help="where --eps holds: everywhere (uniform, default), or with less for smooth areas, where changes show (texture)")
@@ -45,7 +52,15 @@ def parser():
         help="expect what pictures meet before an edit: each step sees both pictures after a JPEG, a resize, a blur or nothing")
     add("--robust-cleaner", dest="robust", action="store_const", const="cleaner",
         help="the same with AdverseCleaner among them, which takes longer and some 2 kB of memory a pixel")
-    own = made.add_argument_group("options of single methods, named behind each").add_argument
+    _add_options(made.add_argument_group("options of single methods, named behind each").add_argument)
+    made.memory()
+    add("--no-preview", action="store_true", help="skip the preview and its two edits")
+    made.shared("device", "dtype", "vae-dtype", "seed", "overwrite")
+    return made
+
+
+def _add_options(own):
+    """Add the options of single methods by `own`, the add_argument of a parser or of a group."""
     own("--lam", "--lambda", type=cli.number, help="weight of the distance term (sifm; default: 0.1)")
     own("--timesteps", type=cli.timesteps,
         help="a count, or timesteps as 900,500,100 (sifm, semantic-attack; default: 10)")
@@ -67,10 +82,6 @@ def parser():
     own("--spaces-per-step", type=cli.count, metavar="K", help="so many latent spaces take turns (latent; default: all)")
     own("--blocks", type=cli.count, help="single blocks to attack, from the first (decontext; default: the editor's)")
     own("--low", type=cli.count, help="the least noisy timestep that is drawn (decontext; default: 980)")
-    made.memory()
-    add("--no-preview", action="store_true", help="skip the preview and its two edits")
-    made.shared("device", "dtype", "vae-dtype", "seed", "overwrite")
-    return made
 
 
 def _method(text):
@@ -81,12 +92,40 @@ def _method(text):
 
 OPTIONS = ("lam", "timesteps", "taps", "reduction", "aggregate", "noisy", "resample", "batch", "unroll", "repeats", "content",
            "variant", "sizes", "spaces_per_step", "blocks", "low")
+NO_VALUE = ("resample",)                                     # flags that are there or not
 
 
 def given(args):
     """Of loop and method, what the command line set; the rest is the preset's, or the method's own default."""
     found = {name: value for name in (*PROTOCOL, *OPTIONS) if (value := getattr(args, name)) is not None}
-    options = methods.parse(args.method, args.option)
+    options = methods.parse(args.method, [text for text in args.option if not OF_ONE.match(text)])
     if twice := sorted(found.keys() & options.keys()):
         raise ValueError(f"--option {twice[0]} and --{twice[0].replace('_', '-')} are the same; give one of them")
     return found | options
+
+
+OF_ONE = re.compile(r"\s*(\d+)\s*:(.*)", re.DOTALL)
+
+
+def each_of(args, encoders):
+    """The options of each editor alone, {name: value} each; --option 2:NAME=VALUE is of the second.
+
+    encoders: for each editor, True if it has encoders alone.
+    """
+    found = [{} for _ in encoders]
+    for number, text in (match.groups() for match in map(OF_ONE.match, args.option) if match):
+        if not 1 <= int(number) <= len(encoders):
+            raise ValueError(f"--option {number}:{text}: there {'is 1 editor' if len(encoders) == 1 else ''}"
+                             f"{f'are {len(encoders)} editors' if len(encoders) > 1 else ''}")
+        method = own_method(args.method, encoders, int(number) - 1)
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if name in OPTIONS and equals and name in methods.options_of(method) and name not in NO_VALUE:
+            reader = cli.Parser("immunize", "")
+            _add_options(reader.add_argument)
+            parsed = {name: getattr(reader.parse_args([f"--{name.replace('_', '-')}={value}"]), name)}
+        else:
+            parsed = methods.parse(method, [text])
+        if twice := parsed.keys() & found[int(number) - 1].keys():
+            raise ValueError(f"--option {number}:{min(twice)} is given twice")
+        found[int(number) - 1] |= parsed
+    return found
