@@ -19,6 +19,7 @@ from .models.lean import sent
 
 REDUCTIONS, BALANCE = ("balanced", "relative", "mean", "literal"), 10            # 1 / 0.1: the distance in tenths
 AGGREGATES, NOISY = ("loss-mean", "feature-mean"), ("paper", "deploy")
+KEPT = 8                                                     # prompts whose features of the original stay in memory
 
 
 def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=None, reduction="balanced",
@@ -69,11 +70,11 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
     def objective(x_imu, step):
         nonlocal bank
         n = step % len(contexts)
-        if resample and step > 0:
-            bank = draw()
+        bank = draw() if resample and step > 0 else bank
         inputs = [{"t": t, "time": time, "eta": eta, "text": texts[n]}
                   for t, time, eta in zip(batches, times[n], bank, strict=True)]
         if n not in Phi_orig or resample:
+            Phi_orig.pop(next(iter(Phi_orig)) if len(Phi_orig) == KEPT else None, None)      # the oldest makes room
             with torch.no_grad():
                 Phi_orig[n] = [phi(E=E_orig, **at) for at in inputs]
         E = editor.encode(editor.resize(x_imu))
@@ -87,7 +88,7 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
 
     def passes(steps):
         """Single-picture passes of `steps` steps; the original's features are forward passes as well."""
-        prompts = steps if resample else min(steps, len(contexts))
+        prompts = steps if resample or len(contexts) > KEPT else min(steps, len(contexts))
         return {"encoder_forward": steps + 1, "encoder_backward": steps,
                 "denoiser_forward": len(T) * (steps + prompts), "denoiser_backward": len(T) * steps}
 

@@ -13,6 +13,7 @@ from ..files.digests import digest
 
 GENERAL = Path(__file__).with_name("general.txt")
 ANY = "any"                                                  # the category of instructions that fit every picture
+APART = 8                                                    # steps: methods may keep what they know of so many texts
 MOST = 4096                                                  # instructions of a bank
 
 
@@ -90,13 +91,13 @@ def read_bank(path, name=None):
 def drawn_order(count, steps, seed):
     """`steps` numbers below `count`, in shuffled rounds of all of them: each comes once before any comes again.
 
-    Seeded, so that a run can be repeated; no number comes twice in a row, where there are two.
+    Seeded, so that a run can be repeated. A number comes again after APART others at least, or after as many as count allows.
     """
     shuffling, order = random.Random(seed), []
+    apart = min(APART, count // 2)
     while len(order) < steps:
         turn = list(range(count))
         shuffling.shuffle(turn)
-        if order and turn[0] == order[-1]:
-            turn.append(turn.pop(0))
-        order += turn
+        late = set(order[len(order) - apart:])
+        order += sorted(turn, key=lambda number: number in late)           # stable: the others keep their shuffled order
     return order[:steps]
