@@ -12,8 +12,9 @@ from itertools import product
 
 import numpy as np
 
-from . import edits, placed
-from .pixels import halved
+from . import placed_edits as placed
+from . import whole_edits as edits
+from .soft_maps import halved
 
 VISIBLE = 0.06                                               # a change of a channel, of [0,1], that is seen
 LEAST = 0.05                                                 # the share of the picture that an edit must change
@@ -28,8 +29,9 @@ def changed(source, target):
 class Kind:
     """A kind of instruction: a name, an edit, and the phrases that ask for it.
 
-    edit: a function of `edits.py` or `placed.py`. trained, held: patterns of phrases. options: colours or places, ("",)
-    where there is no choice. needs: a function of (pixels, option), true where what the edit works on is there.
+    edit: a function of `whole_edits.py` or `placed_edits.py`. trained, held: patterns of phrases. options: colours or
+    places, ("",) where there is no choice. needs: a function of (pixels, option), true where what the edit works on is
+    there.
     """
 
     name: str

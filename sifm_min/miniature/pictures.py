@@ -62,11 +62,11 @@ def samples(n, seed=0, *, pictures=None, size=256, wordings="held-out"):
     drawn = []
     for i, turn in enumerate(islice(cycle(turns), n)):
         name, category, image = next(turn)
-        drawn.append(sample_of(image, f"{seed} {i}", name=name, category=category, size=size, wordings=wordings))
+        drawn.append(draw_sample(image, f"{seed} {i}", name=name, category=category, size=size, wordings=wordings))
     return drawn
 
 
-def sample_of(image, seed, *, name="", category="photograph", size=256, wordings="held-out"):
+def draw_sample(image, seed, *, name="", category="photograph", size=256, wordings="held-out"):
     """The sample that a seed (a number or a text) draws from one photograph: a path or a PIL picture.
 
     The crop is a square of seven tenths of the shorter side or more. Raises ValueError for a photograph without at least
@@ -75,7 +75,7 @@ def sample_of(image, seed, *, name="", category="photograph", size=256, wordings
     if wordings not in WORDINGS:
         raise ValueError(f"wordings {wordings!r}: choose held-out or train")
     rng = generator(seed)
-    picture = crop(opened(image), rng, size)
+    picture = random_square(opened(image), rng, size)
     pixels = np.asarray(picture, np.float32) / 255
     kinds, drawn = list(KINDS.values()), []
     rng.shuffle(kinds)
@@ -96,7 +96,7 @@ def generator(seed):
     return random.Random(f"sifm_min pictures {seed}")
 
 
-def crop(image, rng, size):
+def random_square(image, rng, size):
     """A random square of a PIL picture, of .7 to 1 of its shorter side, scaled to `size` pixels."""
     side = rng.uniform(0.7, 1) * min(image.size)
     left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)

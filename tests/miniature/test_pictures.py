@@ -89,7 +89,7 @@ def test_target_moves_little_under_noise(kind, option, pixels):
 
 @asked
 def test_target_is_relative_to_the_size(kind, option, pixels):
-    from sifm_min.miniature.pixels import halved
+    from sifm_min.miniature.soft_maps import halved
     small = halved(pixels)
     assert np.abs(halved(kind.target(pixels, option)) - kind.target(small, option)).mean() < 0.03
 
@@ -222,7 +222,7 @@ def test_samples_of_training_use_trained_wordings(folder):
 
 def test_samples_ask_for_every_kind_alike():
     source = pictures.as_image(portrait())
-    first = Counter(pictures.sample_of(source, seed, size=64).kind for seed in range(70))
+    first = Counter(pictures.draw_sample(source, seed, size=64).kind for seed in range(70))
     assert len(first) >= 24 and max(first.values()) <= 8     # two each on average
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from .pixels import HUES, blur, colour, distance, grey, has_hue, light, mix, ramp, rows, step
+from .soft_maps import HUES, blended, blur, colour, distance, grey, has_hue, light, ramp, rows, step
 
 # --------------------------------------------------------------------------------------------------- light and weather
 
@@ -24,7 +24,7 @@ def sunset(pixels, option):
 
 def fog(pixels, option):
     """White mist, denser at the top."""
-    return mix(blur(pixels, 0.008), colour(0.82, 0.84, 0.87), np.broadcast_to(0.85 - 0.35 * rows(pixels), pixels.shape[:2]))
+    return blended(blur(pixels, 0.008), colour(0.82, 0.84, 0.87), np.broadcast_to(0.85 - 0.35 * rows(pixels), pixels.shape[:2]))
 
 
 def snow(pixels, option):
@@ -32,7 +32,8 @@ def snow(pixels, option):
     bright = light(blur(pixels, 0.006))
     cover = np.clip(0.25 + 0.60 * rows(pixels), 0, 1) * np.clip(0.25 + 1.5 * bright, 0, 1.3)
     cold = grey(light(pixels)) * colour(0.86, 0.94, 1.08)
-    return mix(mix(pixels, cold, np.full(pixels.shape[:2], 0.7, np.float32)), colour(0.95, 0.97, 1.0), np.minimum(cover, 1))
+    cold = pixels + 0.7 * (cold - pixels)
+    return blended(cold, colour(0.95, 0.97, 1.0), np.minimum(cover, 1))
 
 
 def underwater(pixels, option):
@@ -102,7 +103,7 @@ def woodcut(pixels, option):
     """Dark brown ink on yellowish paper, nothing between: ink where it is darker than its surroundings."""
     fine = light(blur(pixels, 0.008))
     ink = 1 - step(fine - 0.55 * blur(fine, 0.10) - 0.45 * 0.42, -0.07, 0.07)
-    return mix(np.broadcast_to(colour(0.93, 0.86, 0.68), pixels.shape), colour(0.16, 0.09, 0.05), ink)
+    return blended(np.broadcast_to(colour(0.93, 0.86, 0.68), pixels.shape), colour(0.16, 0.09, 0.05), ink)
 
 
 def neon(pixels, option):
@@ -137,7 +138,7 @@ def black_and_white(pixels, option):
 def half_grey(pixels, option):
     """One half without colour: left, right, top or bottom."""
     down, right = offsets_of_half(pixels, option)
-    return mix(pixels, black_and_white(pixels, ""), np.broadcast_to(step(down + right, -0.004, 0.004), pixels.shape[:2]))
+    return blended(pixels, black_and_white(pixels, ""), np.broadcast_to(step(down + right, -0.004, 0.004), pixels.shape[:2]))
 
 
 def offsets_of_half(pixels, option):
@@ -177,10 +178,10 @@ def gold(pixels, option):
 
 
 def autumn(pixels, option):
-    """What is green becomes orange, and everything a little warmer."""
+    """Orange in place of green, and everything a little warmer."""
     leaves = foliage(pixels)
     orange = np.clip(pixels.max(2, keepdims=True) * colour(1.35, 0.62, 0.10) + 0.03, 0, 1)
-    return mix(pixels * colour(1.06, 0.98, 0.84), orange, leaves)
+    return blended(pixels * colour(1.06, 0.98, 0.84), orange, leaves)
 
 
 def foliage(pixels):
@@ -190,7 +191,7 @@ def foliage(pixels):
 
 def one_colour(pixels, option):
     """Black and white but for what has the named colour."""
-    return mix(black_and_white(pixels, ""), pixels, named_colour(pixels, option))
+    return blended(black_and_white(pixels, ""), pixels, named_colour(pixels, option))
 
 
 def named_colour(pixels, option):
@@ -199,5 +200,5 @@ def named_colour(pixels, option):
 
 
 def swapped(pixels, option):
-    """What is red becomes blue, and what is blue becomes red: the two channels change places."""
+    """Red in place of blue and blue in place of red: the two channels change places."""
     return np.ascontiguousarray(pixels[..., ::-1])

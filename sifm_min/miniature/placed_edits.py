@@ -1,20 +1,20 @@
 """Edits with a place: geometry, things that are added, and edits that read what the picture shows.
 
-The signature is that of `edits.py`. What is found in a picture (the sky, a face, the most colourful thing) is found on
+The signature is that of `whole_edits.py`. What is found in a picture (the sky, a face, the most colourful thing) is found on
 blurred maps and weighed softly, so that a little noise does not move it.
 """
 
 import numpy as np
 
-from .pixels import (
+from .soft_maps import (
     HUES,
+    blended,
     blur,
     chroma,
     colour,
     distance,
     grey,
     light,
-    mix,
     offsets,
     painted,
     resized_map,
@@ -39,29 +39,29 @@ def framed(pixels, option):
     inward = np.minimum(height / min(height, width) / 2 - np.abs(down), width / min(height, width) / 2 - np.abs(right))
     outer, inner = {"wooden": (colour(0.36, 0.19, 0.08), colour(0.58, 0.35, 0.17)),
                     "white": (colour(0.97, 0.97, 0.95), colour(0.86, 0.86, 0.84))}[option]
-    wood = mix(np.broadcast_to(outer, pixels.shape), inner, step(inward, 0.052, 0.060))
-    return mix(wood, pixels, step(inward, 0.106, 0.114))
+    wood = blended(np.broadcast_to(outer, pixels.shape), inner, step(inward, 0.052, 0.060))
+    return blended(wood, pixels, step(inward, 0.106, 0.114))
 
 
 def moon(pixels, option):
     """A full moon at the top left or right, with a dusky sky around it."""
     x = SIDES[option]
     apart = distance(pixels, 0.24, x)
-    dusk = mix(pixels, pixels * colour(0.22, 0.28, 0.5), 0.9 * (1 - step(apart, 0.15, 0.48)))
+    dusk = blended(pixels, pixels * colour(0.22, 0.28, 0.5), 0.9 * (1 - step(apart, 0.15, 0.48)))
     disc = grey(np.full(pixels.shape[:2], 0.94, np.float32)) * colour(1, 0.99, 0.9)
     for y, at, radius in ((-0.05, -0.04, 0.05), (0.05, 0.03, 0.065), (-0.03, 0.07, 0.035), (0.06, -0.07, 0.03)):
         height, width = pixels.shape[:2]
         short = min(height, width)
         crater = distance(pixels, 0.24 + y * short / height, x + at * short / width)
-        disc = mix(disc, colour(0.76, 0.76, 0.72), 0.9 * (1 - step(crater, 0.6 * radius, radius)))
-    return mix(dusk, disc, 1 - step(apart, 0.150, 0.162))
+        disc = blended(disc, colour(0.76, 0.76, 0.72), 0.9 * (1 - step(crater, 0.6 * radius, radius)))
+    return blended(dusk, disc, 1 - step(apart, 0.150, 0.162))
 
 
 def sun(pixels, option):
     """A yellow sun at the top left or right, with its glow."""
     apart = distance(pixels, 0.22, SIDES[option])
     glow = np.clip(1 - apart / 0.5, 0, 1) ** 2
-    return mix(pixels + 0.65 * glow[..., None] * colour(1, 0.85, 0.4), colour(1, 0.86, 0.20), 1 - step(apart, 0.140, 0.156))
+    return blended(pixels + 0.65 * glow[..., None] * colour(1, 0.85, 0.4), colour(1, 0.86, 0.20), 1 - step(apart, 0.140, 0.156))
 
 
 def rainbow(pixels, option):
@@ -71,22 +71,22 @@ def rainbow(pixels, option):
              colour(0.97, 0.58, 0.1), colour(0.92, 0.12, 0.12)]
     bow = np.broadcast_to(bands[0], pixels.shape)
     for i, band in enumerate(bands[1:], 1):
-        bow = mix(bow, band, step(apart, 0.58 + 0.042 * i - 0.006, 0.58 + 0.042 * i + 0.006))
-    return mix(pixels, bow, 0.85 * step(apart, 0.574, 0.586) * (1 - step(apart, 0.826, 0.838)))
+        bow = blended(bow, band, step(apart, 0.58 + 0.042 * i - 0.006, 0.58 + 0.042 * i + 0.006))
+    return blended(pixels, bow, 0.85 * step(apart, 0.574, 0.586) * (1 - step(apart, 0.826, 0.838)))
 
 
 def blurred_background(pixels, option):
     """All but an upright ellipse in the middle out of focus."""
     down, right = offsets(pixels, 0.55, 0.5)
     apart = np.hypot(down / 1.25, right)
-    return mix(pixels, blur(pixels, 0.045), step(apart, 0.24, 0.36))
+    return blended(pixels, blur(pixels, 0.045), step(apart, 0.24, 0.36))
 
 
 # ------------------------------------------------------------------------------------------- edits that read the picture
 
 def sky_colour(pixels, option):
-    """What lies open at the top, light or blue and calm, in another colour."""
-    return mix(pixels, painted(pixels, HUES[option]), sky(pixels))
+    """The sky (open at the top, light or blue, calm) in another colour."""
+    return blended(pixels, painted(pixels, HUES[option]), sky(pixels))
 
 
 def sky(pixels):
@@ -103,7 +103,7 @@ def sky(pixels):
 
 def most_colourful(pixels, option):
     """The most colourful things in another colour; what is half as colourful or less stays."""
-    return mix(pixels, painted(pixels, HUES[option]), colourful(pixels))
+    return blended(pixels, painted(pixels, HUES[option]), colourful(pixels))
 
 
 def colourful(pixels):
@@ -116,15 +116,15 @@ def colourful(pixels):
 
 
 def without_middle(pixels, option):
-    """What is in the middle is gone: the surroundings continue smoothly over an ellipse."""
+    """The middle without its content: the surroundings continue smoothly over an ellipse."""
     known, small = 1 - middle(pixels), resized_picture(pixels, pixels.shape[0] // 2, pixels.shape[1] // 2)
     seen = 1 - middle(small)
     filled = np.zeros_like(small)
     for share in (0.30, 0.14, 0.07, 0.035):                  # from coarse to fine, each where enough is known
         weight = blur(seen, share)
         ground = blur(small * seen[..., None], share) / (weight + 1e-4)[..., None]
-        filled = ground if share == 0.30 else mix(filled, ground, step(weight, 0.04, 0.30))
-    return mix(resized_picture(filled, *pixels.shape[:2]), pixels, known)
+        filled = ground if share == 0.30 else blended(filled, ground, step(weight, 0.04, 0.30))
+    return blended(resized_picture(filled, *pixels.shape[:2]), pixels, known)
 
 
 def middle(pixels):
@@ -143,7 +143,7 @@ def skin(pixels):
 
 
 def face(pixels):
-    """Where a face may be: (y, x, radius, sureness), the first three in units of the shorter side.
+    """The likely place of a face: (y, x, radius, sureness), the first three in units of the shorter side.
 
     y and x are measured from the upper left corner. The place is the mean of the blob of skin colour that stands out
     most, weighed softly; sureness is 1 for a compact blob of a face's size, 0 where there is none.
@@ -175,7 +175,7 @@ def glasses(pixels, option):
     lens = np.minimum(*(np.hypot(down, right - side * 0.58 * radius) for side in (-1, 1)))
     bar = np.maximum(np.abs(down + 0.12 * radius) / 0.10, np.abs(right) / 1.10)
     dark = np.maximum(1 - step(lens, 0.50 * radius, 0.56 * radius), 1 - step(bar, 0.9 * radius, 1.1 * radius))
-    return mix(pixels, colour(0.05, 0.05, 0.07), dark)
+    return blended(pixels, colour(0.05, 0.05, 0.07), dark)
 
 
 def hat(pixels, option):
@@ -188,8 +188,8 @@ def hat(pixels, option):
     band = np.maximum(np.abs(down + 0.26 * radius) - 0.14 * radius, np.abs(right) - 0.80 * radius)
     paint, ribbon = {"red": (colour(0.78, 0.08, 0.10), colour(0.25, 0.02, 0.03)),
                      "black": (colour(0.06, 0.06, 0.08), colour(0.55, 0.10, 0.12))}[option]
-    worn = mix(pixels, paint, 1 - step(np.minimum(crown, brim), -edge, edge))
-    return mix(worn, ribbon, 1 - step(band, -edge, edge))
+    worn = blended(pixels, paint, 1 - step(np.minimum(crown, brim), -edge, edge))
+    return blended(worn, ribbon, 1 - step(band, -edge, edge))
 
 
 def down_right(pixels, y, x):
@@ -203,7 +203,7 @@ def stripes(pixels, option):
     """Broad slanted stripes in the named colour on the light surfaces."""
     down, right = offsets(pixels, 0.5, 0.5)
     wave = np.sin(2 * np.pi * 5 * (right + 0.5 * down))
-    return mix(pixels, painted(pixels, HUES[option]), 0.9 * step(wave, -0.15, 0.15) * light_surfaces(pixels))
+    return blended(pixels, painted(pixels, HUES[option]), 0.9 * step(wave, -0.15, 0.15) * light_surfaces(pixels))
 
 
 def light_surfaces(pixels):

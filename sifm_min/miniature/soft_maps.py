@@ -28,7 +28,7 @@ def step(values, start, end):
     return t * t * (3 - 2 * t)
 
 
-def mix(one, other, weight):
+def blended(one, other, weight):
     """`other` where the map `weight` (H,W) is 1, `one` where it is 0."""
     return one + weight[..., None] * (other - one)
 
@@ -60,7 +60,7 @@ def distance(pixels, y, x):
 
 
 def offsets(pixels, y, x):
-    """How far each pixel lies below and to the right of a place: (H,1) and (1,W), in units of the shorter side."""
+    """The distance of each pixel below a place and to its right: (H,1) and (1,W), in units of the shorter side."""
     height, width = pixels.shape[:2]
     short = min(height, width)
     down = (np.arange(height, dtype=np.float32) + 0.5 - y * height) / short
@@ -115,7 +115,7 @@ def halved(pixels):
 
 
 def chroma(pixels):
-    """How colourful each pixel is, (H,W) in [0,1]: its largest channel less its smallest."""
+    """The colourfulness of each pixel, (H,W) in [0,1]: its largest channel less its smallest."""
     return pixels.max(2) - pixels.min(2)
 
 
