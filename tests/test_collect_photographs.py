@@ -4,9 +4,11 @@ import hashlib
 import importlib.util
 import io
 import json
+import re
 import shutil
 import subprocess
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +111,50 @@ def test_photograph_is_upright_in_srgb_and_without_metadata():
     assert found.size == (64, 96) and not found.getexif() and "icc_profile" not in found.info
     upright = image.transpose(Image.Transpose.ROTATE_270)
     assert np.abs(np.asarray(found, int) - np.asarray(upright, int)[..., ::-1]).mean() < 5
+
+
+# -------------------------------------------------------------------------------------------------------- the evaluation set
+
+def test_evaluation_set_has_sources_and_licences():
+    rows = tool.read_rows(tool.EVALUATION)
+    assert Counter(row["category"] for row in rows) == tool.COMPOSITION and len({row["id"] for row in rows}) == 100
+    for row in rows:
+        assert re.fullmatch(r"(github:[\w.-]+/[\w.-]+@[0-9a-f]{12}|debian:[\w.-]+ \S+)( \(.*\))?", row["source"]), row["id"]
+        assert re.match("CC0|CC-BY-(SA-)?[1-4]|public domain", row["licence"]) and row["licence_quote"] and row["path"]
+        assert max(row["size"]) <= 512 and max(row["original_size"]) >= max(row["size"])
+
+
+def test_evaluation_set_is_the_choice_of_its_rule():
+    folder = source.parents[2] / "shared" / "data" / "photoset"
+    if not folder.is_dir():
+        pytest.skip("the photographs for evaluation, ../shared/data/photoset, are not here")
+    rows = [row for row in tool.read_rows(folder / "LICENSES.jsonl") if row["use"] == "evaluate"]
+    assert [row["id"] for row in tool.chosen(rows)] == [row["id"] for row in tool.read_rows(tool.EVALUATION)]
+
+
+def test_choice_is_by_the_hash_of_the_identifier():
+    rows = [{"id": name, "category": "people"} for name in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    found = tool.chosen(rows)
+    assert found == tool.chosen(rows[::-1]) and len(found) == 35
+    assert [row["id"] for row in found[:3]] == ["s", "M", "u"]           # 043a7187..., 08f27188..., 0bfe935e...
+
+
+def test_folder_is_checked_against_the_evaluation_set(tmp_path, monkeypatch, capsys):
+    pictures = {f"{name}.png": smooth(200, 150, seed) for seed, name in enumerate("abcd")}
+    rows = [{"file": file, "sha256": hashlib.sha256(encoded(image)).hexdigest(), "size": [200, 150],
+             "difference_hash": tool.difference_hash(image)} for file, image in pictures.items()]
+    (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(tool, "EVALUATION", tmp_path / "evaluation.jsonl")
+    argv = ["evaluation", "--photos", str(tmp_path / "photos")]
+    (tmp_path / "photos").mkdir()
+    for file, image in pictures.items():
+        (tmp_path / "photos" / file).write_bytes(encoded(image))
+    pictures["b.png"].save(tmp_path / "photos" / "b.png", "JPEG", quality=80)          # saved anew: the same photograph
+    assert tool.main(argv) == 0 and capsys.readouterr().out == "4 of 4 photographs are as listed\n"
+    (tmp_path / "photos" / "a.png").unlink()
+    (tmp_path / "photos" / "b.png").write_bytes(encoded(pictures["d.png"]))
+    (tmp_path / "photos" / "c.png").write_bytes(encoded(pictures["c.png"].resize((100, 75))))
+    assert tool.main(argv) == 1
+    said = capsys.readouterr()
+    assert said.out == "1 of 4 photographs are as listed\n"
+    assert said.err == "a.png is missing\nb.png is another picture\nc.png is 100x75, not 200x150\n"

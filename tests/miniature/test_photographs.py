@@ -8,11 +8,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 from photographs import photo
 from PIL import Image
 
+from sifm_min.files.digests import bits_apart, difference_hash
 from sifm_min.miniature import photographs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,12 +21,6 @@ FREE = {"CC0-1.0": "CC0", "public domain": "public domain", "CC-BY-2.0": "creati
         "CC-BY-4.0": "CC-BY-4.0"}                            # licence -> the words of its quote
 LINES = (photographs.SHIPPED / "ATTRIBUTIONS.jsonl").read_text(encoding="utf-8").splitlines()
 ROWS = [json.loads(line) for line in LINES]
-
-
-def difference_hash(image):
-    """256 bits, which survive scaling and JPEG: is each of 16x17 cells brighter than its left neighbour?"""
-    grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.LANCZOS), int)
-    return grey[:, 1:] > grey[:, :-1]
 
 
 def listed(folder, *rows):
@@ -78,12 +72,12 @@ def test_shipped_photographs_are_no_training_pictures():
     hashes = {name: difference_hash(image) for name, image in ours.items()}
     again = io.BytesIO()                                     # the hash finds a picture again: half as large, recompressed
     ours["bridge.jpg"].resize((320, 234)).save(again, "JPEG", quality=50)
-    assert (difference_hash(Image.open(again)) != hashes["bridge.jpg"]).sum() < 10
+    assert bits_apart(difference_hash(Image.open(again)), hashes["bridge.jpg"]) < 10
     for known in photographs.of_folder(PHOTOSET, use=None):
         image = Image.open(known.path)
         image.draft("L", (64, 64))                           # decoded small, which is quick
         theirs = difference_hash(image)
-        near = [name for name, bits in hashes.items() if (bits != theirs).sum() < 40]
+        near = [name for name, bits in hashes.items() if bits_apart(bits, theirs) < 40]
         assert not near, f"{known.name} is {near}"
 
 
@@ -107,6 +101,13 @@ def test_folder_has_the_photographs_of_its_use(tmp_path):
     assert [(one.name, one.category, one.author) for one in found] == [("a.png", "people", "Ann"), ("c.png", "artworks", None)]
     assert [(one.name, one.category) for one in photographs.of_folder(folder, "train")] == [("b.png", "photograph")]
     assert [one.name for one in photographs.of_folder(folder, None)] == ["a.png", "b.png", "c.png"]
+
+
+def test_folder_may_have_its_list_elsewhere(tmp_path):
+    folder = listed(tmp_path / "photos", {"file": "a.png"}, {"file": "b.png"})
+    (tmp_path / "chosen.jsonl").write_text('{"file": "b.png", "category": "landscapes"}\n')
+    assert [(one.path, one.category) for one in photographs.of_folder(folder, notes=tmp_path / "chosen.jsonl")] == [
+        (folder / "b.png", "landscapes")]
 
 
 def test_folder_without_a_list_has_all_its_pictures(tmp_path):
