@@ -1,26 +1,30 @@
 """Samples of the miniature's world: a photograph, an instruction, its exact result, and five unseen instructions.
 
     from sifm_min.miniature import pictures
-    sample = pictures.samples(1, seed=3, pictures="photographs")[0]     # .image .prompt .unseen_prompts .category .target
+    sample = pictures.samples(1, seed=3)[0]                  # .image .prompt .unseen_prompts .category .target
+    pictures.samples(9, pictures="my photographs")           # of your own
 
 The world is photographs. An instruction is a function of a picture (`kinds.py`), so its result is exact for any picture.
 """
 
-import json
 import random
+from collections import Counter
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from .. import images
+from . import photographs
 from .kinds import KINDS
+from .photographs import Photograph
 
+SIZE = 256                                                   # pixels a side
 WORDINGS = ("held-out", "train")
-FORMATS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 UNSEEN = 5
+SHARES = {"people": 35, "landscapes": 35, "artworks": 30}    # of the paper's pictures, in percent
 
 
 @dataclass(frozen=True)
@@ -46,36 +50,37 @@ class Sample:
         return [sample.prompt for sample in self.unseen]
 
 
-def samples(n, seed=0, *, pictures=None, size=256, wordings="held-out"):
-    """`n` samples of `size` pixels: the photographs in a random order, the categories in turn, again and again.
+def samples(n, seed=0, *, pictures=None, size=SIZE, wordings="held-out"):
+    """`n` samples of `size` pixels: the photographs of each category in a random order, again and again.
 
-    pictures: a folder (LICENSES.jsonl in it may state the categories), or a list of paths or PIL pictures. wordings:
-    "held-out" for phrases that are never used in training, "train" for the others. The kinds that apply to a picture are
-    equally likely. One seed gives one result. Raises ValueError where a picture is refused or allows too few kinds.
+    pictures: a folder (see `photographs.of_folder`), or a list of paths, PIL pictures or `Photograph`s; without it, the
+    photographs that ship. wordings: "held-out" for phrases that are never used in training, "train" for the others. The
+    categories have the paper's shares, the kinds that apply to a picture are equally likely. One seed gives one result.
+    Raises ValueError where a picture is refused or allows too few kinds.
     """
-    found = photographs_of(pictures)
-    rng, by_category = generator(seed), {}
+    found, rng, turns = photographs_of(pictures), generator(seed), {}
     rng.shuffle(found)
-    for photograph in found:
-        by_category.setdefault(photograph[1], []).append(photograph)
-    turns = [cycle(of_one) for of_one in by_category.values()]
-    drawn = []
-    for i, turn in enumerate(islice(cycle(turns), n)):
-        name, category, image = next(turn)
-        drawn.append(draw_sample(image, f"{seed} {i}", name=name, category=category, size=size, wordings=wordings))
+    for category in sorted({photograph.category for photograph in found}):
+        turns[category] = cycle([photograph for photograph in found if photograph.category == category])
+    shares, taken, drawn = {category: SHARES.get(category, 35) for category in turns}, Counter(), []
+    for i in range(n):
+        category = max(turns, key=lambda category: shares[category] * (i + 1) / sum(shares.values()) - taken[category])
+        taken[category] += 1
+        drawn.append(draw_sample(next(turns[category]), f"{seed} {i}", size=size, wordings=wordings))
     return drawn
 
 
-def draw_sample(image, seed, *, name="", category="photograph", size=256, wordings="held-out"):
-    """The sample that a seed (a number or a text) draws from one photograph: a path or a PIL picture.
+def draw_sample(photograph, seed, *, size=SIZE, wordings="held-out"):
+    """The sample that a seed (a number or a text) draws from one photograph: a `Photograph`, a path or a PIL picture.
 
     The crop is a square of seven tenths of the shorter side or more. Raises ValueError for a photograph without at least
     six kinds that apply.
     """
     if wordings not in WORDINGS:
         raise ValueError(f"wordings {wordings!r}: choose held-out or train")
+    (photograph,) = photographs_of([photograph])
     rng = generator(seed)
-    picture = random_square(opened(image), rng, size)
+    picture = random_square(photograph.read(), rng, size)
     pixels = np.asarray(picture, np.float32) / 255
     kinds, drawn = list(KINDS.values()), []
     rng.shuffle(kinds)
@@ -83,12 +88,26 @@ def draw_sample(image, seed, *, name="", category="photograph", size=256, wordin
         option = rng.choice([*kind.options])
         if kind.applies(pixels, option):
             phrases = kind.held_out(option) if wordings == "held-out" else kind.phrases(option)
-            drawn.append((picture, kind.name, option, rng.choice(phrases), as_image(kind.target(pixels, option)),
-                          category, name))
+            drawn.append((kind.name, option, rng.choice(phrases)))
         if len(drawn) == UNSEEN + 1:
-            return Sample(*drawn[0], unseen=tuple(Sample(*other) for other in drawn[1:]))
-    raise ValueError(f"{name or 'the picture'}: only {len(drawn)} kinds of instruction change it visibly; choose a picture "
-                     "that shows more")
+            return sample_with(picture, drawn, photograph.category, photograph.name)
+    raise ValueError(f"{photograph.name}: only {len(drawn)} kinds of instruction change it visibly; choose a picture that "
+                     "shows more")
+
+
+def sample_with(image, instructions, category, photograph):
+    """The sample of a PIL picture, RGB, with stated instructions: (kind, option, prompt), the original one first.
+
+    Raises ValueError for an instruction that there is not.
+    """
+    pixels, made = np.asarray(image, np.float32) / 255, []
+    for kind, option, prompt in instructions:
+        if kind not in KINDS or option not in KINDS[kind].options:
+            raise ValueError(f"there is no edit {kind!r} with the option {option!r}")
+        if prompt not in (*KINDS[kind].phrases(option), *KINDS[kind].held_out(option)):
+            raise ValueError(f"{prompt!r} does not ask for {' '.join(filter(None, (kind, option)))}")
+        made.append((image, kind, option, prompt, as_image(KINDS[kind].target(pixels, option)), category, photograph))
+    return Sample(*made[0], unseen=tuple(Sample(*other) for other in made[1:]))
 
 
 def generator(seed):
@@ -108,31 +127,27 @@ def as_image(pixels):
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
-def opened(image):
-    """A path or a PIL picture of any mode as an upright RGB picture."""
-    return images.picture(image).image if isinstance(image, Image.Image) else images.read(image).image
-
-
 def photographs_of(pictures):
-    """The photographs, in a fixed order, as (name, category, path or PIL picture). See `samples`."""
+    """The photographs that `samples` draws from, as a list of `Photograph`; a PIL picture becomes a `Given`."""
     if pictures is None:
-        raise ValueError("pictures: give a folder of photographs, or a list of paths or PIL pictures")
-    if not isinstance(pictures, str | Path):
-        found = [(f"picture {i}" if isinstance(item, Image.Image) else Path(item).name, "photograph", item)
-                 for i, item in enumerate(pictures)]
-    else:
-        found = _of_folder(Path(pictures))
+        return photographs.shipped()
+    if isinstance(pictures, str | Path):
+        return photographs.of_folder(pictures)
+    found = [item if isinstance(item, Photograph | Given) else Given(f"picture {i}", item) if isinstance(item, Image.Image)
+             else Photograph(Path(item).name, Path(item)) for i, item in enumerate(pictures, 1)]
     if not found:
-        raise ValueError(f"{pictures}: no pictures there")
+        raise ValueError("pictures: the list is empty; leave it out for the photographs that ship")
     return found
 
 
-def _of_folder(folder):
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    notes = folder / "LICENSES.jsonl"
-    rows = map(json.loads, notes.read_text(encoding="utf-8").splitlines()) if notes.is_file() else ()
-    categories = {row["file"]: row.get("category", "photograph") for row in rows}
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in FORMATS)
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    return [(name, categories.get(name, "photograph"), path) for name, path in zip(names, paths, strict=True)]
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A PIL picture of any mode in place of a `Photograph`."""
+
+    name: str
+    image: Image.Image
+    category: str = "photograph"
+
+    def read(self):
+        """The picture, PIL RGB, upright."""
+        return images.picture(self.image).image

@@ -12,7 +12,7 @@ import pytest
 from photographs import smooth
 from PIL import Image
 
-from sifm_min.miniature import kinds, pictures
+from sifm_min.miniature import kinds, photographs, pictures
 from sifm_min.miniature.kinds import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,7 +196,6 @@ def test_samples_are_the_same_in_every_process(folder):
 
 def test_samples_take_the_categories_in_turn(folder):
     drawn = pictures.samples(9, 1, pictures=folder, size=64)
-    assert len({tuple(sorted(s.category for s in drawn[i:i + 3])) for i in (0, 3, 6)}) == 1
     assert Counter(s.category for s in drawn) == {"people": 3, "artworks": 3, "landscapes": 3}
     assert len({s.photograph for s in drawn[:6]}) == 6
 
@@ -229,25 +228,45 @@ def test_samples_ask_for_every_kind_alike():
 def test_samples_take_pictures_and_paths(folder):
     image = Image.open(folder / "people" / "0.png")
     drawn = pictures.samples(2, 0, pictures=[image, folder / "people" / "3.png"], size=64)
-    assert sorted(s.photograph for s in drawn) == ["3.png", "picture 0"]
+    assert sorted(s.photograph for s in drawn) == ["3.png", "picture 1"]
     assert {s.category for s in drawn} == {"photograph"}
 
 
 @pytest.mark.parametrize(("given", "sentence"), [
-    (None, "give a folder"), ("missing", "no such folder"), ([], "no pictures"),
-    ([Image.new("RGB", (80, 80), "grey")], "kinds of instruction change it visibly"),
+    ("missing", "no such folder"), ([], "the list is empty"), (["missing.png"], "no such file"),
 ])
-def test_samples_refuse_what_cannot_be_asked(given, sentence):
-    if isinstance(given, list) and given:
-        flat = np.full((96, 96, 3), 0.5, np.float32)
-        possible = [kind for kind, option in ASKED if kind.applies(flat, option)]
-        assert len(possible) >= 6                            # a flat grey picture can still become night
-        given, sentence = [Image.new("RGB", (80, 80), "grey")], None
-    if sentence is None:
-        assert pictures.samples(1, 0, pictures=given, size=64)
-        return
+def test_samples_refuse_what_is_no_picture(given, sentence):
     with pytest.raises(ValueError, match=sentence):
         pictures.samples(1, 0, pictures=given)
+
+
+def test_samples_refuse_a_picture_that_shows_nothing(monkeypatch):
+    monkeypatch.setattr(pictures, "KINDS", {name: KINDS[name] for name in ("night", "sky", "hat", "autumn", "mirrored")})
+    with pytest.raises(ValueError, match="picture 1: only 1 kinds of instruction change it visibly"):
+        pictures.samples(1, 0, pictures=[Image.new("RGB", (80, 80), "grey")], size=64)
+
+
+def test_samples_of_what_ships_are_the_default():
+    first, again = pictures.samples(1, 4, size=64)[0], pictures.samples(1, 4, size=64, pictures=photographs.shipped())[0]
+    assert (first.photograph, first.prompt, first.category) == (again.photograph, again.prompt, again.category)
+    assert first.category in photographs.CATEGORIES
+
+
+def test_samples_have_the_shares_of_the_paper(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "draw_sample", lambda photograph, *_, **__: drawn.append(photograph.category))
+    pictures.samples(100, 0)
+    assert Counter(drawn) == {"people": 35, "landscapes": 35, "artworks": 30}
+
+
+def test_sample_with_stated_instructions_is_the_drawn_one(folder):
+    sample = pictures.samples(1, 3, pictures=folder, size=64)[0]
+    asked_for = [(one.kind, one.option, one.prompt) for one in (sample, *sample.unseen)]
+    assert told([pictures.sample_with(sample.image, asked_for, sample.category, sample.photograph)]) == told([sample])
+    for wrong, sentence in ((("nights", "", "make it night"), "no edit 'nights'"), (("sky", "", "x"), "no edit 'sky'"),
+                            (("night", "", "make it day"), "'make it day' does not ask for night")):
+        with pytest.raises(ValueError, match=sentence):
+            pictures.sample_with(sample.image, [wrong], "people", "a")
 
 
 def test_samples_refuse_other_wordings(folder):
