@@ -17,7 +17,7 @@ class Sample:
     """
 
     image: Image.Image
-    instruction: wording.Instruction
+    instruction: wording.Request
     target: Image.Image
     mask: np.ndarray
     unseen: tuple = ()
