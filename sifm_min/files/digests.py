@@ -3,8 +3,6 @@
 import hashlib
 import json
 
-from PIL import Image
-
 
 def digest(value):
     """The SHA-256 of a JSON-ready value in one canonical form."""
@@ -23,6 +21,8 @@ def difference_hash(image):
     Scaling, JPEG and another file format change a few bits; another picture has about half of them different, and one with
     large even areas, such as a sunset, at least 30.
     """
+    from PIL import Image  # here, because a command's --help loads this file and no PIL
+
     grey = image.convert("L").resize((17, 16), Image.Resampling.LANCZOS).tobytes()
     bits = "".join("01"[grey[17 * row + column + 1] > grey[17 * row + column]] for row in range(16) for column in range(16))
     return f"{int(bits, 2):064x}"
