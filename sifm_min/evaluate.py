@@ -27,7 +27,8 @@ EXAMPLES = """examples:
   %(prog)s report runs
 
 suites: white-box (the paper's Tables II to IV), transfer (V), ablation (VI), lambda (VII), consistency (I: the same edits,
-how their judges agree), robustness (what an attacker does to the picture first). Every suite has the clean picture and
+how their judges agree), robustness (what an attacker does to the picture first; plain and robust), unseen (made for one
+prompt, for five and for any). transfer also has one perturbation for both editors. Every suite has the clean picture and
 random noise of the same budget beside the methods. A run that was interrupted, killed or extended goes on
 where it was; what failed is tried again. Exit codes: 0 all done, 1 something failed, 2 usage, 3 weights unavailable,
 130 or 143 interrupted."""
@@ -61,6 +62,8 @@ def _parser():
     option("--preset", choices=PRESETS, default="protocol", help="how baselines are run; see immunize --help")
     option("--budget", choices=BUDGETS, default="uniform", help="of the pixels, noise included; see immunize --help")
     option("--robust", action="store_true", help="methods expect purifiers; see immunize --help")
+    option("--any-prompt", type=cli.path, metavar="FILE",
+           help="the instructions of unseen, one a line (default: the miniature's for its judges, else those of immunize)")
     option("--set", action="append", type=_setting, default=[], metavar="NAME=VALUE",
            help="an option of the methods that have it, such as lam=0.5; several times")
     option("--edit-steps", type=cli.count, help="denoising steps of an edit (default: the editor's)")
@@ -125,7 +128,7 @@ def _run(args):
     editors, again = _editors(args)
     cases = _cases(args, editors, panel)
     lpips, about_lpips = _lpips(args, metrics)
-    arms, remarks = suites.arms(args.suite, editors, methods, moving=panel is not None)
+    arms, remarks = suites.arms(args.suite, editors, methods, moving=panel is not None, robust=args.robust)
     for remark in remarks:
         cli.say(remark, quiet=args.quiet)
     for editor in editors.values():                          # the plan states them
@@ -139,13 +142,15 @@ def _run(args):
         preset=args.preset,
         edit={key: value for key, value in edit.items() if value is not None},
         prompts=suites.PROMPTS.get(args.suite, ("original",)), lpips=about_lpips,
-        judge={"kind": "panel", **panel.record()} if panel else {"kind": "oracle", "judges": list(miniature.judges)})
+        judge={"kind": "panel", **panel.record()} if panel else {"kind": "oracle", "judges": list(miniature.judges)},
+        bank=suites.bank(args.any_prompt, world=panel is None) if args.suite == "unseen" else None)
     images.budget(args.eps)
     folder = Folder(args.output)
     folder.make()
     folder.add_plan(planned)
     mine = cases[index::count]
-    about = f"{args.suite} on {', '.join(editors)}: {len(mine)} pictures" + (f" of {len(cases)}" if count > 1 else "")
+    edited = ", ".join(name for name, editor in editors.items() if editor.kind != "encoders")
+    about = f"{args.suite} on {edited}: {len(mine)} pictures" + (f" of {len(cases)}" if count > 1 else "")
     judging = {"judges": None if panel else miniature.judges_of, "lpips": lpips}
     runner, code = _carry_out(args, folder, planned, editors, again, mine, about, judging)
     if args.helper_of:
@@ -178,6 +183,8 @@ def _methods(args):
     known = {option for method in methods for option in options_of(method)}
     if strangers := [option for option, _ in args.set if option not in known]:
         raise ValueError(f"--set {strangers[0]}: no method of this run has this option; there are {', '.join(sorted(known))}")
+    if args.any_prompt and args.suite != "unseen":
+        raise ValueError("--any-prompt is for unseen")
     if args.other and args.suite not in ("transfer", "robustness"):
         raise ValueError("--other is for transfer and robustness")
     return methods
@@ -221,7 +228,7 @@ def _carry_out(args, folder, planned, editors, again, cases, about, judging):
                 editors.update({name: load() for name, load in again.items()})
             for only in rounds:
                 if runner.only not in (None, only):          # drop the networks of the last round; they load when used
-                    editors[runner.only] = again[runner.only]()
+                    editors.update({name: again[name]() for name in runner.only})
                 runner.only = only
                 workers.carry_out(runner, cases, remark=lambda text: cli.say(text, quiet=args.quiet), finished=clock)
     if runner.failures and not args.helper_of:
@@ -266,6 +273,8 @@ def _editors(args):
         known |= editor.OPTIONS
         if editor.notice:
             cli.say(f"{name}: {editor.notice}", quiet=args.quiet)
+    if args.suite == "transfer":
+        _add_latents(args, editors, again)
     for option, kind in (("strength", "img2img"), ("image_guidance", "instruction editors")):
         if getattr(args, option) is not None and option not in known:
             raise ValueError(f"--{option.replace('_', '-')} is for {kind}, which {' and '.join(editors)} "
@@ -273,8 +282,23 @@ def _editors(args):
     return editors, again
 
 
+def _add_latents(args, editors, again):
+    """Add the latent spaces of this machine, for the arms that protect these too."""
+    from .editors import latents, load_editor
+    from .models.checkpoints import Unavailable
+    place = cli.place(args)
+
+    def load():
+        return load_editor(latents.NAME, device=place["device"], dtype=place["dtype"])
+    try:
+        editors[latents.NAME], again[latents.NAME] = load(), load
+    except Unavailable as error:
+        cli.say(f"{latents.NAME} are left out: {cli.sentence(error)}", quiet=args.quiet)
+
+
 def _cases(args, editors, panel):
     """The pictures: those of a manifest, or of the miniature's world."""
+    editors = {name: editor for name, editor in editors.items() if editor.kind != "encoders"}
     if args.manifest:
         kinds = {editor.kind for editor in editors.values()}
         return suites.manifest_cases(args.manifest, kinds, oracles=panel is None, count=args.images)

@@ -66,7 +66,8 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
     method: None is "sifm", or "latent" for `latents`; or a name in METHODS, a function, or
       "module:name" of one (see `methods`); options go to it (for SIFM: lam, timesteps,
       taps, reduction, aggregate, noisy, resample, batch).
-    each: of several editors, a list with a dict of options for each alone, such as {"taps": [...]}, which win over the others.
+    each: of several editors, a list with a dict of options for each alone, such as {"taps": [...]}, which win over the others;
+      "prompts" among them are its own words for the edits, as for an editor that is told descriptions.
     eps: the budget on [0,1]; no preset changes it. budget: "uniform", eps everywhere, or "texture", less where the picture
       is smooth (`metrics.texture_budget`); the steps are scaled with it.
     steps, step_size, schedule ("constant" or "linear" decay), init ("random" in the budget, or "zero"): of the PGD loop.
@@ -99,7 +100,7 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
         "steps": steps, "step_size": step_size, "schedule": schedule, "init": init, **options})
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     bank = find_bank(any_prompt) if any_prompt else None
-    if group.needs_prompt and not prompts and not bank:
+    if not bank and not prompts and any(getattr(share.editor, "needs_prompt", True) and not share.texts for share in shares):
         raise ValueError("immunize needs at least one prompt")
     for one in group.editors:
         check(one)

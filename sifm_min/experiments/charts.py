@@ -4,6 +4,7 @@ import html
 import math
 
 from ..judging.intervals import Estimate
+from . import gains
 from .figures import PROMPTS, figures, interval_text, judges_in, name_of, paper
 
 
@@ -32,6 +33,12 @@ def charts(groups):
             series = {PROMPTS[kind]: {name_of(arm): by_arm[arm, kind].rate.isr for arm in arms
                                              if (arm, kind) in by_arm} for kind in kinds}
             yield chart(f"ISR, {suite}: {where}", [name_of(arm) for arm in arms], series)
+            own = [arm for arm in group["arms"] if arm["target"] == target and arm["name"] in arms]
+            if gained := gains.gains(cells, judges, own, by_arm):
+                places = list(dict.fromkeys(name_of(one.arm) for one in gained))
+                yield chart(f"What each gains in ISR, {suite}: {where}", places, {
+                    PROMPTS[kind]: {name_of(one.arm): one.paired.result.difference for one in gained if one.prompts == kind}
+                    for kind in kinds}, least=-1)
             prompts = list(dict.fromkeys(cell["prompt_id"] for cell in cells))
             if len(prompts) > 1:
                 by_prompt = {prompt: figures([cell for cell in cells if cell["prompt_id"] == prompt], judges, arms)
@@ -53,15 +60,18 @@ def charts(groups):
 WIDTH, HEIGHT, LEFT, TOP, FOOT = 660, 310, 66, 12, 80
 
 
-def chart(title, places, series):
-    """One chart: at each place along the axis a point with its interval for every series, name -> {place: Estimate}."""
+def chart(title, places, series, *, least=0):
+    """One chart: at each place along the axis a point with its interval for every series, name -> {place: Estimate}.
+
+    least: the lower end of the axis, 0, or -1 for differences.
+    """
     step, rows = (WIDTH - LEFT - 10) / max(1, len(places)), max(1, math.ceil(len(series) / 4))
     total = HEIGHT + 18 * rows
 
     def y(value):
-        return TOP + (1 - value) * (HEIGHT - TOP - FOOT)
+        return TOP + (1 - value) / (1 - least) * (HEIGHT - TOP - FOOT)
     drawn = []
-    for tenth in range(0, 11, 2):
+    for tenth in range(10 * least, 11, 2 if not least else 5):
         height = y(tenth / 10)
         drawn.append(f'<line x1="{LEFT}" x2="{WIDTH - 10}" y1="{height:.1f}" y2="{height:.1f}" stroke="var(--line)"/><text '
                      f'x="{LEFT - 6}" y="{height + 4:.1f}" text-anchor="end" fill="currentColor">{tenth * 10}%</text>')

@@ -59,12 +59,17 @@ def reference_of(arm, names):
 
 def against_sifm(cells, judges, names):
     """{(arm, prompt type): Paired} of the judged arms of one table; names: of its arms, in order."""
+    return against(cells, judges, {arm: reference_of(arm, names) for arm in names})
+
+
+def against(cells, judges, references):
+    """{(arm, prompt type): Paired} of judged arms; references: arm -> the arm that it is compared with, or None."""
     paired = {}
     for prompts in PROMPTS:
         judged = judged_by_arm(cells, judges, prompts)
-        for arm in names:
+        for arm, reference in references.items():
             if arm in judged:
-                paired[arm, prompts] = _paired(judged, arm, reference_of(arm, names))
+                paired[arm, prompts] = _paired(judged, arm, reference)
     places = [place for place, pair in paired.items() if pair.result and not pair.note]
     for place, p in zip(places, holm([paired[place].result.p for place in places]), strict=True):
         paired[place] = dataclasses.replace(paired[place], p_holm=p, comparisons=len(places))

@@ -7,8 +7,8 @@ import time
 from ..immunize import immunize
 from ..judging.records import Edit, ask
 from . import results
-from .plan import PIXEL_METRICS, edit_options, prompts_of, words
-from .runner import FAILURES, PIXELS, distances, latent_shift
+from .plan import PIXEL_METRICS, edit_options, prompts_of, words, work_of
+from .runner import FAILURES, PIXELS, asked_of, distances, latent_shift
 
 # The name of a step: one of them, several, and the thing that takes the time.
 STEP_WORDS = {"immunize": ("immunization", "immunizations", ""), "attack": ("attack", "attacks", "an attack"),
@@ -56,7 +56,7 @@ def seconds_each(plan, editors, case, missing, *, judges=None, lpips=None):
     seconds = {}
     for arm in plan["arms"]:
         target, attack = arm["target"], arm["attack"]
-        trials = {("immunize", arm["method"]): _immunization, ("edit", target): _edit, ("metrics", target): _distances,
+        trials = {("immunize", work_of(arm)): _immunization, ("edit", target): _edit, ("metrics", target): _distances,
                   ("lpips", target): _distances, ("shift", target): _shift}
         if attack:
             trials["attack", attack["name"]] = _attack
@@ -75,9 +75,10 @@ def seconds_each(plan, editors, case, missing, *, judges=None, lpips=None):
 
 def _immunization(plan, editors, case, arm, **_):
     steps = arm["settings"].get("steps", 1)
+    editor, texts, more = asked_of(plan, editors, case.record, arm)
     return timed(lambda on_step: immunize(
-        case.read(), editors[arm["source"]], words(plan, arm["source"], case.record["prompts"][0]), method=arm["method"],
-        eps=plan["eps"], seed=plan["seed"], on_step=on_step, **arm["settings"]), steps)
+        case.read(), editor, texts, method=arm["method"], eps=plan["eps"], seed=plan["seed"], on_step=on_step,
+        **arm["settings"], **more), steps)
 
 
 def _edit(plan, editors, case, arm, **_):

@@ -31,7 +31,8 @@ def paper():
 def name_of(arm):
     """The name of an arm in the paper's spelling, with its attack behind it."""
     method, comma, attack = arm.partition(", ")
-    return (NAMES.get(method) or paper()["labels"].get(method, method)) + comma + attack
+    method, bracket, setting = method.partition(" (")
+    return (NAMES.get(method) or paper()["labels"].get(method, method)) + bracket + setting + comma + attack
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ pictures, weights, method, options, prompt, seed and version. A step whose key i
 that was killed, extended or given another option computes only what is new, and suites share their results.
 """
 
+import dataclasses
 import inspect
 from dataclasses import dataclass
 
 from .. import __version__
 from ..files.digests import digest
+from ..instructions.bank import ANY, Bank, Instruction
 from ..methods import METHODS, PROTOCOL, options_of, settings
 
 # The steps; a number is raised when code changes results.
@@ -53,13 +55,28 @@ def about_editor(editor):
             "revision": editor.provenance()["revision"]}
 
 
-def make_arm(name, method=None, *, source, target, options=None, attack=None):
+def make_arm(name, method=None, *, source, target, options=None, attack=None, texts="one"):
     """One row of a table, JSON-ready: `method` immunizes against the editor `source`, the attacker edits with `target`.
 
+    source: the name of an editor, or a list of names for one perturbation against all of them. texts: the texts that the method
+    is given: "one", the prompt itself; "five", with four more of the plan's bank; "any", with all of the bank, drawn.
     method None stands for the clean picture. options: those of this arm beside the plan's. attack: a change of the picture
     before the edit, {"name", "editor" (the name of the editor that it uses, or None), "moves"}; see purifiers/attacks.py.
     """
-    return {"name": name, "method": method, "source": source, "target": target, "options": options or {}, "attack": attack}
+    sources = [source] if isinstance(source, str) else list(source)
+    return {"name": name, "method": method, "source": " + ".join(sources), "target": target, "options": options or {},
+            "attack": attack, **({"sources": sources} if sources[1:] else {}), **({"texts": texts} if texts != "one" else {})}
+
+
+def sources_of(arm):
+    """The names of the editors that an arm protects against."""
+    return arm.get("sources") or [arm["source"]]
+
+
+def work_of(arm):
+    """The method of an arm with what makes it another work: several editors, or purifiers."""
+    return arm["method"] and arm["method"] + "".join(
+        [f" for {' and '.join(sources_of(arm))}"] * ("sources" in arm) + [", robust"] * bool(arm["options"].get("robust")))
 
 
 def arm_label(arm):
@@ -80,19 +97,21 @@ def controls(target):
 # -- the plan ----------------------------------------------------------------------------------------------------------
 
 def make_plan(suite, editors, cases, arms, *, seeds, seed=0, eps=0.03, options=None, preset="protocol", edit=None,
-              prompts=None, judge=None, lpips=None):
+              prompts=None, judge=None, lpips=None, bank=None):
     """The plan of a run, JSON-ready.
 
     editors: name -> about_editor(...). seeds: of the edits; seed: of the perturbation. options: of the loop and of methods,
     each for the methods that have it; {"robust": True} is for all but the controls, {"budget": "texture"} for noise as well.
     edit: options of every edit. prompts: the types ("original", "unseen") that are edited. judge: {"kind": "oracle"} or the
-    record of a panel. lpips: the hash of its weights, or the reason of their absence.
+    record of a panel. lpips: the hash of its weights, or the reason of their absence. bank: an `instructions.bank.Bank`, which
+    stands in the plan if an arm draws from it.
     """
     options = options or {}
     arms = [{**arm, "settings": _settings(arm, options, preset)} for arm in arms]
     return {"suite": suite, "version": __version__, "editors": editors, "cases": [case.record for case in cases], "arms": arms,
             "seeds": list(seeds), "seed": seed, "eps": eps, "given": options, "preset": preset, "edit": edit or {},
-            "prompts": list(prompts or ("original", "unseen")), "judge": judge or {"kind": "oracle"}, "lpips": lpips or {}}
+            "prompts": list(prompts or ("original", "unseen")), "judge": judge or {"kind": "oracle"}, "lpips": lpips or {},
+            **({"bank": dataclasses.asdict(bank)} if any("texts" in arm for arm in arms) else {})}
 
 
 def _settings(arm, given, preset):
@@ -104,11 +123,13 @@ def _settings(arm, given, preset):
         return budget
     from ..baselines import NATIVE
     known = (*PROTOCOL, *options_of(arm["method"]))
-    chosen = {name: value for name, value in given.items() if name in known} | arm["options"]
+    own = {name: value for name, value in arm["options"].items() if name != "robust"}
+    chosen = {name: value for name, value in given.items() if name in known} | own
     preset = preset if arm["method"] in NATIVE else "protocol"
     loop, options = settings(arm["method"], preset, **chosen)
     defaults = inspect.signature(METHODS[arm["method"]]).parameters      # a default has the same key, given or not
-    robust = {"robust": True} if given.get("robust") else {}             # recorded only where it differs from the default
+    robust = arm["options"].get("robust", given.get("robust"))
+    robust = {"robust": True} if robust else {}                          # recorded only where it differs from the default
     return {"preset": preset, **loop, **robust, **budget,
             **{name: value for name, value in options.items() if value != defaults[name].default}}
 
@@ -117,7 +138,7 @@ def group_key(plan):
     """The key of the table that a plan belongs to: all of the plan but its pictures, arms and seeds."""
     shared = ("suite", "version", "seed", "eps", "given", "preset", "edit", "prompts")
     editors = {name: about["identity"] for name, about in plan["editors"].items()}
-    return digest([{name: plan[name] for name in shared}, editors, plan["judge"]])
+    return digest([{name: plan[name] for name in shared}, editors, plan["judge"], *([plan["bank"]] if "bank" in plan else [])])
 
 
 def prompts_of(plan, case):
@@ -128,6 +149,28 @@ def prompts_of(plan, case):
 def words(plan, editor, prompt):
     """The text of a prompt for an editor: the instruction, or for img2img the caption of the result."""
     return prompt[plan["editors"][editor]["kind"]]
+
+
+def bank_of(plan, case):
+    """The `Bank` of a plan for a picture (the record of a Case), without the prompts that this picture is edited with."""
+    bank = Bank(plan["bank"]["name"], tuple(Instruction(**one) for one in plan["bank"]["instructions"]))
+    return bank.without([prompt[kind] for prompt in case["prompts"] for kind in ("instruct", "img2img") if prompt.get(kind)])
+
+
+def texts_of(plan, case, arm):
+    """{source: the texts that its method is given for a picture} of an arm; none for encoders alone.
+
+    The first is the original prompt. Of "five" the others are the bank's first four of the picture's category and of any.
+    """
+    found = {}
+    for source in sources_of(arm):
+        kind = plan["editors"][source]["kind"]
+        found[source] = [] if kind == "encoders" else [words(plan, source, case["prompts"][0])]
+        if arm.get("texts") == "five" and kind != "encoders":
+            fitting = [one for one in bank_of(plan, case).instructions if one.category in (case["category"], ANY)]
+            fitting.sort(key=lambda one: one.category != case["category"])
+            found[source] += Bank("", tuple(fitting)).texts(kind)[:4]
+    return found
 
 
 def edit_options(plan, editor):
@@ -148,9 +191,13 @@ def immunize_key(plan, case, arm):
     if arm["method"] == NOISE:                               # needs no editor, so one result serves all of them
         return step_key(plan, "immunize", picture=case["sha256"], method=NOISE, eps=plan["eps"], seed=plan["seed"],
                         **arm["settings"])
-    return step_key(plan, "immunize", picture=case["sha256"], method=arm["method"], eps=plan["eps"], seed=plan["seed"],
-                    settings=arm["settings"], editor=plan["editors"][arm["source"]]["identity"],
-                    prompt=words(plan, arm["source"], case["prompts"][0]))
+    texts, identities = texts_of(plan, case, arm), [plan["editors"][source]["identity"] for source in sources_of(arm)]
+    asked = {"picture": case["sha256"], "method": arm["method"], "eps": plan["eps"], "seed": plan["seed"],
+             "settings": arm["settings"]}
+    if "sources" not in arm and "texts" not in arm:
+        return step_key(plan, "immunize", **asked, editor=identities[0], prompt=texts[arm["source"]][0])
+    bank = {"bank": bank_of(plan, case).digest} if arm.get("texts") == "any" else {}
+    return step_key(plan, "immunize", **asked, editors=identities, prompts=list(texts.values()), **bank)
 
 
 def attack_key(plan, arm, sha256):

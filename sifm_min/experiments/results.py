@@ -14,6 +14,7 @@ from .plan import (
     reference_arm,
     shift_key,
     verdict_key,
+    work_of,
 )
 from .store import Folder
 
@@ -72,7 +73,7 @@ def _steps(plan, case, rows, answers, failed):
     def protected(arm):
         sha256 = case["sha256"]
         if arm["method"]:
-            sha256 = made("immunize", arm["method"], immunize_key(plan, case, arm))
+            sha256 = made("immunize", work_of(arm), immunize_key(plan, case, arm))
         if arm["attack"] and sha256:
             sha256 = made("attack", arm["attack"]["name"], attack_key(plan, arm, sha256))
         return sha256

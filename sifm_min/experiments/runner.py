@@ -14,6 +14,7 @@ from .plan import (
     PIXEL_METRICS,
     arm_label,
     attack_key,
+    bank_of,
     edit_key,
     edit_options,
     immunize_key,
@@ -22,6 +23,8 @@ from .plan import (
     prompts_of,
     reference_arm,
     shift_key,
+    sources_of,
+    texts_of,
     verdict_key,
     words,
 )
@@ -57,8 +60,8 @@ class Runner:
 
     editors: name -> a loaded editor. judges: editor -> {name: judge}, or None if a panel judges later. lpips: a
     `metrics.LPIPSWeights` or None. batch: the number of edits at once. memory: of immunizing, see `memory.plans`.
-    fail(Failure, error) is called for every failure, done() at the end of every arm of a picture. `only`: the name of the
-    one editor that may be used now, or None; steps that need another editor are left for later.
+    fail(Failure, error) is called for every failure, done() at the end of every arm of a picture. `only`: the names
+    of the editors that may be used now, or None for all; steps that need others, or fewer, are left for later.
     """
 
     def __init__(self, folder, plan, editors, *, judges=None, lpips=None, batch=None, memory="auto", fail=None, done=None):
@@ -114,8 +117,9 @@ class Runner:
                     journal.add(key, step, failed=reason)
             raise _Failed from None
 
-    def _require(self, editor):
-        if self.only not in (None, editor):
+    def _require(self, *editors):
+        """Raise _Later unless it is the turn of these editors; those with encoders alone are small and have no turn."""
+        if self.only is not None and {*self.only} != {e for e in editors if self.plan["editors"][e]["kind"] != "encoders"}:
             raise _Later
 
     def _arm(self, journal, case, arm):
@@ -143,7 +147,7 @@ class Runner:
             key = immunize_key(self.plan, case.record, arm)
             row = journal.get(key)
             if not row:
-                self._require(arm["source"])
+                self._require(*sources_of(arm))
                 row = self._step(journal, case, arm, "immunize", [key], self._immunize, journal, case, arm, key)
             sha256 = row["sha256"]
         if arm["attack"]:
@@ -163,9 +167,9 @@ class Runner:
         return journal.add(key, "attack", image, seconds=_since(started), psnr=_plain(damage))
 
     def _immunize(self, journal, case, arm, key):
-        prompt = words(self.plan, arm["source"], case.record["prompts"][0])
-        result = immunize(journal.image(case.record["sha256"]), self.editors[arm["source"]], prompt, method=arm["method"],
-                          eps=self.plan["eps"], seed=self.plan["seed"], memory=self.memory, **arm["settings"])
+        editor, texts, more = asked_of(self.plan, self.editors, case.record, arm)
+        result = immunize(journal.image(case.record["sha256"]), editor, texts, method=arm["method"],
+                          eps=self.plan["eps"], seed=self.plan["seed"], memory=self.memory, **arm["settings"], **more)
         kept = {name: result.report[name] for name in ("linf_steps", "budget_steps", "psnr", "ssim", "passes", "seconds",
                                                        "loop_seconds", "peak_memory_bytes", "note", "options")}
         last = result.report["loss"][-1] if result.report["loss"] else None
@@ -233,6 +237,15 @@ class Runner:
         started = time.perf_counter()
         edit = Edit(sha256, case.record["id"], prompt["id"], arm["name"], case.samples[prompt["id"]], journal.image(sha256))
         journal.add(key, "verdict", judges=answers_of(ask(judges, [edit])), seconds=round(_since(started), 4))
+
+
+def asked_of(plan, editors, case, arm):
+    """(editor or editors, prompts, other arguments) of an arm's `immunize` for a picture, the record of a Case."""
+    texts = texts_of(plan, case, arm)
+    more = {"any_prompt": bank_of(plan, case)} if arm.get("texts") == "any" else {}
+    if "sources" not in arm:
+        return editors[arm["source"]], texts[arm["source"]], more
+    return [editors[source] for source in texts], [], {"each": [{"prompts": own} for own in texts.values()], **more}
 
 
 def reason_of(error, step):

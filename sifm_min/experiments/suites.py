@@ -6,34 +6,41 @@ methods.
 """
 
 from ..files.digests import picture_sha256
+from ..instructions.bank import ANY, Bank, Instruction, find_bank
 from ..methods import METHODS
 from .plan import NOISE, Case, controls, make_arm
 
-SUITES = ("white-box", "transfer", "ablation", "lambda", "consistency", "robustness")
+SUITES = ("white-box", "transfer", "ablation", "lambda", "consistency", "robustness", "unseen")
 LAMBDAS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)       # the paper's Table VII
 ONLY_DISTANCE = 1e9              # with this weight the norm's part of a float32 gradient is rounded away: distance alone
 ELSEWHERE = (NOISE, "sifm", "latent", "decontext")           # the control, the last one, and those for other kinds of editors
 COMPARED = (*(name for name in METHODS if name not in ELSEWHERE), "sifm")               # SIFM last, as in the paper
-WORLD_SEED = 0                                               # of the miniature's samples
+WORLD_SEED, BANK_SEED, BANK = 0, 64, 64                      # of the miniature's samples, and of those whose prompts are a bank
 # The prompt types of a suite. The paper has unseen prompts in Tables II to IV only.
-PROMPTS = {"white-box": ("original", "unseen"), "consistency": ("original", "unseen")}
-METHODS_OF = {"white-box": COMPARED, "consistency": COMPARED, "transfer": COMPARED, "robustness": ("sifm",)}
+PROMPTS = dict.fromkeys(("white-box", "consistency", "unseen"), ("original", "unseen"))
+METHODS_OF = {"white-box": COMPARED, "consistency": COMPARED, "transfer": COMPARED, "robustness": ("sifm",),
+              "unseen": ("sifm",)}
+TEXTS = {"one": "", "five": " (five prompts)", "any": " (any prompt)"}       # what the arms of unseen are made for: their names
 
 
 # -- arms ------------------------------------------------------------------------------------------------------------------
 
-def arms(suite, editors, methods, *, moving=True):
+def arms(suite, editors, methods, *, moving=True, robust=False):
     """(arms, remarks) of a suite, controls first.
 
-    editors: name -> editor; transfer goes both ways between its two. moving: True if attacks that move the picture can be
-    judged.
+    editors: name -> editor, and for transfer, beside its two, one with encoders alone, if there is one. moving: True if
+    attacks that move the picture can be judged. robust: True if all methods expect purifiers.
+    An arm that changes the protection of a method is called after it, as "sifm (both)": see `gains.py`.
     """
-    names = list(editors)
+    names = [name for name, editor in editors.items() if editor.kind != "encoders"]
     if suite == "transfer" and len(names) != 2:
         raise ValueError("transfer needs two editors: add --other NAME")
     if suite == "transfer":
+        both = {"both": names} | {f"both + {name}": [*names, name] for name in editors if name not in names}
         return [arm for source, target in (names, names[::-1]) for arm in (
-            *controls(target), *(make_arm(m, m, source=source, target=target) for m in methods))], []
+            *controls(target), *(make_arm(m, m, source=source, target=target) for m in methods), *(
+                make_arm(f"{m} ({name})", m, source=made_for, target=target) for m in methods
+                for name, made_for in {"white box": target, **both}.items()))], []
     own = names[0]
 
     def sifm(name, **options):
@@ -42,7 +49,12 @@ def arms(suite, editors, methods, *, moving=True):
         return [*controls(own), *(sifm(f"lambda {lam:g}", lam=lam) for lam in LAMBDAS)], []
     if suite == "ablation":
         return [*controls(own), sifm("distance only", lam=ONLY_DISTANCE), sifm("norm only", lam=0.0), sifm("sifm")], []
+    if suite == "unseen":
+        return [*controls(own), *(make_arm(f"{m}{called}", m, source=own, target=own, texts=texts) for m in methods
+                                  for texts, called in TEXTS.items())], []
     plain = [*controls(own), *(make_arm(m, m, source=own, target=own) for m in methods)]
+    if suite == "robustness" and not robust:
+        plain += [make_arm(f"{m} (robust)", m, source=own, target=own, options={"robust": True}) for m in methods]
     return (plain, []) if suite != "robustness" else _attacked(plain, editors, moving)
 
 
@@ -63,6 +75,16 @@ def _attacked(plain, editors, moving):
             arms += [{**arm, "name": f"{arm['name']}, {name}", "attack": {"name": name, "editor": used, "moves": attack.moves}}
                      for arm in plain]
     return arms, remarks
+
+
+def bank(path=None, *, world=False):
+    """The `Bank` that unseen draws from: a file's, instructions of the miniature's world, or the one that ships."""
+    if path or not world:
+        return find_bank(path or True)
+    from .. import miniature
+    return Bank("miniature", tuple(
+        Instruction(ANY, prompt["instruct"], prompt["img2img"]) for sample in miniature.samples(BANK, BANK_SEED)
+        for prompt in _world_case("bank", sample).record["prompts"][:1]))
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------------

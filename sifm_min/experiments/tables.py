@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass
 
 from ..judging.agreement import consistency
-from . import comparison
+from . import comparison, gains
 from .figures import (
     DISTANCES,
     NAMES,
@@ -57,14 +57,14 @@ def tables(group, people=()):
         cells = [cell for cell in group["cells"] if cell["target"] == target]
         judges = judges_in(cells)
         names = [arm["name"] for arm in arms]
-        source = next((arm["source"] for arm in arms if arm["source"] != target), None)
+        source = next((arm["source"] for arm in arms if arm["source"] != target and "sources" not in arm), None)
         by_arm = figures(cells, judges, names)
         arms = [arm for arm in arms if any((arm["name"], prompts) in by_arm for prompts in PROMPTS)]
         if not arms:
             continue
         if suite in ("white-box", "transfer"):               # the controls, then the paper's order
             labels = {name: place for place, name in enumerate(paper()["labels"])}
-            arms.sort(key=lambda arm: -1 if arm["name"] in NAMES else labels.get(arm["name"], 0))
+            arms.sort(key=lambda arm: -1 if arm["name"] in NAMES else labels.get(arm["name"].partition(" (")[0], 0))
         title, beside = _title(suite, target, source), _beside(suite, target, source, plan)
         notes = [*_provenance(group, target, cells, judges), *beside.notes]
         if suite == "consistency":
@@ -79,6 +79,8 @@ def tables(group, people=()):
         else:
             made.append(_main(title, arms, by_arm, paired, beside, notes))
             made.append(_behind(f"{title}: what stands behind the ISR", arms, by_arm, judges))
+        if gained := gains.gains(cells, judges, arms, by_arm):
+            made.append(gains.table(Table, f"{title}: what each gains", gained))
         if any(pair.result for pair in paired.values()):
             made.append(_paired(f"{title}: each method against SIFM, paired", arms, paired))
     return made
@@ -87,7 +89,7 @@ def tables(group, people=()):
 def _title(suite, target, source):
     return {"white-box": f"White box: {target}", "transfer": f"Transfer: {source} → {target}",
             "ablation": f"The two terms of SIFM: {target}", "lambda": f"The weight of the distance term: {target}",
-            "robustness": f"Robustness: {target}",
+            "robustness": f"Robustness: {target}", "unseen": f"Unseen prompts: {target}",
             "consistency": f"Agreement of judges: {target}"}.get(suite, f"{suite}: {target}")
 
 

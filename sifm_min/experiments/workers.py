@@ -41,8 +41,13 @@ def carry_out(runner, cases, remark=None, finished=None):
 
 
 def are_small(editors):
-    """True if all editors are miniatures on the CPU."""
-    return all(editor.is_small and editor.device.type == "cpu" for editor in editors.values())
+    """True if all editors that edit are miniatures on the CPU."""
+    return all(editor.is_small and editor.device.type == "cpu" for editor in _editing(editors).values())
+
+
+def _editing(editors):
+    """The editors that edit: not those with encoders alone."""
+    return {name: editor for name, editor in editors.items() if getattr(editor, "kind", None) != "encoders"}
 
 
 def jobs(args, editors):
@@ -57,15 +62,16 @@ def jobs(args, editors):
 
 
 def rounds(suite, editors):
-    """The rounds of a run: the one editor that each round may use, None for all.
+    """The rounds of a run: the names of the editors that each round uses together, None for any.
 
     Transfer with two large editors has several rounds, so that two editors never share the memory: each editor immunizes in
-    one round, and the other edits the result in the next. The last round is for steps that another process left.
+    one round, and the other edits the result in the next. Between them is a round for what is made for both; where they do not
+    fit together, the memory plan takes turns. The last round is for steps that another process left.
     """
     if suite != "transfer" or are_small(editors):
         return [None]
-    first, second = editors
-    return [first, second, first, None]
+    first, second = _editing(editors)
+    return [(first,), (second,), (first, second), (first,), (second,), None]
 
 
 @contextlib.contextmanager

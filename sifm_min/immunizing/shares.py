@@ -49,9 +49,9 @@ class Share:
     def told(self, prompts, bank):
         """The same share with its texts and their contexts: of the prompts, and, of a method that reads text, of the bank and
         of the empty prompt, where there is a bank."""
-        texts = list(prompts)
+        texts = list(self.texts or prompts)
         if bank and self.reads_text:                         # semantic-attack has no use for a text without words
-            texts = list(dict.fromkeys([*prompts, *bank.texts(self.editor.kind), *([] if self.takes_texts else [""])]))
+            texts = list(dict.fromkeys([*texts, *bank.texts(self.editor.kind), *([] if self.takes_texts else [""])]))
         return replace(self, texts=texts, contexts=self.editor.contexts(texts) if texts else [])
 
     def order(self, steps, seed):
@@ -93,8 +93,9 @@ def shares_of(group, method, preset, each, arguments):
     encoders = [getattr(editor, "kind", None) == "encoders" for editor in group.editors]
     loop, found = shared_settings(asked, encoders, preset, each, **arguments)
     return methods.find_method(asked)[0], loop, [
-        Share(label, editor, name, function, options)
-        for label, editor, (name, function, options) in zip(group.names, group.editors, found, strict=True)]
+        Share(label, editor, name, function, options, texts=(own or {}).get("prompts", ()))
+        for label, editor, (name, function, options), own in zip(group.names, group.editors, found,
+                                                                 each or [{}] * len(found), strict=True)]
 
 
 def planned_timesteps(shares):
@@ -108,8 +109,9 @@ def shared_settings(asked, encoders, preset, each, **arguments):
     """(loop, [(method's name, its function, its options) of each editor]) of a run for several editors.
 
     asked: the method. Editors with encoders alone take `latent` where it needs a denoiser. encoders: for each editor, True if
-    it has encoders alone. each: None, or the options of each editor, a dict each, that win over the others. arguments: of loop
-    and methods; one that some editors' methods lack goes to the others. Raises ValueError where no method has it.
+    it has encoders alone. each: None, or the options of each editor, a dict each, that win over the others; "prompts" are none.
+    arguments: of loop and methods; one that some editors' methods lack goes to the others. Raises ValueError where no method
+    has it.
     """
     _, function = methods.find_method(asked)
     each = [{}] * len(encoders) if each is None else [dict(own or {}) for own in each]
@@ -126,6 +128,7 @@ def shared_settings(asked, encoders, preset, each, **arguments):
     for number, ((label, own), particular) in enumerate(zip(chosen, each, strict=True), 1):
         if wrong := [key for key in particular if key in methods.TAKEN]:
             raise ValueError(f"{wrong[0]} is the same for all editors, so it cannot be given for editor {number} alone")
+        particular = {key: value for key, value in particular.items() if key != "prompts"}
         known = {key: value for key, value in options.items() if own is function or key in options_of(own)}
         native = preset if own is function else "protocol"
         found.append((label, own, settings(own, native, **known | particular)[1]))

@@ -43,6 +43,15 @@ def loaded(tiny_folder, tmp_path_factory):
     return {str(tiny_folder): sifm_min.load_editor(tiny_folder), str(other): sifm_min.load_editor(other)}
 
 
+def loader(loaded):
+    """A `load_editor` that has these editors and no others; transfer does without latent spaces that are not there."""
+    def load(source, **options):
+        if source not in loaded:
+            raise Unavailable(f"{source} is not on this machine")
+        return loaded[source]
+    return load
+
+
 class Calls(list):
     """The immunizations and edits of a run: "immunize METHOD", and "edit N" for N prompts at once."""
 
@@ -62,7 +71,7 @@ def calls():
 @pytest.fixture
 def run(loaded, tmp_path, monkeypatch, calls):
     """Run the command in this process and in tmp_path, on editors that are loaded once, and count what they are asked."""
-    monkeypatch.setattr(editors, "load_editor", lambda source, **options: loaded[source])
+    monkeypatch.setattr(editors, "load_editor", loader(loaded))
     monkeypatch.setattr(estimate, "seconds_each", lambda asked, editors, case, left, **judging: dict.fromkeys(left.todo, 1.0))
     immunize = runner.immunize
 
@@ -510,8 +519,8 @@ def test_a_folder_without_results(tmp_path, capsys):
 def test_transfer_goes_both_ways(run, calls, loaded, capsys):
     second = list(loaded)[1]
     assert run("transfer", "--other", second) == cli.OK
-    assert calls.count_of("immunize photoguard-encoder") == 4 and calls.count_of("immunize noise") == 2
-    assert calls.edits == 2 * 2 * 3                          # the original prompt alone
+    assert calls.count_of("immunize photoguard-encoder") == 6 and calls.count_of("immunize noise") == 2      # 2 for both
+    assert calls.edits == 2 * 2 * 5                          # the original prompt alone
     (group,) = results.collect("out")
     pairs = {(cell["source"], cell["target"]) for cell in group["cells"] if cell["arm"] == "photoguard-encoder"}
     names = [Path(name).name for name in loaded]
@@ -526,12 +535,13 @@ def test_large_editors_take_turns_in_transfer(run, capsys, loaded, monkeypatch):
     assert run("transfer", "--other", second) == cli.OK
     expected, used = table(capsys, "--format", "csv"), []
     monkeypatch.setattr(workers, "are_small", lambda editors: False)
-    monkeypatch.setattr(editors, "load_editor", lambda source, **options: used.append(f"load {source}") or loaded[source])
+    monkeypatch.setattr(editors, "load_editor", lambda source, **options: loader(loaded)(source) and (
+        used.append(f"load {source}") or loaded[source]))
     immunize = runner.immunize
 
     def immunizing(image, editor, prompts, *, method, **options):
         if method != plan.NOISE:
-            used.append(editor.name)
+            used.append("both" if isinstance(editor, list) else editor.name)
         return immunize(image, editor, prompts, method=method, **options)
     monkeypatch.setattr(runner, "immunize", immunizing)
     for editor in loaded.values():
@@ -540,12 +550,12 @@ def test_large_editors_take_turns_in_transfer(run, capsys, loaded, monkeypatch):
     assert run("transfer", "--other", second, "-o", "turns") == cli.OK
     order = [name for name, before in zip(used, [None, *used], strict=False) if name != before]
     load = [f"load {name}" for name in (first, second)]
-    assert order == [*load, *load, first, load[0], second, load[1], first, load[0]]
+    assert order == [*load, *load, first, load[0], second, load[1], "both", *load, first, load[0], second, load[1]]
     assert timeless(table(capsys, "--format", "csv", folder="turns")) == timeless(expected)
     Path("turns/steps").rename("turns/before")
     monkeypatch.setattr(runner, "immunize", broken := Broken())
     assert run("transfer", "--other", second, "-o", "turns") == cli.SOME_FAILED
-    assert broken.tried == 2 * 3                             # noise, and the method for either editor; each once
+    assert broken.tried == 2 * 4                             # noise, and the method for either editor and both; each once
     told = capsys.readouterr().err
     assert told.count("miniature-001, photoguard-encoder, made for") == 2 * 2
 
@@ -567,10 +577,11 @@ def test_robustness_attacks_every_arm_with_what_applies(run, calls, capsys):
     (group,) = results.collect("out")
     attacks = {cell["attack"] for cell in group["cells"]}
     assert {None, "jpeg-50", "adverse-cleaner", "vae"} <= attacks and not {"crop-0.75", "vae-other"} & attacks
-    assert len(made["attack"]) == 3 * (len(attacks) - 1) and calls.edits == 3 * len(attacks)
+    assert len(made["attack"]) == 4 * (len(attacks) - 1) and calls.edits == 4 * len(attacks)
     assert all(row["psnr"] for row in made["attack"])
     text = table(capsys)
     assert "| worst for each picture | - |" in text and "| jpeg-50 |" in text
+    assert "| ISR: PhotoGE | ISR: PhotoGE (robust) |" in text         # side by side in one table
 
 
 @pytest.mark.slow
@@ -710,7 +721,7 @@ def test_answers_of_two_shares_are_one_table(run, panel):
 @pytest.mark.slow
 def test_the_estimate_counts_and_times_every_kind_of_step(loaded, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(editors, "load_editor", lambda source, **options: loaded[source])
+    monkeypatch.setattr(editors, "load_editor", loader(loaded))
     monkeypatch.setattr(attacks, "ATTACKS", {"jpeg-50": attacks.ATTACKS["jpeg-50"]})
 
     def announced(*argv):
@@ -723,11 +734,11 @@ def test_the_estimate_counts_and_times_every_kind_of_step(loaded, tmp_path, caps
         told = announced()
     assert "not counted: noise, immunize, which failed" in told and "a verdict " in told
     told = announced("-o", "other")
-    for part in ("2 immunizations", "3 attacks", "6 edits", "5 comparisons", "6 verdicts", "2 shifts", "0 pictures done",
+    for part in ("3 immunizations", "4 attacks", "8 edits", "7 comparisons", "8 verdicts", "3 shifts", "0 pictures done",
                  "; about "):
         assert part in told
-    for part in ("noise", "photoguard-encoder", "an edit by tiny0", "an attack", "the distances of an edit", "a verdict",
-                 "a shift of latents"):
+    for part in ("noise", "photoguard-encoder", "photoguard-encoder, robust", "an edit by tiny0", "an attack",
+                 "the distances of an edit", "a verdict", "a shift of latents"):
         assert re.search(rf"[(, ]{part} [0-9.]+ m?s", told), part
     assert "to do: nothing; 1 pictures done" in announced("-o", "other")
 
