@@ -557,7 +557,8 @@ def test_large_editors_take_turns_in_transfer(run, capsys, loaded, monkeypatch):
     assert run("transfer", "--other", second, "-o", "turns") == cli.SOME_FAILED
     assert broken.tried == 2 * 4                             # noise, and the method for either editor and both; each once
     told = capsys.readouterr().err
-    assert told.count("miniature-001, photoguard-encoder, made for") == 2 * 2
+    assert told.count("miniature-001, photoguard-encoder, made for") == 2    # when it failed, and at the end; each for the
+    assert told.count("miniature-001, photoguard-encoder (white box), ") == 2          # first arm that has this immunization
 
 
 class Broken:

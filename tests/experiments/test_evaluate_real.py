@@ -9,6 +9,7 @@ import pytest
 import small_editors
 import small_sd3
 from fake_gemini import FakeGemini, serve_panel, verdict
+from test_evaluate import loader
 
 import sifm_min
 from sifm_min import cli, editors, evaluate, miniature
@@ -39,8 +40,7 @@ def run(models, tmp_path, monkeypatch):
     monkeypatch.setattr(canaries, "SIZE", 48)
     monkeypatch.setenv("JUDGE_KEY", "AQ.sentinel-0123456789")
     # The weights are read once for all tests; the options that an editor is loaded with are the command's business here.
-    monkeypatch.setattr(editors, "load_editor", lambda source, **options: next(
-        editor for folder, editor in models.values() if folder == source))
+    monkeypatch.setattr(editors, "load_editor", loader(dict(models.values())))
     sample = miniature.samples(1)[0]
     sample.image.resize((64, 64)).save("0.png")
     manifest.write_manifest("manifest.jsonl", [manifest.Item(
