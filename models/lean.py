@@ -40,11 +40,12 @@ class Conv2d(nn.Conv2d):
     """A convolution with zero padding. With frozen weights it saves nothing but the weights, and on a CPU a kernel of cpu.py
     may compute it."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding: int = 0):
-        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding)
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding: int = 0,
+                 bias: bool = True):
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias)
 
     def forward(self, x):
-        if only_the_input(x, self.weight, self.bias):
+        if only_the_input(x, *self.parameters()):
             return _Convolution.apply(x, self.weight, self.bias, self.stride, self.padding)
         if torch.is_grad_enabled():
             return super().forward(x)

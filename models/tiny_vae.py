@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from . import cpu
 from .config import EMA, LAYERS, Config
+from .lean import Conv2d
+from .residual import residual
 
 HARMLESS = EMA | {
     "block_out_channels": "a copy of decoder_block_out_channels, for pipelines that ask for the number of resolutions",
@@ -71,7 +72,7 @@ class TinyVAEConfig(Config):
 
 def convolution(in_channels: int, out_channels: int, **options):
     """A 3x3 convolution that keeps the size, unless it has a stride."""
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1, **options)
+    return Conv2d(in_channels, out_channels, 3, padding=1, **options)
 
 
 class Block(nn.Module):
@@ -93,7 +94,7 @@ class Block(nn.Module):
     def forward(self, x):                                                   # (B, C, h, w) -> (B, C, h, w)
         if self.pool is not None:
             x = x + self.pool(x)
-        return F.relu(self.conv(x) + x)
+        return residual(x, self.conv[::2])
 
 
 def run(layers, x, checkpointing):

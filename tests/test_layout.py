@@ -35,7 +35,7 @@ FLAT = {}
 LOADING = {"models.checkpoints", "models.first_use", "models.flux_files", "models.hub", "models.latent_spaces", "models.layout",
            "models.places", "models.readahead", "models.single_files", "models.sources"}
 LAYERS = {"models.lean", "models.winograd", "models.config", "models.cpu", "models.tokens", "models.byte_pairs",
-          "models.flow_matching", "models.modulation", "models.precision"}
+          "models.flow_matching", "models.modulation", "models.precision", "models.residual"}
 
 # distribution -> what it is imported as; no others, ever
 SIX = {"torch": "torch", "safetensors": "safetensors", "huggingface-hub": "huggingface_hub", "numpy": "numpy",
