@@ -37,13 +37,17 @@ def test_table_has_the_gain_at_equal_shift_and_what_is_left_out():
         return dict.fromkeys(tool.MEASURES, 0.0) | {"shift": shift, "ssim": ssim, "lpips": None, "seconds": 2.0}
 
     uniform = {"uniform 3": values(0.4, 0.98), "uniform 5": values(0.6, 0.94), "uniform 7": values(0.8, 0.88)}
-    found = {name: uniform | {"texture 7": values(shift, 0.97), "texture 9": values(0.9, 0.95)}
+    found = {name: uniform | {"texture 7": values(shift, 0.97), "texture 9": values(0.9, 0.95), "texture 11": values(1, 0.9)}
              for name, shift in (("x", 0.5), ("y", 0.6), ("z", 0.3))}
     lines = tool.table(found)
     assert lines[0].split(" | ")[1:4] == ["shift", "ssim", "fsim"]              # no lpips
     assert "texture 7 minus uniform at the same shift (2 photographs, 1 outside):" in lines
     assert any(line.startswith("  ssim: 0.020 [0.010, 0.030]") for line in lines)
     assert "texture 9 minus uniform at the same shift (0 photographs, 3 outside):" in lines
+    # At the shift 0.6 of uniform 5, x is a quarter of the way from 0.97 to 0.95, y at its start and z halfway.
+    last = lines.index("texture minus uniform 5 at the shift of uniform 5 (3 photographs, 0 outside):")
+    gains = [0.97 - 0.02 / 4 - 0.94, 0.97 - 0.94, 0.97 - 0.02 / 2 - 0.94]
+    assert lines[last + 1].startswith(f"  ssim: {sum(gains) / 3:.3f} [")
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):

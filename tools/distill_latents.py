@@ -34,7 +34,7 @@ from safetensors.torch import save
 from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from photosets import in_turn, marked  # noqa: E402
+from photosets import in_turn, interval, marked, middle_square  # noqa: E402
 
 from sifm_min import images, metrics  # noqa: E402
 from sifm_min.editors.latents import Latents, LatentSpace, latent  # noqa: E402
@@ -266,9 +266,7 @@ def measure(args):
 
 def measured(args, teacher, pupil, picture):
     """The figures of one photograph, its middle square at `args.size` pixels."""
-    side = min(picture.size)
-    left, top = ((length - side) // 2 for length in picture.size)
-    picture = picture.resize((args.size, args.size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    picture = middle_square(picture, args.size)
     pixels = images.to_pixels(picture)
     spaces, figures = {"teacher": teacher, "pupil": pupil}, {}
 
@@ -337,7 +335,7 @@ uses a copy where its teacher is not on the machine (`python -m sifm_min.weights
 
 Below: evaluation photographs that were not trained on, their middle squares at 256 pixels, a budget of 7/255, attacks of
 60 steps (`encoder-max`, method `latent`). A shift is the RMS of a latent's change over the standard deviation of the
-latent. Brackets: 95 % intervals of the mean.
+latent. Means over photographs; brackets: their 95 % intervals by a bootstrap over photographs.
 
 """
 
@@ -363,13 +361,6 @@ def card(args):
             "| | aim | measured |", "|---|---|---|", *lines, "",
             "| shift | teacher | teacher, JPEG 75 | ours | ours, JPEG 75 |", "|---|---|---|---|---|", *shifts]))
     writing.write(latent_spaces.COPIES / "README.md", CARD + "\n\n".join(tables) + "\n", overwrite=True)
-
-
-def interval(values):
-    """The mean, with a 95 % interval of the mean by the normal approximation."""
-    mean = sum(values) / len(values)
-    half = 1.96 * (sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1) / len(values)) ** 0.5
-    return f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]"
 
 
 def main(argv=None):

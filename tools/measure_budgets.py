@@ -1,11 +1,11 @@
-"""Measure the cost of a budget: uniform 3, 5 and 7 of 255, and texture of 7 and 9, in shift, SSIM, LPIPS and FSIM.
+"""Measure the cost of a budget: uniform 3, 5 and 7 of 255, and texture of 7, 9 and 11, in shift, SSIM, LPIPS and FSIM.
 
     python tools/measure_budgets.py --photos ../shared/data/photoset --images 20 --editor latents:sd1 -o budgets.jsonl
 
 Every photograph is scaled to --size on its long side and immunized with the method `latent` at each budget. The last part of
-the table compares each texture budget with the uniform one at the same shift, photograph by photograph: the uniform values
-are interpolated between the two budgets whose shifts are next to the texture's. A photograph whose texture shift lies
-outside them is left out, and counted.
+the table compares texture with uniform at the same shift, photograph by photograph: each texture budget with uniform ones, and
+the texture budgets with uniform 5. The other side's values are interpolated between the two budgets whose shifts are next to
+that shift. A photograph whose shift lies outside them is left out, and counted.
 
 Photographs: those of a folder; in a folder with a LICENSES.jsonl, those that it marks `"use": "evaluate"` (or --use), from
 its categories in turn. Every measurement goes to the journal -o at once, one JSON line each, and is not done twice. Means
@@ -20,19 +20,19 @@ import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from photosets import in_turn, marked  # noqa: E402
+from photosets import in_turn, interval, marked  # noqa: E402
 
 import sifm_min  # noqa: E402
 from sifm_min import images, metrics  # noqa: E402
 from sifm_min.files.digests import digest, picture_sha256  # noqa: E402
 from sifm_min.files.ledger import Ledger  # noqa: E402
 from sifm_min.files.listing import list_pictures  # noqa: E402
-from sifm_min.judging.intervals import bootstrap  # noqa: E402
 from sifm_min.metrics import just_noticeable  # noqa: E402
 from sifm_min.models.checkpoints import Unavailable  # noqa: E402
 
 ARMS = {"uniform 3": (3, "uniform"), "uniform 5": (5, "uniform"), "uniform 7": (7, "uniform"), "texture 7": (7, "texture"),
-        "texture 9": (9, "texture")}
+        "texture 9": (9, "texture"), "texture 11": (11, "texture")}
+MATCHED = "uniform 5"                                        # whose shift texture budgets are brought to
 MEASURES = ("shift", "ssim", "lpips", "fsim", "psnr", "visibility", "mean budget")
 
 
@@ -64,23 +64,14 @@ def measure(image, editor, eps, budget, steps, lpips):
             "mean budget": report["budget_mean_steps"], "seconds": seconds}
 
 
-def at_shift(uniform, shift, name):
-    """The value of a measure that uniform budgets have at this shift, interpolated; None outside their shifts."""
-    ordered = sorted(uniform, key=lambda values: values["shift"])
+def at_shift(budgets, shift, name):
+    """The value of a measure that some budgets have at this shift, interpolated; None outside their shifts."""
+    ordered = sorted(budgets, key=lambda values: values["shift"])
     for low, high in zip(ordered, ordered[1:], strict=False):
         if low["shift"] <= shift <= high["shift"] and low["shift"] < high["shift"]:
             part = (shift - low["shift"]) / (high["shift"] - low["shift"])
             return low[name] + part * (high[name] - low[name])
     return None
-
-
-def interval(values):
-    """"mean [low, high]" of a list of numbers, "-" of an empty one."""
-    if not values:
-        return "-"
-    found = bootstrap([(i, (value, 1)) for i, value in enumerate(values)], {"mean": lambda v: v[..., 0] / v[..., 1]})["mean"]
-    bounds = "" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]"
-    return f"{found.value:.3f}{bounds}"
 
 
 def table(found):
@@ -89,19 +80,24 @@ def table(found):
     lines = ["| budget | " + " | ".join(names) + " | CPU s |", "|---" * (len(names) + 2) + "|"]
     for arm in ARMS:
         values = [arms[arm] for arms in found.values()]
-        cells = [interval([value[name] for value in values]) for name in names]
+        cells = [interval([value[name] for value in values], digits=3) for name in names]
         lines.append(f"| {arm} | " + " | ".join(cells) + f" | {sum(v['seconds'] for v in values) / len(values):.0f} |")
     for texture in (arm for arm, (_, budget) in ARMS.items() if budget == "texture"):
-        gains = {name: [] for name in names[1:]}
-        for arms in found.values():
-            uniform = [values for arm, values in arms.items() if ARMS[arm][1] == "uniform"]
-            for name, values in gains.items():
-                if (other := at_shift(uniform, arms[texture]["shift"], name)) is not None:
-                    values.append(arms[texture][name] - other)
-        kept = len(gains["ssim"])
-        lines += ["", f"{texture} minus uniform at the same shift ({kept} photographs, {len(found) - kept} outside):",
-                  *(f"  {name}: {interval(values)}" for name, values in gains.items())]
-    return lines
+        lines += comparison(f"{texture} minus uniform at the same shift", found, names[1:], texture, "uniform")
+    return lines + comparison(f"texture minus {MATCHED} at the shift of {MATCHED}", found, names[1:], MATCHED, "texture", -1)
+
+
+def comparison(title, found, names, arm, others, sign=1):
+    """Lines: an arm's measures minus those of the other budgets at the arm's shift (sign -1: the others minus the arm)."""
+    gains = {name: [] for name in names}
+    for arms in found.values():
+        budgets = [values for other, values in arms.items() if ARMS[other][1] == others]
+        for name, values in gains.items():
+            if (other := at_shift(budgets, arms[arm]["shift"], name)) is not None:
+                values.append(sign * (arms[arm][name] - other))
+    kept = len(gains["ssim"])
+    return ["", f"{title} ({kept} photographs, {len(found) - kept} outside):",
+            *(f"  {name}: {interval(values, digits=3)}" for name, values in gains.items())]
 
 
 def main(argv=None):

@@ -1,7 +1,10 @@
-"""Photographs to train on and to measure with: the use that a folder's LICENSES.jsonl states, one line a photograph."""
+"""Photographs to train on and to measure with: their uses, which a folder's LICENSES.jsonl states, their middle squares, and
+figures over them with intervals."""
 
 import json
 from itertools import zip_longest
+
+from PIL import Image
 
 
 def marked(folder, use):
@@ -19,3 +22,37 @@ def in_turn(rows):
     for row in rows:
         by_category.setdefault(row["category"], []).append(row)
     return [row for together in zip_longest(*by_category.values()) for row in together if row is not None]
+
+
+def middle_square(picture, size):
+    """The middle square of a PIL picture at size x size; what is outside the square has no part in it."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+
+
+def interval(values, statistic="mean", digits=2):
+    """"value [low, high]": the mean or the median over photographs, with the 95 % interval of a bootstrap over them.
+
+    The value alone where all resamples have it, and "-" of no values.
+    """
+    import numpy as np
+
+    from sifm_min.judging.intervals import bootstrap
+
+    values = np.sort(np.asarray(values, float))
+
+    def mean(counts):                                        # (..., n): how often each value was drawn
+        return counts @ values / counts.sum(-1)
+
+    def median(counts):
+        drawn, total = counts.cumsum(-1), counts.sum(-1, keepdims=True)
+        middle = [values[(drawn <= place).sum(-1)] for place in ((total - 1) // 2, total // 2)]
+        return (middle[0] + middle[1]) / 2
+
+    if not len(values):
+        return "-"
+    of = {"mean": mean, "median": median}[statistic]
+    found = bootstrap(enumerate(np.eye(len(values))), {statistic: of})[statistic]
+    bounds = "" if found.low is None else f" [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+    return f"{found.value:.{digits}f}{bounds}"
