@@ -17,7 +17,7 @@ class Sample:
     """
 
     image: Image.Image
-    instruction: wording.Request
+    instruction: wording.WordedEdit
     target: Image.Image
     mask: np.ndarray
     unseen: tuple = ()

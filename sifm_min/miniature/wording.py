@@ -192,7 +192,7 @@ INSTRUCTION_KINDS = (
 
 
 @dataclass(frozen=True)
-class Request:
+class WordedEdit:
     """One instruction for one scene: its prompt, and the scene that it asks for."""
 
     kind: str
@@ -207,7 +207,7 @@ class Request:
 
 
 def instructions(scene, rng, held_out):
-    """Yield one Request of every kind that applies to the scene, in random order, with random colour and phrase."""
+    """Yield one WordedEdit of every kind that applies to the scene, in random order, with random colour and phrase."""
     kinds = [kind for kind in INSTRUCTION_KINDS if kind.applies(scene) and kind.colours(scene)]
     for kind in rng.sample(kinds, len(kinds)):
         colour = rng.choice(kind.colours(scene))
@@ -215,7 +215,7 @@ def instructions(scene, rng, held_out):
         phrases = kind.held_out if held_out else kind.phrases
         phrase = rng.choice([phrase for phrase in phrases if not (man and "{s}" in phrase)])
         him, he = ("him", "he") if man else ("her", "she")
-        yield Request(kind.name, phrase.format(c=colour, p=him, o=he, s="her"), scene, kind.target(scene, colour))
+        yield WordedEdit(kind.name, phrase.format(c=colour, p=him, o=he, s="her"), scene, kind.target(scene, colour))
 
 
 def corpus():
