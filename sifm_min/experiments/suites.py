@@ -83,7 +83,7 @@ def bank(path=None, *, world=False):
         return find_bank(path or True)
     from .. import miniature
     return Bank("miniature", tuple(
-        Instruction(ANY, prompt["instruct"], prompt["img2img"]) for sample in miniature.samples(BANK, BANK_SEED)
+        Instruction(ANY, prompt["instruct"], prompt["img2img"] or prompt["instruct"]) for sample in miniature.samples(BANK, BANK_SEED)
         for prompt in _world_case("bank", sample).record["prompts"][:1]))
 
 
