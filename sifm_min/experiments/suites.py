@@ -82,9 +82,9 @@ def bank(path=None, *, world=False):
     if path or not world:
         return find_bank(path or True)
     from .. import miniature
-    return Bank("miniature", tuple(
-        Instruction(ANY, prompt["instruct"], prompt["img2img"] or prompt["instruct"]) for sample in miniature.samples(BANK, BANK_SEED)
-        for prompt in _world_case("bank", sample).record["prompts"][:1]))
+    prompts = [_world_case("bank", sample).record["prompts"][0] for sample in miniature.samples(BANK, BANK_SEED)]
+    return Bank("miniature", tuple(Instruction(ANY, prompt["instruct"], prompt["img2img"] or prompt["instruct"])
+                                   for prompt in prompts))
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------------
