@@ -21,7 +21,6 @@ from . import cli, methods
 from .files import listing as listing_of
 from .files import reports, writing
 from .files.weight_digests import hash_weights
-from .immunizing import joint, previews
 from .immunizing.flags import each_of, given, parser
 from .immunizing.shares import (
     about_bank,
@@ -89,6 +88,7 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
     from . import images
     from . import memory as plans
     from .editors import check
+    from .immunizing import joint
     from .models import cpu
     from .models.precision import full_float32
     from .pgd import pgd
@@ -343,6 +343,7 @@ def find(names, output, endings):
 def _immunize_file(path, editor, args, steps, each):
     """One picture from its file to its results: read, perturb, quantize, write with the report, preview."""
     from . import images
+    from .immunizing import previews
 
     immunized_path, preview_path, report_path = paths = [args.output / f"{path.stem}{end}" for end in OUTPUTS]
     asked = question(path, editor, args)
