@@ -114,6 +114,7 @@ def _open_single_file(file, components, t5, rest, offline):
     """The `SingleFile`. Its missing components come from `rest`: from a pipeline, or from a folder that may also hold text
     encoders as single files."""
     family, parts = _parts(file)
+    layout.check_declined(family.pipeline, t5, file)
     whole = PIPELINES[family.pipeline]
     beside = find(file.absolute().parent if rest is None else rest)
     if beside.file:

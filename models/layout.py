@@ -39,11 +39,17 @@ def pipeline_components(index, where, *, t5=True):
     name = str(index.get("_class_name", "StableDiffusionInstructPix2PixPipeline"))
     if name not in PIPELINES:
         raise Unfit(f"{where} is a {name}, which is not implemented; implemented are {', '.join(PIPELINES)}")
-    if not t5 and not set(T5) <= set(PIPELINES[name]) and name.startswith("Flux"):
-        raise Unfit(f"{where} is a {name}, which cannot do without T5; do not decline it")
+    check_declined(name, t5, where)
     entries = [index.get(part) for part in T5]
     absent = () if t5 and all(isinstance(entry, list) and entry and None not in entry for entry in entries) else T5
     return tuple(part for part in PIPELINES[name] if part not in absent)
+
+
+def check_declined(name, t5, where):
+    """Raise Unfit where T5 is declined (t5 False) of a FLUX pipeline of this name: FLUX.1 needs it, and FLUX.2 has none."""
+    if not t5 and name.startswith("Flux"):
+        reason = "has no T5" if name.startswith("Flux2") else "cannot do without T5"
+        raise Unfit(f"{where} is a {name}, which {reason}; do not decline it")
 
 
 def needed(names, component, read, where):

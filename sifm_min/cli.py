@@ -81,8 +81,8 @@ class Parser(argparse.ArgumentParser):
     def memory(self):
         """Add the flag that chooses a memory plan: see `memory.plans`."""
         self.add_argument("--memory", choices=memory.MEMORY, default="auto",
-                          help="of immunizing; fast: whatever it takes; low: as little as possible, slower; auto (default): "
-                               "gives way where memory ends")
+                          help="fast: whatever it takes; low: as little as possible, slower, for the edits of a preview too; "
+                               "auto (default): gives way where memory ends")
 
 
 def eps(text):

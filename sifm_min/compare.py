@@ -149,13 +149,10 @@ def _spaces(args, device):
     """The editor `latents` that the flags ask for, or None."""
     if not (args.latents or args.spaces):
         return None
-    from . import PROGRAM
     from .editors import latents
-    from .models.checkpoints import Unavailable
     items = args.spaces or latents.at_hand()
     if not items:
-        raise Unavailable(f"no latent space is on this machine: run `{PROGRAM}.weights download latents` once, about 50 MB, or "
-                          "give the folder of an editor with --spaces")
+        raise latents.no_space("with --spaces")
     return latents.load_latents(f"{latents.NAME}:{','.join(items)}", device=device)
 
 

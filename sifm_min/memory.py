@@ -53,6 +53,22 @@ def plans(memory, editor, count=None, batch=None):
     return {"auto": [*kept, again], "fast": kept[:1], "low": [again]}[memory]
 
 
+@contextlib.contextmanager
+def sparing(editor, memory):
+    """Have the edits inside take as little memory as they can if memory is "low": one picture and one pass of the guidance at a
+    time, no text encoder while the denoiser runs, and of FLUX the weights of one block at a time."""
+    editor.streaming = memory == "low"
+    try:
+        yield
+    finally:
+        editor.streaming = False
+
+
+def edit_plans(editor):
+    """The plans of an edit, in turn."""
+    return EDIT_PLANS[1:] if editor.streaming else EDIT_PLANS
+
+
 def run_planned(work, memory, editor, count=None, batch=None, *, job="", size=0):
     """Return (work(plan), plan) for the first plan that fits in memory; each plan that does not is a warning.
 

@@ -297,6 +297,15 @@ def test_missing_components_are_named(tmp_path):
         open_checkpoint(file)
 
 
+@pytest.mark.parametrize(("network", "sentence"), [
+    (Flux1, "FluxKontextPipeline, which cannot do without T5; do not decline it$"),
+    (Flux2, "Flux2KleinPipeline, which has no T5; do not decline it$")], ids=["FLUX.1", "FLUX.2"])
+def test_declining_t5_of_a_file_is_one_sentence(network, sentence, tmp_path):
+    _, file = small(network, tmp_path)
+    with pytest.raises(Unfit, match=sentence):
+        open_checkpoint(file, ("transformer",), t5=False)
+
+
 def test_a_place_takes_what_its_shape_says():
     tensor = torch.arange(14)[:, None]
     assert Place("x", (3, 7, 7)).take(tensor).flatten().tolist() == list(range(6, 14))

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -154,6 +155,28 @@ def test_low_lets_go_of_the_text_encoder(miniature, picture):
     immunized(picture, miniature, "photoguard-encoder", memory="low")
     assert miniature.text_encoder is not before and all(weight.is_meta for weight in miniature.text_encoder.parameters())
     assert miniature.edit(Image.new("RGB", (64, 64)), "make it night", steps=1).size == (64, 64)     # and it is read again
+
+
+def test_low_reaches_the_edits_of_a_preview(miniature, tmp_path, monkeypatch):
+    """One pass of the guidance at a time, with the text encoder let go before the denoiser runs."""
+    seen, predict = [], type(miniature).predict
+
+    def watched(self, image_latent, noisy_latent, *inputs):
+        seen.append((len(noisy_latent), all(weight.is_meta for weight in self.text_encoder.parameters())))
+        return predict(self, image_latent, noisy_latent, *inputs)
+
+    monkeypatch.setattr(type(miniature), "predict", watched)
+    monkeypatch.setattr(type(miniature), "plan", lambda self, steps=None: self.scheduler.plan(1))
+    Image.new("RGB", (64, 64), "grey").save(tmp_path / "a.png")
+    shown = {}
+    for name in ("auto", "low"):
+        seen.clear()
+        code = sifm_min.immunize.main([str(tmp_path / "a.png"), "--prompt", "make it night", "--method", "photoguard-encoder",
+                                       "--steps", "1", "--memory", name, "-o", str(tmp_path / name)])
+        assert code == 0
+        shown[name] = np.asarray(Image.open(tmp_path / name / "a_preview.png").convert("RGB"), int)
+        assert seen == {"auto": [(3, False)] * 2, "low": [(1, True)] * 6}[name]
+    assert np.abs(shown["auto"] - shown["low"]).max() <= 2   # batches round otherwise
 
 
 @pytest.mark.slow

@@ -306,9 +306,9 @@ class Editor:
                                     steps=steps, guidance=guidance, on_step=on_step, one_pass=apart, **options)
                         for i, part in enumerate(pixels.split(1 if apart else len(pixels)))])
 
-            edited, _ = memory.first_fitting(run, memory.EDIT_PLANS, self, job=("edit", len(members)), size=height * width,
-                                             advice="a smaller picture or --size, a narrower dtype, or --no-t5 with Stable "
-                                                    "Diffusion 3")
+            edited, _ = memory.first_fitting(run, memory.edit_plans(self), self, job=("edit", len(members)),
+                                             size=height * width, advice="a smaller picture or --size, a narrower dtype, or "
+                                                                         "--no-t5 with Stable Diffusion 3")
             if not edited.isfinite().all():                  # as 8 bits it would look like an edit that was defeated
                 raise ValueError(f"the edit is not a finite picture: {self._likely_cause()}")
             for i, output in zip(members, edited.split(1), strict=True):
@@ -344,6 +344,8 @@ class Editor:
         else:                                                # encoded at once: the text encoders are loaded once
             *contexts, empty = self.contexts([*prompts, negative_prompt])
             context, empty = together(contexts), together([empty] * len(prompts))
+        if self.streaming:
+            self.forget_text()
         image_latent, latent, draw = self.start(pixels, plan, seeds)
         latent = self.denoise(latent.to(self.dtype), plan, image_latent, context, empty, guide=guide, draw=draw,
                               predict=one_by_one(predict) if one_pass else predict, on_step=on_step)

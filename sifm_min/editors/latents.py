@@ -208,6 +208,12 @@ def at_hand():
               if source.hub_id and checkpoints.cached(source.hub_id, source.revision, ["vae"])[1] is None)]
 
 
+def no_space(folder=f"as {NAME}:FOLDER"):
+    """The error where no latent space is on this machine. folder: how an editor's folder is given in its place."""
+    return checkpoints.Unavailable(f"no latent space is on this machine: run `{PROGRAM}.weights download {NAME}` once, about "
+                                   f"50 MB, or give the folder of an editor {folder}")
+
+
 def _tiny_at_hand():
     """The checkpoint of each space: the published one, else the copy; spaces with neither are left out."""
     for space in SPACES.values():
@@ -236,8 +242,7 @@ def load_latents(source, *, device=None, dtype=None, offline=None):
     else:
         found = [_tiny(checkpoint, device) for checkpoint in _tiny_at_hand()]
         if not found:
-            raise checkpoints.Unavailable(f"no latent space is on this machine: run `{PROGRAM}.weights download latents` once, "
-                                          "about 50 MB, or give the folder of an editor as latents:FOLDER")
+            raise no_space()
     names = [space.name for space in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{source} has the latent space {twice} twice; name each once")

@@ -6,7 +6,7 @@ Of several editors it has a row for each.
 from PIL import Image
 
 from .. import cli
-from ..memory import in_words
+from ..memory import in_words, sparing
 
 
 def write_preview(picture, immunized, path, editor, args):
@@ -17,7 +17,7 @@ def write_preview(picture, immunized, path, editor, args):
     try:
         for one, name in zip(group.editors, group.names, strict=True):
             group.apart = args.memory == "low" and len(group.editors) > 1
-            with in_words(), group.at_work(one):
+            with in_words(), group.at_work(one), sparing(one, args.memory):
                 shown = _shown(picture, immunized, one, args, f", {name}" if len(group.editors) > 1 else "")
             rows.append(_preview(picture, immunized, shown, one.notice))
     except (ValueError, RuntimeError) as error:
