@@ -515,17 +515,18 @@ def test_half_precision_is_the_transformers_and_the_texts_alone(folders):
 # ---------------------------------------------------------------------------------------------------------- UltraEdit
 
 @torch.no_grad()
-def ultraedit(pipeline, image, prompt, *, seed=0, steps=3, guidance=7.5, image_guidance=1.5, negative_prompt=""):
+def ultraedit(pipeline, image, prompt, *, seed=0, steps=3, guidance=7.5, image_guidance=1.5, negative_prompt="", t5_length=77):
     """An edit as UltraEdit's authors do it, over diffusers' networks and scheduler."""
     vae, transformer, scheduler = pipeline.vae, pipeline.transformer, pipeline.scheduler
     latents, scale = vae.config.latent_channels, vae.config.scaling_factor
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
-    picture = vae.encode(pixels).latent_dist.mode()                                      # neither scaled nor shifted
+    encoded = vae.encode(pixels)
+    picture = encoded.latents if "latents" in encoded else encoded.latent_dist.mode()    # neither scaled nor shifted
     extra = [picture]
     if transformer.config.in_channels == 3 * latents:
         extra.append(vae.encode(torch.ones_like(pixels)).latent_dist.mode())            # a white mask, as a picture
     extra = torch.cat(extra, 1)
-    texts = [pipeline.encode_prompt(text, None, None, do_classifier_free_guidance=False, max_sequence_length=77)
+    texts = [pipeline.encode_prompt(text, None, None, do_classifier_free_guidance=False, max_sequence_length=t5_length)
              for text in (prompt, negative_prompt, negative_prompt)]
     states, pooled = (torch.cat([text[i] for text in texts]) for i in (0, 2))
     extra = torch.cat([extra, extra, torch.zeros_like(extra)])
