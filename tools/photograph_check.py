@@ -1,8 +1,8 @@
-"""How many edits of an editor of photographs follow their instruction, on photographs for training that were kept from it.
+"""The share of an editor's edits that follow their instruction, on photographs for training that were kept from it.
 
 An edit is compared with the exact target at half resolution, where the target differs visibly from the source. Progress is
-how far the edit goes along the way from the source to the target; the residual is what then separates it from the target as
-the autoencoder gives it back, both over the length of that way. It is a quick measure to choose guidance with; the judges of
+the part of the way from the source to the target that the edit has gone; the residual is its distance from the target as the
+autoencoder gives it back, both over the length of that way. It is a quick measure to choose guidance with; the judges of
 `sifm_min.miniature` are apart from it.
 """
 

@@ -125,7 +125,7 @@ def teach(work, configs, steps):
 
 @dataclass
 class Contexts:
-    """What a frozen text side makes of all trained wordings, and of shortened ones that it still understands.
+    """The contexts that a frozen text side makes of all trained wordings, and of shortened ones that it still names rightly.
 
     states (N,L,C); pooled (N,P) or None; rows: for each place in `ASKED`, its rows; `empty`: the row of the empty text.
     """

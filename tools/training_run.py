@@ -38,7 +38,7 @@ class Run:
 
     @property
     def share(self):
-        """How much of the training is done, from 0 to 1."""
+        """The part of the training that is done, from 0 to 1."""
         by_steps = self.step / self.steps if self.steps else 0
         by_time = self.seconds / (60 * self.minutes) if self.minutes else 0
         return min(max(by_steps, by_time), 1)
