@@ -27,6 +27,7 @@ from sifm_min.models import latent_spaces  # noqa: E402
 from sifm_min.models.latent_spaces import SPACES  # noqa: E402
 from sifm_min.models.tiny_vae import AutoencoderTiny, TinyVAEConfig  # noqa: E402
 
+MODELS = Path(__file__).parents[1] / "models"
 SIZES = (64, 96)
 BLOCKS = {"num_encoder_blocks": [0, 0, 0, 1], "num_decoder_blocks": [1, 0, 0, 0],
           "encoder_block_out_channels": [8] * 4, "decoder_block_out_channels": [8] * 4}
@@ -69,7 +70,7 @@ def shrink(monkeypatch, home):
             made.encoder.layers[-1].weight.mul_(20)
             made.decoder.layers[-1].weight.mul_(3)
             made.decoder.layers[-1].bias.fill_(0.5)
-        shipped = json.loads((Path(__file__).parents[1] / "models/latents" / space / "config.json").read_text())
+        shipped = json.loads((MODELS / "latents" / space / "config.json").read_text())
         (home / space / "config.json").write_text(json.dumps(shipped | BLOCKS))
         save_file({name: tensor.contiguous() for name, tensor in made.state_dict().items()},
                   home / space / "diffusion_pytorch_model.safetensors")
@@ -147,6 +148,37 @@ def test_ultraedit_ships_as_its_authors_have_it(small, tmp_path):
     assert_other(*pictures)
     for prompt, picture in zip((FOG, SEPIA), pictures, strict=True):
         assert difference(editor.edit(smooth(64, 64), prompt, seed=0), picture).max() <= 1
+
+
+@pytest.mark.skipif("AutoencoderTiny" not in (MODELS / "miniature/vae/config.json").read_text(), reason="not yet shipped")
+def test_shipped_instruct_pix2pix_is_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    from test_editors import assert_other, difference, theirs
+    editor = load_editor("miniature", device="cpu")
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(MODELS / "miniature", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"guidance": editor.defaults.guidance, "image_guidance": editor.defaults.image_guidance, "steps": 3}
+    pictures = [theirs(pipeline, smooth(96, 96), prompt, **settings) for prompt in (FOG, SEPIA)]
+    assert_other(*pictures)
+    for prompt, picture in zip((FOG, SEPIA), pictures, strict=True):
+        assert difference(editor.edit(smooth(96, 96), prompt, size=96, **settings), picture).max() <= 1
+
+
+@pytest.mark.skipif("AutoencoderTiny" not in (MODELS / "miniature-sd3/vae/config.json").read_text(), reason="not yet shipped")
+def test_shipped_ultraedit_is_its_authors_loop():
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    from test_editors import assert_other, difference
+    from test_sd3 import ultraedit
+    editor = load_editor("miniature-sd3", device="cpu")
+    pipeline = diffusers.StableDiffusion3Img2ImgPipeline.from_pretrained(MODELS / "miniature-sd3", text_encoder_3=None,
+                                                                         tokenizer_3=None, torch_dtype=torch.float32)
+    settings = {"guidance": editor.defaults.guidance, "image_guidance": editor.defaults.image_guidance, "steps": 3}
+    pictures = [ultraedit(pipeline, smooth(96, 96), prompt, t5_length=0, **settings) for prompt in (FOG, SEPIA)]
+    assert_other(*pictures)
+    for prompt, picture in zip((FOG, SEPIA), pictures, strict=True):
+        assert difference(editor.edit(smooth(96, 96), prompt, size=96, **settings), picture).max() <= 1
 
 
 @pytest.mark.parametrize("main, stage, space", [(tool, "unet", "sd1"), (tool_sd3, "mmdit", "sd3")])
