@@ -17,6 +17,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from bench_measuring import agreement, cells, clock, compared, figure, heads, keep_memory, rounds_of, save, table  # noqa: E402
 from bench_peers import picture, quiet  # noqa: E402
 
+from sifm_min import images  # noqa: E402
 from sifm_min.editors import latents, shifts  # noqa: E402
 from sifm_min.models.latent_spaces import SPACES  # noqa: E402
 from sifm_min.models.tiny_vae import AutoencoderTiny, TinyVAEConfig  # noqa: E402
@@ -39,8 +40,8 @@ def bench_latents(args):
             continue
         some = latents.Latents(editor.spaces[:count], device=editor.device, loop_dtype=editor.loop_dtype)
         pairs[count] = [partial(ours(some, pixels), x)] + ([] if lacking else [partial(Naive(peers[:count], pixels), x)])
-        for side in pairs[count]:                            # the original's latents, which later steps have
-            side(0)
+        for frame in some.frames(args.size, args.size):      # the original's latents, which all steps but the first have
+            some.latents(images.resize(pixels, *frame))
     rounds = rounds_of(pairs, args)
     own = clock(args)
     for count, pair in rounds.items():
