@@ -56,9 +56,10 @@ def test_a_command_runs(line, tmp_path):
 def test_a_command_that_is_not_run_is_parsed(line):
     _, _, module, *words = shlex.split(line, comments=True)
     command = importlib.import_module(module)
-    command._parser().parse_args(words)
+    parser = command.parser if module == "sifm_min.immunize" else command._parser    # its flags are a room of their own
+    parser().parse_args(words)
     with pytest.raises(SystemExit):
-        command._parser().parse_args([*words, "--no-such-option"])
+        parser().parse_args([*words, "--no-such-option"])
 
 
 @pytest.mark.slow
