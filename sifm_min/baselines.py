@@ -376,6 +376,7 @@ def semantic_attack(editor, x_orig, contexts, *, generator, prompts, content=Non
         E_orig = editor.encode(editor.resize(x_orig))
     bank = torch.randn((len(T), *E_orig.shape[1:]), generator=generator).to(E_orig).split(batch or len(T))
     masks = {}                                               # prompt -> mask, made once from the original
+    told, leaves = list(contexts), []                        # of the immunized picture: see objectives/text_refinement.py
 
     def see(x_orig):
         nonlocal E_orig
@@ -383,37 +384,38 @@ def semantic_attack(editor, x_orig, contexts, *, generator, prompts, content=Non
             E_orig = editor.encode(editor.resize(x_orig))
         masks.clear()
 
-    def attention(E, t, eta, n):
+    def attention(E, t, eta, n, context):
         """Att_t, (t,h,w)."""
         size = E.shape[-2:]
         E = E.expand(len(t), -1, -1, -1)
-        maps = editor.features(E, editor.noise_latent(E, eta, t), t, contexts[n], taps=editor.probs_names)
+        maps = editor.features(E, editor.noise_latent(E, eta, t), t, context, taps=editor.probs_names)
         layers = [probs.to(E).mean(1)[..., columns[n]].sum(-1) for probs in maps.values()]      # (t, tokens) each
-        layers = [layer.unflatten(1, (1, *_grid(layer.shape[1], *size))) for layer in layers]
+        layers = [layer.unflatten(1, (1, *level_grid(layer.shape[1], *size))) for layer in layers]
         return sum(F.interpolate(layer, size=size, mode="bicubic", align_corners=False) for layer in layers)[:, 0]
 
     def objective(x_imu, step):
         n = step % len(prompts)
         if n not in masks:
             with torch.no_grad():
-                clean = torch.cat([attention(E_orig, t, eta, n) for t, eta in zip(batches, bank, strict=True)]).mean(0)
+                clean = torch.cat([attention(E_orig, t, eta, n, contexts[n])
+                                   for t, eta in zip(batches, bank, strict=True)]).mean(0)
             masks[n] = (clean > clean.mean()).to(clean)
         E = editor.encode(editor.resize(x_imu))
-        E_imu = E.detach().requires_grad_(True)              # gradients of all of T are summed here, as in sifm.py
-        value, g = 0.0, torch.zeros_like(E_imu)
+        E_imu, value = E.detach().requires_grad_(True), 0.0  # gradients of all of T are summed here, as in sifm.py
         for t, eta in zip(batches, bank, strict=True):
-            loss = (masks[n] * attention(E_imu, t, eta, n)).abs().sum() / masks[n].sum() / len(T)
-            value, g = value + loss.detach(), g + torch.autograd.grad(loss, E_imu)[0]
-        return value + ((E - E.detach()) * g).sum()
+            loss = (masks[n] * attention(E_imu, t, eta, n, told[n])).abs().sum() / masks[n].sum() / len(T)
+            loss.backward(inputs=[E_imu, *leaves])
+            value = value + loss.detach()
+        return value + ((E - E.detach()) * E_imu.grad).sum()
 
-    objective.see = see
+    objective.see, objective.texts, objective.leaves, objective.contexts = see, told, leaves, contexts
     objective.passes = lambda steps: passes(encoder=(steps + 1, steps),
                                             denoiser=(len(T) * (steps + min(steps, len(prompts))), len(T) * steps))
     return _noted(objective, editor, "the paper does not say what this attack is on Stable Diffusion 3, which has no "
                                      "cross-attention; its joint attention in that place is ours")
 
 
-def _grid(tokens, height, width):
+def level_grid(tokens, height, width):
     """(rows, columns) of the network's level with this many tokens: the latent's size halved, rounding up, until it fits."""
     while height * width > tokens:
         height, width = -(-height // 2), -(-width // 2)
@@ -479,6 +481,10 @@ NATIVE = {
     "semantic-attack": Native("Lo et al. 2024, as far as it says", "0.06, on [0,1] or [-1,1]", {"init": "zero"}),
     "sds": Native("xavihart/Diff-Protect, configuration file", "16/255", {"init": "zero"}),
     "mist": Native("psyker-team/mist", "16/255"),
+    "danp": Native("arXiv 2512.14333", "0.03", {"init": "zero"}),
+    "diffusionguard": Native("the released code of arXiv 2410.05694, for inpainting", "16/255 on [-1,1], which is 0.031",
+                             {"steps": 800, "step_size": 0.00196, "init": "zero"}),
+    "tdae": Native("arXiv 2512.14341, as far as it says", "not printed", {"init": "zero"}),
     "decontext": Native("the released code of arXiv 2512.16625, for FLUX.1 Kontext", "0.1 on [-1,1], which is 0.05",
                         {"steps": 800, "step_size": 0.0025, "init": "zero"}),
     "ace": Native("caradryanl/ACE", "8/255 on [-1,1], which is 4/255", {"steps": 250, "step_size": 0.0025, "init": "zero"}),

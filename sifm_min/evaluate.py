@@ -51,7 +51,7 @@ def _parser():
     option("--images", type=cli.count, metavar="N",
            help="how many pictures: the first of the manifest (default: all), or of the miniature's world (default: 20)")
     option("--methods", type=cli.commas(), metavar="LIST",
-           help=f"of {','.join(suites.COMPARED)} (default: all; robustness: sifm)")
+           help=f"of {','.join(suites.COMPARED)} (default: those of the paper; robustness: sifm)")
     option("--panel", metavar="NAME|FILE",
            help=f"who judges: {', '.join(panels.names())}, or a .json file (default: the oracles of the miniature's world)")
     option("--max-cost", type=cli.positive, metavar="USD",
@@ -64,6 +64,9 @@ def _parser():
     option("--robust", action="store_true", help="methods expect purifiers; see immunize --help")
     option("--any-prompt", type=cli.path, metavar="FILE",
            help="the instructions of unseen, one a line (default: the miniature's for its judges, else those of immunize)")
+    option("--flat", action="store_true", help="methods at flat minima; see immunize --help")
+    option("--refine-text", action="store_true", help="of the methods that have it; see immunize --help")
+    option("--blur", type=cli.positive, metavar="SIGMA", help="of every perturbation, noise included; see immunize --help")
     option("--set", action="append", type=_setting, default=[], metavar="NAME=VALUE",
            help="an option of the methods that have it, such as lam=0.5; several times")
     option("--edit-steps", type=cli.count, help="denoising steps of an edit (default: the editor's)")
@@ -119,6 +122,7 @@ def _run(args):
     from .experiments.store import Folder
 
     methods = _methods(args)
+    around = _around(args, methods)
     index, count = workers.share_of_work(args.shard, os.environ)
     panel = None
     if args.panel:                                           # a missing key is reported before hours of work
@@ -138,7 +142,7 @@ def _run(args):
         args.suite, {name: plan.about_editor(editor) for name, editor in editors.items()}, cases, arms,
         seeds=list(dict.fromkeys(args.seeds)), seed=args.seed, eps=args.eps,
         options=dict(args.set) | ({"steps": args.steps} if args.steps else {})
-        | ({"robust": True} if args.robust else {}) | ({"budget": args.budget} if args.budget != "uniform" else {}),
+        | ({"robust": True} if args.robust else {}) | around | ({"budget": args.budget} if args.budget != "uniform" else {}),
         preset=args.preset,
         edit={key: value for key, value in edit.items() if value is not None},
         prompts=suites.PROMPTS.get(args.suite, ("original",)), lpips=about_lpips,
@@ -188,6 +192,21 @@ def _methods(args):
     if args.other and args.suite not in ("transfer", "robustness"):
         raise ValueError("--other is for transfer and robustness")
     return methods
+
+
+def _around(args, methods):
+    """The options of the run that go around its methods; those that a method cannot have are said to be left out."""
+    from .objectives.around import choose
+    given = {name: value for name in ("flat", "refine_text", "blur") if (value := getattr(args, name))}
+    for name, value in given.items():
+        for method in methods:
+            try:
+                choose(method, **{name: value})
+            except ValueError as error:
+                if name == "blur":                           # wrong for all of them
+                    raise
+                cli.say(f"{method} is run without it: {error}", quiet=args.quiet)
+    return given
 
 
 def _lpips(args, metrics):

@@ -21,6 +21,7 @@ from . import cli, methods
 from .files import listing as listing_of
 from .files import reports, writing
 from .files.weight_digests import hash_weights
+from .immunizing import flags
 from .immunizing.flags import each_of, given, parser
 from .immunizing.shares import (
     about_bank,
@@ -53,8 +54,8 @@ class Result:
 
 
 def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="uniform", steps=None, seed=0, step_size=None,
-             schedule=None, init=None, preset="protocol", mask=None, robust=False, any_prompt=False, each=None, memory="auto",
-             on_step=None, **options):
+             schedule=None, init=None, preset="protocol", mask=None, robust=False, any_prompt=False, each=None, flat=None,
+             refine_text=None, blur=None, memory="auto", on_step=None, **options):
     """Immunize a picture against one editor, or against several at once.
 
     image: a PIL picture, an `images.Picture`, or a path.
@@ -77,6 +78,8 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
       or a blur, and the method sees both pictures after it (see `purifiers`); "cleaner" draws AdverseCleaner as well.
     any_prompt: True draws the text of every step from the prompts, 64 general instructions and the empty prompt, none again
       before all had their turn; or the path of a text file with instructions of one's own, or a `Bank` (`instructions.bank`).
+    flat, refine_text: TDAE's flat minima and text refinement, True or a dict of their numbers; None: the method's default.
+      blur: BlurGuard's blur of the perturbation, a standard deviation in pixels. All three: see `objectives.around`.
     memory: "fast", "low", or "auto", which gives way where memory ends and warns (see `memory.plans`); the result is the
       same. Of several editors, "low" and the last resort of "auto" hold one at a time on the device.
     on_step(step, loss, terms): called after each step, and from the first again where a memory plan did not fit.
@@ -91,7 +94,7 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
     from .immunizing import joint
     from .models import cpu
     from .models.precision import full_float32
-    from .pgd import pgd
+    from .objectives.around import choose
     from .purifiers import draws
     from .purifiers.expectation import purify_steps
 
@@ -102,6 +105,7 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
     bank = find_bank(any_prompt) if any_prompt else None
     if not bank and not prompts and any(getattr(share.editor, "needs_prompt", True) and not share.texts for share in shares):
         raise ValueError("immunize needs at least one prompt")
+    around = choose(name, flat=flat, refine_text=refine_text, blur=blur, any_prompt=bank is not None)
     for one in group.editors:
         check(one)
     check_shares(shares)
@@ -138,29 +142,32 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
                 return share.function(share.editor, x_orig.to(share.editor.device), share.contexts, generator=generator,
                                       **texts, **share.options | batch)
 
+            build = around.build(build, share.method, share.editor, share.contexts, generator)
             made = (purify_steps(build, original, draws.Draws(robust, seed), generator, share.method) if robust
                     else build(original))
             return share.in_order(made, orders[share.name])
 
         def descend(loss, ran, generator, on_step=None):
-            return pgd(pixels, loss, local, **ran | {"step_size": ran["step_size"] * parts}, mask=region, generator=generator,
-                       on_step=on_step)
+            return around.descend(pixels, loss, local, **ran | {"step_size": ran["step_size"] * parts}, mask=region,
+                                  generator=generator, on_step=on_step)
 
         if len(shares) == 1 or name == "noise":
-            objective = make(shares[0], generator := torch.Generator().manual_seed(seed))
+            generators = [torch.Generator().manual_seed(seed)]
+            objective = make(shares[0], *generators)
             loss = methods.checked_loss(objective, name)
         else:
             few = loop | {"steps": min(joint.MEASURED, loop["steps"])}
             objective = loss = joint.joint_objective(group, shares, make, seed, lambda own, drawn: descend(own, few, drawn),
                                                      parts if region is None else parts * region.to(original))
-            generator = objective.generator
+            generators = objective.generators
 
         def in_colour(x, step):                              # a grey picture is perturbed as one channel, and stays grey
             return loss(x.expand(-1, 3, -1, -1), step)
 
         # The noise control has no objective: it is the loop's random start as it is.
         ran = loop | ({"steps": 0, "init": "random"} if objective is None else {})
-        return descend(in_colour, ran, generator, record), objective, ran
+        minimised = around.flattened(in_colour, generators, local, pixels, region)
+        return descend(minimised, ran, generators[0], record), objective, ran
 
     begun = time.perf_counter()
     planned = group if len(shares) > 1 else group.editors[0]
@@ -177,9 +184,10 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
         "method": name, "note": getattr(objective, "note", ""), "prompts": prompts, **about_bank(bank, shares),
         "preset": _preset(name, preset),
         "options": {"eps": eps, "budget": budget, **loop, "seed": seed, "mask": str(mask) if mask is not None else None,
-                    "robust": purifiers, **(spelled_out(shares[0]) if len(shares) == 1 else {})},
+                    "robust": purifiers, **around.record(), **(spelled_out(shares[0]) if len(shares) == 1 else {})},
         **measured(picture, immunized, local), **measures,
-        "loss": _with_draws(curve, objective), "passes": methods.counted_passes(objective, len(curve)), **seconds,
+        "loss": _with_draws(curve, objective), "passes": methods.counted_passes(around.counted(objective), len(curve)),
+        "gradient_evaluations": around.gradients(objective, len(curve)), **seconds,
         "memory": {"asked": memory, **plan._asdict()}, "peak_memory_bytes": plans.peak(group.device),
         "cpu_kernels": cpu.describe(kernels, group.device),
         "versions": {"sifm_min": import_module(__package__).__version__, "torch": torch.__version__,
@@ -238,6 +246,7 @@ OUTPUTS = ("_immunized.png", "_preview.png", ".json")
 
 def _body(args):
     from . import images
+    from .objectives.around import choose
 
     sources = args.editor or ["miniature"]
     args.editor = sources[0] if len(sources) == 1 else sources
@@ -249,6 +258,7 @@ def _body(args):
         raise ValueError(f"give at least one picture or folder{prompt} and -o DIR (--help shows examples)")
     if not listing:                                          # an unknown option is an error before any work
         shared_settings(args.method, encoders, args.preset, each_of(args, encoders), **given(args))
+        choose(methods.find_method(args.method)[0], **flags.around(args), any_prompt=bool(args.any_prompt))
         pictures, left_out = find(args.pictures, args.output, OUTPUTS)
         index, count = cli.rank(os.environ)
         pictures, left_out = pictures[index::count], {} if index else left_out
@@ -360,7 +370,7 @@ def _immunize_file(path, editor, args, steps, each):
             result = immunize(picture, editor, args.prompt or (), method=args.method, eps=args.eps, budget=args.budget,
                               seed=args.seed, preset=args.preset, mask=args.mask, robust=args.robust, memory=args.memory,
                               any_prompt=args.any_prompt, each=each, on_step=lambda step, loss, terms: bar.update(),
-                              **given(args))
+                              **flags.around(args), **given(args))
         immunized, limit = result.image, local_budget(picture, args.eps, args.budget)
         report = {"finished": True, "asked": asked, "results": [immunized_path.name, preview_path.name], "picture": str(path),
                   "immunized": immunized_path.name, **result.report}

@@ -3,7 +3,8 @@
 A method is a function (editor, x_orig, contexts, *, generator, **options) that returns the objective, a function
 (x_imu, step) -> loss or (loss, {term: number}) to minimise. A method from outside the package is the function itself or
 "module:name". An objective that has `passes(steps)` counts its forward and backward passes for the report. One that has
-`see(x_orig)`, or `see` None, is not built anew where both pictures change with every step: see `purifiers.expectation`.
+`see(x_orig)`, or `see` None, is not built anew where both pictures change with every step: see `purifiers.expectation`. One
+that has `texts` and `leaves` can have its text refined: see `objectives.text_refinement`.
 """
 
 import inspect
@@ -18,7 +19,9 @@ class _Methods(Mapping):
 
     HOMES = {"sifm": "sifm"} | dict.fromkeys(
         ("photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack", "sds", "mist", "ace", "noise"),
-        "baselines") | {"latent": "editors.latents", "decontext": "editors.decontext"}
+        "baselines") | {
+            "danp": "objectives.danp", "diffusionguard": "objectives.diffusionguard", "tdae": "objectives.text_refinement",
+            "latent": "editors.latents", "decontext": "objectives.decontext"}
 
     def __getitem__(self, name):
         if name in self.HOMES:
@@ -41,8 +44,8 @@ PROTOCOL = {"steps": 100, "step_size": 1 / 255, "schedule": "constant", "init": 
 PRESETS = ("protocol", "native")
 ENCODER_METHODS = ("latent", "photoguard-encoder", "editshield", "noise")     # which need no denoiser
 GIVEN = ("generator", "prompts")                             # keywords that are passed to a method, and no options of it
-TAKEN = (*PROTOCOL, "method", "eps", "budget", "seed", "preset", "mask", "robust", "any_prompt", "each", "memory",
-         "on_step")   # of `immunize`
+TAKEN = (*PROTOCOL, "method", "eps", "budget", "seed", "preset", "mask", "robust", "any_prompt", "each", "flat", "refine_text",
+         "blur", "memory", "on_step")                        # of `immunize`
 OPTION_TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 WORDS = {"true": True, "yes": True, "false": False, "no": False}
 # Options that need an image latent beside the noisy latent: (method, option, value) -> the reason.

@@ -18,8 +18,7 @@ import torch
 from .models.lean import sent
 
 REDUCTIONS, BALANCE = ("balanced", "relative", "mean", "literal"), 10            # 1 / 0.1: the distance in tenths
-AGGREGATES, NOISY = ("loss-mean", "feature-mean"), ("paper", "deploy")
-KEPT = 8                                                     # prompts whose features of the original stay in memory
+AGGREGATES, NOISY, KEPT = ("loss-mean", "feature-mean"), ("paper", "deploy"), 8       # prompts whose originals stay in memory
 
 
 def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=None, reduction="balanced",
@@ -66,6 +65,7 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
         return activations if aggregate == "loss-mean" else [torch.stack(activations).mean(0)]
 
     bank, Phi_orig = draw(), {}                              # prompt -> per batch of T, computed once
+    told, leaves = list(texts), []                           # x_imu's own: objectives/text_refinement.py changes both
 
     def objective(x_imu, step):
         nonlocal bank
@@ -78,21 +78,21 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
             with torch.no_grad():
                 Phi_orig[n] = [phi(E=E_orig, **at) for at in inputs]
         E = editor.encode(editor.resize(x_imu))
-        E_imu, norm, dist, g_E = E.detach().requires_grad_(True), 0.0, 0.0, torch.zeros_like(E)
+        E_imu, norm, dist = E.detach().requires_grad_(True), 0.0, 0.0
         for at, phi_orig in zip(inputs, Phi_orig[n], strict=True):
-            norm_t, dist_t = (term.sum() / len(T) for term in terms(phi(E=E_imu, **at), phi_orig, reduction))
-            g_E = g_E + torch.autograd.grad(norm_t - lam * dist_t, E_imu)[0]     # by E; the last line takes it to x_imu
+            norm_t, dist_t = (x.sum() / len(T) for x in terms(phi(E=E_imu, **at | {"text": told[n]}), phi_orig, reduction))
+            (norm_t - lam * dist_t).backward(inputs=[E_imu, *leaves])        # adds to E_imu.grad: g by E, taken to x_imu here:
             norm, dist = norm + norm_t.detach(), dist + dist_t.detach()
-        loss = norm - lam * dist + ((E - E.detach()) * g_E).sum()            # its value, with the gradient g_E: see pgd.py
+        loss = norm - lam * dist + ((E - E.detach()) * E_imu.grad).sum()     # its value, with that gradient: see pgd.py
         return loss, {"norm": norm, "dist": dist}
 
-    def passes(steps):
-        """Single-picture passes of `steps` steps; the original's features are forward passes as well."""
-        prompts = steps if resample or len(contexts) > KEPT else min(steps, len(contexts))
-        return {"encoder_forward": steps + 1, "encoder_backward": steps,
+    def passes(steps, again=False):                          # of single pictures; again: of second evaluations of the steps
+        prompts = steps if resample else 0 if again else steps if len(contexts) > KEPT else min(steps, len(contexts))
+        return {"encoder_forward": steps + (not again), "encoder_backward": steps,
                 "denoiser_forward": len(T) * (steps + prompts), "denoiser_backward": len(T) * steps}
 
-    objective.passes = passes
+    objective.passes, objective.passes_again = passes, lambda steps: passes(steps, again=True)
+    objective.texts, objective.leaves = told, leaves
     return objective
 
 

@@ -56,7 +56,7 @@ def moved(x, seed=5, eps=0.03):
 
 def made(method, editor, x_orig, contexts, seed=7, **options):
     """The objective, of a method named as users name it."""
-    texts = {"prompts": PROMPTS[:len(contexts)]} if method == "semantic-attack" else {}
+    texts = {"prompts": PROMPTS[:len(contexts)]} if method in ("semantic-attack", "danp", "tdae") else {}
     return METHODS[method](editor, x_orig, contexts, generator=seeded(seed), **texts, **options)
 
 

@@ -165,7 +165,8 @@ def test_methods_that_the_paper_leaves_out_have_a_note(pair, contexts, x_orig):
     noted = {method: getattr(made(method, pair[1], x_orig, contexts[:1]), "note", "")
              for method in METHODS if method not in ("noise", "latent", "decontext")}
     assert {method for method, note in noted.items() if "leaves this method out on Stable Diffusion 3" in note} == OURS
-    assert "joint attention" in noted["semantic-attack"]
+    assert "joint attention" in noted["semantic-attack"] and noted["tdae"] == noted["semantic-attack"]
+    assert all("the paper has no editor of rectified flow" in noted[method] for method in ("danp", "diffusionguard"))
     assert {method for method, note in noted.items() if not note} == {"sifm", "photoguard-encoder", "photoguard-diffusion",
                                                                       "editshield"}
 

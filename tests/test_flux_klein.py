@@ -177,13 +177,13 @@ def test_words_stand_between_the_chats_tokens(folders):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sifm", "photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack",
-                                    "sds", "mist", "ace", "decontext"])
+                                    "sds", "mist", "ace", "danp", "diffusionguard", "tdae", "decontext"])
 def test_every_method_runs(method, folders):
     _, folder, _ = folders()
     editor = load_editor(folder, device="cpu")
     editor.defaults = replace(editor.defaults, size=64, steps=2)
     options = {"sifm": {"timesteps": 2}, "photoguard-diffusion": {"unroll": 2}, "semantic-attack": {"timesteps": 2},
-               "editshield": {"variant": "released"}}.get(method, {})
+               "danp": {"timesteps": 2}, "tdae": {"timesteps": 2}, "editshield": {"variant": "released"}}.get(method, {})
     result = sifm_min.immunize(smooth(66, 64), editor, [RED], method=method, steps=2, **options)
     moved = np.abs(np.asarray(result.image, int) - np.asarray(smooth(66, 64), int))
     assert 0 < moved.max() <= 7

@@ -24,8 +24,8 @@ import sifm_min  # noqa: E402
 from sifm_min import images  # noqa: E402
 from sifm_min.editors import Editor, FluxKontext, load_editor  # noqa: E402
 from sifm_min.editors import flux as flux_editors  # noqa: E402
-from sifm_min.editors.decontext import decontext  # noqa: E402
 from sifm_min.models.checkpoints import Unavailable, Unfit  # noqa: E402
+from sifm_min.objectives.decontext import decontext  # noqa: E402
 
 SQUARE, WIDE = (64, 64), (80, 48)                            # (width, height), both of Kontext's shapes, scaled to 64
 RED, HAT = "make the sky red", "a face with a top hat, 2 of them!!!"
@@ -213,12 +213,13 @@ def test_text_encoders_are_gone_before_the_transformer_is_read(folders):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sifm", "photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack",
-                                    "sds", "mist", "ace", "decontext"])
+                                    "sds", "mist", "ace", "danp", "diffusionguard", "tdae", "decontext"])
 def test_every_method_runs(method, folders):
     _, _, editor = folders()
     editor.defaults = replace(editor.defaults, size=32, steps=2)
     options = {"sifm": {"timesteps": 2, "noisy": "deploy"}, "photoguard-diffusion": {"unroll": 2}, "semantic-attack": {
-        "timesteps": 2}, "editshield": {"variant": "released"}}.get(method, {})
+        "timesteps": 2}, "danp": {"timesteps": 2}, "tdae": {"timesteps": 2},
+        "editshield": {"variant": "released"}}.get(method, {})
     try:
         result = sifm_min.immunize(smooth(40, 32), editor, [RED], method=method, steps=2, **options)
     finally:

@@ -22,7 +22,8 @@ from sifm_min.files import weight_digests
 from sifm_min.models import checkpoints
 
 METHODS = {"sifm": {"timesteps": 2}, "photoguard-encoder": {}, "photoguard-diffusion": {"unroll": 2, "resample": False},
-           "editshield": {}, "semantic-attack": {"timesteps": 2}, "sds": {}, "mist": {}, "ace": {}}
+           "editshield": {}, "semantic-attack": {"timesteps": 2}, "sds": {}, "mist": {}, "ace": {},
+           "danp": {"timesteps": 2}, "diffusionguard": {}, "tdae": {"timesteps": 2}}
 
 
 @pytest.fixture
@@ -148,13 +149,14 @@ def test_one_scale_suits_several_outputs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sifm", "photoguard-encoder", "photoguard-diffusion", "semantic-attack", "mist", "ace"])
+@pytest.mark.parametrize("method", ["sifm", "photoguard-encoder", "photoguard-diffusion", "semantic-attack", "mist", "ace",
+                                    "danp", "diffusionguard"])
 def test_float16_signs_agree_with_float32(method, tiny_folder, monkeypatch):
     """The gradient of every method, its loss made as small as that of a large picture."""
     def signs(dtype):
         editor = sifm_min.load_editor(tiny_folder, device="cpu", dtype=dtype, vae_dtype=dtype)
         pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        options = {"prompts": ["night"]} if method == "semantic-attack" else {}
+        options = {"prompts": ["night"]} if method in ("semantic-attack", "danp") else {}
         objective = sifm_min.METHODS[method](editor, pixels, editor.contexts(["night"]), **options, **METHODS[method],
                                              generator=torch.Generator().manual_seed(1))
         noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(2))

@@ -38,7 +38,12 @@ PROMPT = "make it night"
 FEW = ("--steps", "2", "--timesteps", "2")
 ENDS = ("_immunized.png", "_preview.png", ".json")
 METHODS = ("sifm", "photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack", "sds", "mist", "ace",
-           "noise", "latent", "decontext")
+           "noise", "danp", "diffusionguard", "tdae", "latent", "decontext")
+
+
+NOTHING_AROUND = {"flat": False, "refine_text": False, "blur": False}
+AROUND = {"tdae": {"flat": {"share": 0.05, "weight": 0.3}, "refine_text": {"every": 10, "rounds": 5, "reach": 0.1},
+                   "blur": False}}
 
 
 @pytest.fixture
@@ -88,7 +93,7 @@ def test_three_files_and_what_the_report_holds(run, tiny, tiny_folder, tmp_path,
     assert (found["preset"], found["note"]) == ({"name": "protocol"}, "")
     assert found["options"] == {
         "eps": 0.03, "budget": "uniform", "steps": 2, "step_size": 1 / 255, "schedule": "constant", "init": "random", "seed": 3,
-        "mask": None, "robust": False,
+        "mask": None, "robust": False, **NOTHING_AROUND,
         "lam": 0.1, "timesteps": [999, 50], "taps": list(tiny.default_taps), "reduction": "balanced",
         "aggregate": "loss-mean", "noisy": "paper", "resample": False, "batch": None}
     assert found["input"] == {"width": 40, "height": 30, "mode": "RGB", "format": "PNG", "frames": 1, "notes": []}
@@ -213,7 +218,8 @@ def test_options_reach_the_objective(run, tiny):
     assert run("a.png", "--no-preview", "--lambda", "1/4", "--timesteps", "700,30", "--taps", "mid_block,conv_in",
                "--reduction", "mean", "--noisy", "deploy", "--resample", "--batch", "1", "--schedule", "linear", "--init",
                "zero", "--step-size", "2/255") == cli.OK
-    given = {"eps": 0.03, "budget": "uniform", "steps": 2, "seed": 0, "mask": None, "robust": False}
+    given = {"eps": 0.03, "budget": "uniform", "steps": 2, "seed": 0, "mask": None, "robust": False,
+             **NOTHING_AROUND}
     assert report()["options"] == given | {
         "lam": 0.25, "timesteps": [700, 30],
         "taps": ["mid_block", "conv_in"], "reduction": "mean", "aggregate": "loss-mean", "noisy": "deploy", "resample": True,
@@ -233,10 +239,12 @@ def test_every_method_writes_its_picture_and_what_it_took(run, tiny, method):
     assert (found["method"], found["preset"], found["note"]) == (method, {"name": "protocol"}, "")
     assert found["options"] == {
         "eps": 0.03, "budget": "uniform", "steps": 0 if method == "noise" else 2, "step_size": 1 / 255, "schedule": "constant",
-        "init": "random", "seed": 0, "mask": None, "robust": False,
+        "init": "random", "seed": 0, "mask": None, "robust": False, **AROUND.get(method, NOTHING_AROUND),
         **{name: found["options"][name] for name in methods.options_of(method)}}
     assert all(type(count) is int for count in found["passes"].values())
-    assert len(found["loss"]) == found["passes"]["encoder_backward"] == found["options"]["steps"]
+    evaluations = {"tdae": 2}.get(method, 1) * found["options"]["steps"]
+    assert len(found["loss"]) == found["options"]["steps"] and found["passes"]["encoder_backward"] == evaluations
+    assert found["gradient_evaluations"] == evaluations + {"tdae": 5}.get(method, 0)
 
 
 def half_smooth(name="a.png", mode="RGB"):
@@ -742,7 +750,8 @@ def test_json_lines(run, capsys):
     for record in records:
         assert {"finished", "picture", "immunized", "input", "editor", "method", "note", "prompts", "preset", "options",
                 "linf_steps", "budget_steps", "budget_mean_steps", "values_beyond_budget", "visibility", "psnr", "ssim",
-                "passes", "seconds", "loop_seconds", "peak_memory_bytes", "cpu_kernels", "memory", "versions"} == record.keys()
+                "passes", "gradient_evaluations", "seconds", "loop_seconds", "peak_memory_bytes", "cpu_kernels", "memory",
+                "versions"} == record.keys()
     assert run("in", "--json", "--no-preview", "--quiet") == cli.OK
     out, err = capsys.readouterr()                           # a second run names them too: a script sees all its pictures
     assert err == "" and [json.loads(line) for line in out.splitlines()] == [

@@ -22,7 +22,7 @@ ROOMS = [                                                    # from the top; eig
     "experiments",                                           # the paper's tables
     "immunize immunizing methods",                           # one picture; the registry of methods
     "judging",                                               # verdicts of models and people, and their statistics
-    "baselines miniature",                                   # the methods SIFM is compared with; the world of exact verdicts
+    "baselines miniature objectives",                        # methods beside SIFM; the world of exact verdicts
     "editors metrics",                                       # what is attacked; distances
     "cli images instructions memory pgd purifiers sifm",     # the method and its tools
     "files",                                                 # atomic writes, journals

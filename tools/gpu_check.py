@@ -33,7 +33,8 @@ from sifm_min.models.precision import full_float32  # noqa: E402
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The least share of gradient signs that agree with float32 on the CPU. Small random networks; real ones agree better.
 AGREE = {"float32": 0.995, "bfloat16": 0.90, "float16": 0.95}
-OPTIONS = {"sifm": {"timesteps": 4}, "photoguard-diffusion": {"unroll": 2}, "semantic-attack": {"timesteps": 4}}
+OPTIONS = {"photoguard-diffusion": {"unroll": 2},
+           **{name: {"timesteps": 4} for name in ("sifm", "semantic-attack", "danp", "tdae")}}
 SIZE = 64                                                    # of the pictures of the checks
 TIMESTEPS = 4                                                # of the step whose memory plans are compared
 
@@ -72,7 +73,7 @@ def gradient(editor, method):
     """(loss, gradient as float32 on the CPU) of a method's objective at a perturbed picture."""
     original = pixels(SIZE, editor.device)
     step = torch.randn(original.shape, generator=torch.Generator().manual_seed(1)).sign().to(original)
-    options = OPTIONS.get(method, {}) | ({"prompts": PROMPTS[:1]} if method == "semantic-attack" else {})
+    options = OPTIONS.get(method, {}) | ({"prompts": PROMPTS[:1]} if method in ("semantic-attack", "danp", "tdae") else {})
     with torch.no_grad():
         contexts = editor.contexts(PROMPTS[:1])
     with full_float32():

@@ -7,7 +7,6 @@
     transformer.py        what the editors with a diffusion transformer share
     sd3.py                Stable Diffusion 3 by img2img, and UltraEdit
     flux.py               FLUX.1 Kontext and FLUX.2 klein
-    decontext.py          the method for editors with reference tokens
     precision.py          gradients through a network that runs in float16
     latents.py            encoders without a denoiser, and the method for them
     several.py            several editors that one perturbation is made for

@@ -6,6 +6,7 @@ import time
 
 from ..immunize import immunize
 from ..judging.records import Edit, ask
+from ..objectives.around import choose
 from . import results
 from .plan import PIXEL_METRICS, edit_options, prompts_of, words, work_of
 from .runner import FAILURES, PIXELS, asked_of, distances, latent_shift
@@ -75,10 +76,13 @@ def seconds_each(plan, editors, case, missing, *, judges=None, lpips=None):
 
 def _immunization(plan, editors, case, arm, **_):
     steps = arm["settings"].get("steps", 1)
+    around = choose(arm["method"], **{name: arm["settings"].get(name) for name in ("flat", "refine_text", "blur")},
+                    any_prompt=arm.get("texts") == "any")
+    every = around.refine_text["every"] if around.refine_text else steps
     editor, texts, more = asked_of(plan, editors, case.record, arm)
     return timed(lambda on_step: immunize(
         case.read(), editor, texts, method=arm["method"], eps=plan["eps"], seed=plan["seed"], on_step=on_step,
-        **arm["settings"], **more), steps)
+        **arm["settings"], **more), steps, like_first=-(-steps // every))
 
 
 def _edit(plan, editors, case, arm, **_):
@@ -119,8 +123,11 @@ def _verdict(plan, editors, case, arm, *, judges, **_):
     return time.perf_counter() - started
 
 
-def timed(work, steps):
-    """The seconds that work(on_step) takes with this number of steps, from its first three steps at most."""
+def timed(work, steps, like_first=1):
+    """The seconds that work(on_step) takes with this number of steps, from its first three steps at most.
+
+    like_first: the number of steps that take as long as the first one, which may compute something for several steps.
+    """
     stamps = [time.perf_counter()]
 
     def on_step(*_):
@@ -134,7 +141,7 @@ def timed(work, steps):
     else:                                                    # fewer steps than expected: that was the whole
         return time.perf_counter() - stamps[0]
     first, each = stamps[1] - stamps[0], stamps[-1] - stamps[-2]
-    return first + each * (steps - 1)
+    return first * like_first + each * (steps - like_first)
 
 
 class Clock:

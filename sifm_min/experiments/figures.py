@@ -132,14 +132,16 @@ def worst(cells):
 
 
 def cost_of(arm):
-    """The cost of an arm's immunizations: medians of seconds and passes, the largest step, the mean PSNR and shift."""
+    """The cost of an arm's immunizations: medians of seconds, passes and gradients, the largest step, mean PSNR and shift."""
     rows = list(arm["immunized"].values())
     if not rows:
         return {}
     passes = {key: statistics.median(row["passes"].get(key, 0) for row in rows) for key in rows[0]["passes"]}
     psnr = [float(row["psnr"]) for row in rows if math.isfinite(float(row["psnr"]))]
     shifts = [float(row["shift"]) for row in rows if row.get("shift") is not None]        # folders of older versions have none
+    gradients = [row["gradient_evaluations"] for row in rows if "gradient_evaluations" in row]           # of either
     return {"seconds": statistics.median(row["seconds"] for row in rows), **passes,
+            "gradients": statistics.median(gradients) if gradients else None,
             "shift": statistics.fmean(shifts) if shifts else None,
             "linf_255": max(row["linf_steps"] for row in rows), "psnr_of_picture": statistics.fmean(psnr) if psnr else None}
 

@@ -101,7 +101,8 @@ def make_plan(suite, editors, cases, arms, *, seeds, seed=0, eps=0.03, options=N
     """The plan of a run, JSON-ready.
 
     editors: name -> about_editor(...). seeds: of the edits; seed: of the perturbation. options: of the loop and of methods,
-    each for the methods that have it; {"robust": True} is for all but the controls, {"budget": "texture"} for noise as well.
+    each for the methods that have it; {"robust": True} is for all but the controls, {"budget": "texture"} and "blur" for noise
+    as well, "flat" and "refine_text" for the methods that can have them (`objectives.around`).
     edit: options of every edit. prompts: the types ("original", "unseen") that are edited. judge: {"kind": "oracle"} or the
     record of a panel. lpips: the hash of its weights, or the reason of their absence. bank: an `instructions.bank.Bank`, which
     stands in the plan if an arm draws from it.
@@ -119,9 +120,15 @@ def _settings(arm, given, preset):
     if arm["method"] is None:
         return {}
     budget = {"budget": given["budget"]} if given.get("budget", "uniform") != "uniform" else {}
+    if given.get("blur"):
+        budget["blur"] = given["blur"]
     if arm["method"] == NOISE:
         return budget
     from ..baselines import NATIVE
+    from ..objectives.around import NOT_FLAT, REFINED
+    around = {name: given[name] for name, fits in (("flat", arm["method"] not in NOT_FLAT),
+                                                   ("refine_text", arm["method"] in REFINED and arm.get("texts") != "any"))
+              if given.get(name) and fits}
     known = (*PROTOCOL, *options_of(arm["method"]))
     own = {name: value for name, value in arm["options"].items() if name != "robust"}
     chosen = {name: value for name, value in given.items() if name in known} | own
@@ -130,7 +137,7 @@ def _settings(arm, given, preset):
     defaults = inspect.signature(METHODS[arm["method"]]).parameters      # a default has the same key, given or not
     robust = arm["options"].get("robust", given.get("robust"))
     robust = {"robust": True} if robust else {}                          # recorded only where it differs from the default
-    return {"preset": preset, **loop, **robust, **budget,
+    return {"preset": preset, **loop, **robust, **around, **budget,
             **{name: value for name, value in options.items() if value != defaults[name].default}}
 
 

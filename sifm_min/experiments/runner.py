@@ -171,7 +171,8 @@ class Runner:
         result = immunize(journal.image(case.record["sha256"]), editor, texts, method=arm["method"],
                           eps=self.plan["eps"], seed=self.plan["seed"], memory=self.memory, **arm["settings"], **more)
         kept = {name: result.report[name] for name in ("linf_steps", "budget_steps", "psnr", "ssim", "passes", "seconds",
-                                                       "loop_seconds", "peak_memory_bytes", "note", "options")}
+                                                       "gradient_evaluations", "loop_seconds", "peak_memory_bytes", "note",
+                                                       "options")}
         last = result.report["loss"][-1] if result.report["loss"] else None
         return journal.add(key, "immunize", result.image.convert("RGB"), **_plain(kept), last=_plain(last))
 

@@ -14,11 +14,13 @@ SUITES = ("white-box", "transfer", "ablation", "lambda", "consistency", "robustn
 LAMBDAS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)       # the paper's Table VII
 ONLY_DISTANCE = 1e9              # with this weight the norm's part of a float32 gradient is rounded away: distance alone
 ELSEWHERE = (NOISE, "sifm", "latent", "decontext")           # the control, the last one, and those for other kinds of editors
+NEWER = ("danp", "diffusionguard", "tdae")                   # which the paper's tables do not have: --methods adds them
 COMPARED = (*(name for name in METHODS if name not in ELSEWHERE), "sifm")               # SIFM last, as in the paper
+PAPERS = tuple(name for name in COMPARED if name not in NEWER)
 WORLD_SEED, BANK_SEED, BANK = 0, 64, 64                      # of the miniature's samples, and of those whose prompts are a bank
 # The prompt types of a suite. The paper has unseen prompts in Tables II to IV only.
 PROMPTS = dict.fromkeys(("white-box", "consistency", "unseen"), ("original", "unseen"))
-METHODS_OF = {"white-box": COMPARED, "consistency": COMPARED, "transfer": COMPARED, "robustness": ("sifm",),
+METHODS_OF = {"white-box": PAPERS, "consistency": PAPERS, "transfer": PAPERS, "robustness": ("sifm",),
               "unseen": ("sifm",)}
 TEXTS = {"one": "", "five": " (five prompts)", "any": " (any prompt)"}       # what the arms of unseen are made for: their names
 

@@ -328,7 +328,8 @@ def _behind(title, arms, by_arm, judges):
                ("Judged", "bounds"), ("Beside the clean edits", "control"), ("Beside the clean edits", "added"),
                ("Beside the clean edits", "attributable"), ("Beside the clean edits", "of edits that work"),
                ("Beside noise", "beyond"), *(("Judge alone", judge) for judge in judges),
-               ("A picture", "seconds"), ("A picture", "encoder"), ("A picture", "denoiser"), ("A picture", "steps of 1/255"),
+               ("A picture", "seconds"), ("A picture", "encoder"), ("A picture", "denoiser"), ("A picture", "gradients"),
+               ("A picture", "steps of 1/255"),
                ("A picture", "PSNR"), ("A picture", "shift")]
     rows = []
     for arm in arms:
@@ -347,14 +348,16 @@ def _behind(title, arms, by_arm, judges):
                     interval_text(controlled.beyond_noise)] if controlled else ["-"] * 5
             row += [_share(own.by_judge.get(judge)) for judge in judges]
             row += [_number(spent.get("seconds"), 1), *(_passes(spent, part) for part in ("encoder", "denoiser")),
-                    _number(spent.get("linf_255"), 0), _number(spent.get("psnr_of_picture"), 1), _number(spent.get("shift"), 2)]
+                    _number(spent.get("gradients"), 0), _number(spent.get("linf_255"), 0),
+                    _number(spent.get("psnr_of_picture"), 1), _number(spent.get("shift"), 2)]
             rows.append(row)
     notes = ["thwarted: every judge says so; obeyed: none does; split: they disagree. bounds: the rate if every edit without "
              "a verdict were a failure, or a success.",
              "added: thwarted edits beyond those that fail on the clean picture. attributable: (ISR - control) / (1 - "
              "control). of edits that work: among edits whose clean edit was obeyed. beyond: the ISR above random noise of "
              "the same budget. Intervals are at 95 %: Wilson's where a picture stands once, else a bootstrap over pictures.",
-             "seconds: median of one immunization. encoder, denoiser: forward and backward passes of one immunization. "
+             "seconds: median of one immunization. encoder, denoiser: forward and backward passes of one immunization; "
+             "gradients: the evaluations of its loss with a gradient. "
              "steps, PSNR: of the immunized picture. shift: of the editor's latents by the perturbation, the root mean square "
              "over the standard deviation of the original's; the mean over pictures."]
     return Table(title, columns, rows, notes, [])

@@ -52,6 +52,19 @@ def parser():
         help="expect what pictures meet before an edit: each step sees both pictures after a JPEG, a resize, a blur or nothing")
     add("--robust-cleaner", dest="robust", action="store_const", const="cleaner",
         help="the same with AdverseCleaner among them, which takes longer and some 2 kB of memory a pixel")
+    around = made.add_argument_group("around any method").add_argument
+    around("--flat", action=argparse.BooleanOptionalAction,
+           help="TDAE's flat minima: two gradients a step (tdae; default: yes; others: no; not for sds)")
+    around("--flat-share", type=cli.positive, metavar="SHARE", help="its radius, of the budget's (default: 0.05)")
+    around("--flat-weight", type=cli.positive, metavar="WEIGHT", help="of its penalty (default: 0.3)")
+    around("--refine-text", action=argparse.BooleanOptionalAction,
+           help="TDAE's text refinement: the instruction moves against the perturbation (tdae; default: yes; sifm, "
+                "semantic-attack; default: no)")
+    around("--refine-every", type=cli.count, metavar="STEPS", help="how often it does (default: 10)")
+    around("--refine-rounds", type=cli.count, metavar="N", help="gradients by the text each time (default: 5)")
+    around("--refine-reach", type=cli.positive, metavar="SHARE", help="how far, of the text's root mean square (default: 0.1)")
+    around("--blur", type=cli.positive, metavar="SIGMA",
+           help="BlurGuard's blur of the perturbation, a standard deviation in pixels such as 1 (default: none)")
     _add_options(made.add_argument_group("options of single methods, named behind each").add_argument)
     made.memory()
     add("--no-preview", action="store_true", help="skip the preview and its two edits")
@@ -63,24 +76,31 @@ def _add_options(own):
     """Add the options of single methods by `own`, the add_argument of a parser or of a group."""
     own("--lam", "--lambda", type=cli.number, help="weight of the distance term (sifm; default: 0.1)")
     own("--timesteps", type=cli.timesteps,
-        help="a count, or timesteps as 900,500,100 (sifm, semantic-attack; default: 10)")
+        help="a count, or timesteps as 900,500,100 (sifm, semantic-attack, danp, tdae; default: 10)")
     own("--taps", type=cli.commas(), help="activations to perturb, comma-separated; `list` prints what there is (sifm)")
     own("--reduction", choices=("balanced", "relative", "mean", "literal"),
-        help="of activations to a number (sifm; default: balanced)")
+        help="of activations to a number (sifm; danp has balanced and literal; default: balanced)")
     own("--aggregate", choices=("loss-mean", "feature-mean"), help="of the taps (sifm; default: loss-mean)")
     own("--noisy", choices=("paper", "deploy"),
         help="whose latent is noised: the immunized picture's (default), or the original's (sifm)")
     own("--resample", action=argparse.BooleanOptionalAction,
         help="draw new noise at every step (sifm; default: no; photoguard-diffusion; default: yes)")
-    own("--batch", type=cli.count, help="timesteps at once (sifm, semantic-attack; default: all)")
+    own("--batch", type=cli.count, help="timesteps at once (sifm, semantic-attack, danp, tdae; default: all)")
     own("--unroll", type=cli.count, help="denoising steps to look through (photoguard-diffusion; default: 4)")
     own("--repeats", type=cli.count, help="edits per step, each from its own noise (photoguard-diffusion; default: 1)")
-    own("--content", type=cli.prompt, metavar="TEXT", help="what to protect, as `man` (semantic-attack; default: the prompts)")
+    own("--content", type=cli.prompt, metavar="TEXT",
+        help="what to protect, as `man` (semantic-attack, tdae; default: the prompts)")
     own("--variant", help="which form of the loss: zero, grey (photoguard-encoder); eot, plain, released (editshield); minus, "
                           "plus (sds); fused, textural, semantic (mist); ace+, ace (ace); the first is the default")
     own("--sizes", type=cli.commas(cli.count), help="long sides at which latents are moved, in turn (latent: 512,1024)")
     own("--spaces-per-step", type=cli.count, metavar="K", help="so many latent spaces take turns (latent; default: all)")
     own("--blocks", type=cli.count, help="single blocks to attack, from the first (decontext; default: the editor's)")
+    own("--attention-weight", type=cli.number, help="of the low attention that is raised (danp; default: 1)")
+    own("--noise-weight", type=cli.number, help="of the predicted noise (danp; default: 1)")
+    own("--bins", type=cli.count, help="of the histogram of attention (danp; default: 128)")
+    own("--tokens", choices=("content", "all"), help="whose attention counts: the prompt's own words, or all (danp)")
+    own("--noisiest-of", type=cli.count, metavar="N",
+        help="denoising steps of the edit whose first one counts (diffusionguard; default: 4)")
     own("--low", type=cli.count, help="the least noisy timestep that is drawn (decontext; default: 980)")
 
 
@@ -91,8 +111,10 @@ def _method(text):
 
 
 OPTIONS = ("lam", "timesteps", "taps", "reduction", "aggregate", "noisy", "resample", "batch", "unroll", "repeats", "content",
-           "variant", "sizes", "spaces_per_step", "blocks", "low")
+           "variant", "sizes", "spaces_per_step", "blocks", "low",
+           "attention_weight", "noise_weight", "bins", "tokens", "noisiest_of")
 NO_VALUE = ("resample",)                                     # flags that are there or not
+AROUND = {"flat": ("share", "weight"), "refine_text": ("every", "rounds", "reach")}
 
 
 def given(args):
@@ -128,4 +150,19 @@ def each_of(args, encoders):
         if twice := parsed.keys() & found[int(number) - 1].keys():
             raise ValueError(f"--option {number}:{min(twice)} is given twice")
         found[int(number) - 1] |= parsed
+    return found
+
+
+def around(args):
+    """flat, refine_text and blur as `immunize` takes them. A number of one of the first two switches it on."""
+    found = {"blur": args.blur}
+    for option, names in AROUND.items():
+        values = {name: getattr(args, f"{option.split('_')[0]}_{name}") for name in names}
+        numbers = {name: value for name, value in values.items() if value is not None}
+        asked = getattr(args, option)
+        if numbers and asked is False:
+            flag = option.replace("_", "-")
+            raise ValueError(f"--no-{flag} and --{flag.split('-')[0]}-{next(iter(numbers))} contradict each other; give one of "
+                             "them")
+        found[option] = numbers or asked
     return found

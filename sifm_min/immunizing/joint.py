@@ -13,6 +13,7 @@ The gradient on the picture is all that the editors share: each has its graph fo
 import torch
 
 from ..methods import checked_loss
+from ..purifiers.expectation import again
 from .shares import named
 
 MEASURED = 4                                                 # the first steps of each editor alone
@@ -23,12 +24,13 @@ def joint_objective(group, shares, make, seed, alone, weight):
 
     group: the `Several`. make(share, generator) -> an editor's own objective. alone(objective, generator) runs the first
     MEASURED steps of a loop, to measure the scales. weight: w, a number or a tensor that broadcasts to the picture. Every
-    editor's noise is the one of its run alone, from a generator with this seed; `generator` is the first one's, for the start.
+    editor's noise is the one of its run alone, from a generator with this seed; `generators` has them, the first for the start.
     """
-    scales, measured, members = {}, {}, []
+    scales, measured, members, gradients = {}, {}, [], 0
     for share in shares:
         with group.at_work(share.editor), named(share.name):
-            scales[share.name], measured[share.name] = _scale(share, make, seed, alone, weight)
+            scales[share.name], measured[share.name], count = _scale(share, make, seed, alone, weight)
+        gradients += count
     generators = [torch.Generator().manual_seed(seed) for _ in shares]
     for share, generator in zip(shares, generators, strict=True):
         with group.at_work(share.editor), named(share.name):
@@ -52,14 +54,23 @@ def joint_objective(group, shares, make, seed, alone, weight):
         counted = [passes_of(made, steps, measured[share.name]) for share, made, _ in members]
         return "unknown" if "unknown" in counted else _sum(counted)
 
-    objective.generator, objective.scales, objective.passes = generators[0], scales, passes
+    def passes_again(steps):
+        """Of a second evaluation of every step, see objectives/flat_minima.py."""
+        counted = [count(steps) if (count := again(made)) else "unknown" for _, made, _ in members]
+        return "unknown" if "unknown" in counted else _sum(counted)
+
+    def refinements(steps):
+        return sum(made.refinements(steps) for _, made, _ in members if hasattr(made, "refinements"))
+
+    objective.generators, objective.scales, objective.passes = generators, scales, passes
+    objective.passes_again, objective.refinements, objective.gradients = passes_again, refinements, (len(members), gradients)
     objective.drawn = getattr(members[0][1], "drawn", ())                # the same purifiers for all: they have one seed
     objective.note = "; ".join(f"{share.name}: {made.note}" for share, made, _ in members if getattr(made, "note", ""))
     return objective
 
 
 def _scale(share, make, seed, alone, weight):
-    """(s_i, the passes that it took) of one editor. Raises ValueError where its gradient is zero, as the loop does."""
+    """(s_i, the passes and gradients that it took) of one editor. Raises ValueError where its gradient is zero."""
     generator, moved = torch.Generator().manual_seed(seed), []
     made = make(share, generator)
     loss = checked_loss(made, share.method)
@@ -72,7 +83,8 @@ def _scale(share, make, seed, alone, weight):
 
     alone(recorded, generator)
     passes = made.passes(len(moved)) if hasattr(made, "passes") else {}
-    return torch.stack(moved).mean().item() if moved else 1.0, passes
+    refined = made.refinements(len(moved)) if hasattr(made, "refinements") else 0
+    return torch.stack(moved).mean().item() if moved else 1.0, passes, len(moved) + refined
 
 
 def _gradient(loss, x_imu, step, device):

@@ -66,7 +66,7 @@ class Share:
         def ordered(x_imu, step):
             return objective(x_imu, step * len(self.texts) + order[step])
 
-        for name in ("passes", "note", "drawn"):
+        for name in ("passes", "passes_again", "note", "drawn"):
             if hasattr(objective, name):
                 setattr(ordered, name, getattr(objective, name))
         return ordered

@@ -108,9 +108,10 @@ def _bicubic(pixels, height, width):
 def blurred(pixels, sigma, radius=5):
     """Blur by a Gaussian of this standard deviation in pixels, cut at `radius` and normalised; edges are repeated."""
     reach = torch.arange(-radius, radius + 1, dtype=pixels.dtype, device=pixels.device)
-    weights = (-reach.square() / (2 * sigma ** 2)).softmax(0).expand(3, 1, 1, -1)
-    pixels = F.conv2d(F.pad(pixels, (radius, radius, 0, 0), mode="replicate"), weights, groups=3)
-    return F.conv2d(F.pad(pixels, (0, 0, radius, radius), mode="replicate"), weights.transpose(2, 3), groups=3)
+    channels = pixels.shape[1]
+    weights = (-reach.square() / (2 * sigma ** 2)).softmax(0).expand(channels, 1, 1, -1)
+    pixels = F.conv2d(F.pad(pixels, (radius, radius, 0, 0), mode="replicate"), weights, groups=channels)
+    return F.conv2d(F.pad(pixels, (0, 0, radius, radius), mode="replicate"), weights.transpose(2, 3), groups=channels)
 
 
 def cleaned(pixels, bilateral_times=8):

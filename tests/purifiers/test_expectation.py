@@ -14,7 +14,8 @@ from sifm_min.purifiers import draws, expectation
 
 PROMPTS = ["make it night", "make her a witch"]
 OTHERS = [name for name in sifm_min.METHODS if name not in ("noise", "latent", "decontext")]        # those are tested apart
-FEW = {"sifm": {"timesteps": 2}, "semantic-attack": {"timesteps": 2}, "photoguard-diffusion": {"unroll": 2}}
+FEW = {name: {"timesteps": 2} for name in ("sifm", "semantic-attack", "danp", "tdae")} | {
+    "photoguard-diffusion": {"unroll": 2}}
 
 
 @pytest.fixture(scope="module")
