@@ -177,6 +177,19 @@ def test_grey_picture_within_a_mask(tiny, sd3, tmp_path):
     assert result.image.mode == "L" and changed[:, :20].any() and not changed[:, 20:].any()
 
 
+def test_each_editor_may_have_its_own_words(tiny, sd3, monkeypatch):
+    told = {}
+    for name, editor in {"tiny": tiny, "sd3": sd3}.items():
+        monkeypatch.setattr(editor, "contexts", lambda texts, name=name, real=editor.contexts: (
+            told.setdefault(name, list(texts)), real(texts))[1])
+    own = [{"prompts": ["make it night"]}, {"prompts": "a night", "timesteps": 1}]
+    result = sifm_min.immunize(smooth(40, 30), [tiny, sd3], each=own, **FEW)
+    assert told == {"tiny": ["make it night"], "sd3": ["a night"]}
+    assert [len(one["options"]["timesteps"]) for one in result.report["editors"]] == [2, 1]
+    with pytest.raises(ValueError, match="at least one prompt"):
+        sifm_min.immunize(smooth(40, 30), [tiny, sd3], each=[own[0], {}], **FEW)
+
+
 def test_noise_for_several_is_the_noise_control(tiny, sd3):
     both, single = (sifm_min.immunize(smooth(40, 30), editors, PROMPT, method="noise") for editors in ([tiny, sd3], tiny))
     assert np.array_equal(pixels_of(both), pixels_of(single))

@@ -91,11 +91,11 @@ def shares_of(group, method, preset, each, arguments):
         loop, options = settings(function, preset, **arguments, **(each or [{}])[0])
         return name, loop, [Share("", group.editors[0], name, function, options)]
     encoders = [getattr(editor, "kind", None) == "encoders" for editor in group.editors]
+    words = [(own or {}).get("prompts", ()) for own in each or [{}] * len(encoders)]
     loop, found = shared_settings(asked, encoders, preset, each, **arguments)
     return methods.find_method(asked)[0], loop, [
-        Share(label, editor, name, function, options, texts=(own or {}).get("prompts", ()))
-        for label, editor, (name, function, options), own in zip(group.names, group.editors, found,
-                                                                 each or [{}] * len(found), strict=True)]
+        Share(label, editor, name, function, options, texts=[texts] if isinstance(texts, str) else list(texts))
+        for label, editor, (name, function, options), texts in zip(group.names, group.editors, found, words, strict=True)]
 
 
 def planned_timesteps(shares):

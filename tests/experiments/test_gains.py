@@ -89,6 +89,23 @@ def test_transfer_arms_protect_one_and_both(loaded):  # noqa: F811
     assert set(single) == {"name", "method", "source", "target", "options", "attack"}        # as older folders have it
 
 
+def test_joint_arm_is_asked_in_the_words_of_each_editor():
+    texts = {"id": "original", "type": "original", "instruct": "make it night", "img2img": "a night"}
+    case = {"id": "p", "category": "landscape", "sha256": "0" * 64, "prompts": [texts]}
+    kinds = {"a": "instruct", "b": "img2img", "latents": "encoders"}
+    planned = {"editors": {name: {"kind": kind, "identity": name} for name, kind in kinds.items()}, "seed": 0, "eps": 0.03,
+               "version": "1"}
+    arm = {**plan.make_arm("sifm (both)", "sifm", source=[*kinds], target="a"), "settings": {}}
+    assert runner.asked_of(planned, kinds, case, arm) == (
+        [*kinds.values()], [], {"each": [{"prompts": ["make it night"]}, {"prompts": ["a night"]}, {"prompts": []}]})
+    single = {**plan.make_arm("sifm", "sifm", source="b", target="a"), "settings": {}}
+    assert runner.asked_of(planned, kinds, case, single) == ("img2img", ["a night"], {})
+    assert len({plan.immunize_key(planned, case, one) for one in (arm, single)}) == 2
+    before = plan.step_key(planned, "immunize", picture="0" * 64, method="sifm", eps=0.03, seed=0, settings={}, editor="b",
+                           prompt="a night")
+    assert plan.immunize_key(planned, case, single) == before            # older folders are found again
+
+
 def test_robust_arms_stand_beside_plain_ones():
     editor = dataclasses.make_dataclass("E", ["kind", "name"])("instruct", "a")
     plain, _ = suites.arms("robustness", {"a": editor}, ("sifm",), robust=True)
