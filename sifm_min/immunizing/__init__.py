@@ -1,1 +1,1 @@
-"""The parts of the command `immunize` beside its work on a file: its flags and its preview."""
+"""The parts of `immunize`: flags, each editor's share of a run, the joint loss of several editors, and the preview."""
