@@ -1,0 +1,105 @@
+"""The recogniser: a judge that reads off an edit, beside its source, which edit it is and how damaged it is.
+
+A small network (`tools/train_recogniser.py`) that was trained on exact results of instructions for other photographs, before
+and after the autoencoder, and on synthetic damage; never on edits or on perturbations that were sought. It sees the
+edit and the source at 128 pixels, never the exact target.
+"""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
+
+from .. import images, models
+from . import thresholds
+from .kinds import KINDS
+from .verdict import Verdict
+
+SIZE = 128                                                   # pixels a side of what the network sees
+UNCHANGED = "unchanged"
+WEIGHTS = Path(models.__file__).parent / "miniature" / "recogniser" / "model.safetensors"
+
+
+def class_of(kind, option):
+    """The name of the class of a kind of instruction with an option."""
+    return f"{kind}: {option}" if option else kind
+
+
+def classes():
+    """The names of all classes: the picture left as it was, then every kind with each of its options."""
+    return [UNCHANGED, *(class_of(kind.name, option) for kind in KINDS.values() for option in kind.options)]
+
+
+def recognise(sample, edited):
+    """Judge an edit, a PIL picture of any size, by what the network reads off it.
+
+    Semantic mismatch: the edit that was asked for has less than `thresholds.ASKED` of the probability. Perceptual
+    degradation: the score of damage is above `thresholds.DAMAGED`. Raises FileNotFoundError if the shipped weights are
+    missing.
+    """
+    probabilities, damage = read(sample.image, edited)
+    return Verdict.of(probabilities[class_of(sample.kind, sample.option)] < thresholds.ASKED, damage > thresholds.DAMAGED)
+
+
+@torch.no_grad()
+def read(source, edited):
+    """({class: probability}, damage) of an edit of a source, both PIL pictures. The damage is in [0,1]."""
+    network, names = load_recogniser()
+    pixels = [images.resize(images.to_pixels(picture.convert("RGB")), SIZE, SIZE) for picture in (edited, source)]
+    scores, damage = network(*pixels)
+    return dict(zip(names, scores[0].softmax(0).tolist(), strict=True)), damage.sigmoid().item()
+
+
+class Recogniser(nn.Module):
+    """A network: edits and sources, each (B,3,128,128) in [0,1] -> (scores (B,classes), damage (B,), before a sigmoid).
+
+    The source enters as it is and mirrored, and two channels hold the place of each pixel: an edit is named by what changed
+    where.
+    """
+
+    WIDTHS = (32, 56, 88, 112)
+
+    def __init__(self, count):
+        super().__init__()
+        pairs = list(zip(self.WIDTHS, self.WIDTHS[1:], strict=False))
+        self.stem = nn.Conv2d(11, self.WIDTHS[0], 4, stride=4)
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
+        self.norms = nn.ModuleList(nn.GroupNorm(8, b) for _, b in pairs)
+        self.deep = nn.ModuleList(nn.Conv2d(b, b, 3, padding=1) for _, b in pairs)
+        self.edit = nn.Linear(2 * self.WIDTHS[-1], count)
+        self.damage = nn.Linear(2 * sum(self.WIDTHS), 1)
+
+    def forward(self, edit, source):
+        down = torch.linspace(-1, 1, edit.shape[2], device=edit.device, dtype=edit.dtype).view(1, 1, -1, 1)
+        places = [axis.expand(len(edit), 1, *edit.shape[2:]) for axis in (down, down.transpose(2, 3))]
+        x = F.silu(self.stem(torch.cat([2 * edit - 1, 2 * source - 1, 2 * source.flip(3) - 1, *places], 1)))
+        pooled = [_pooled(x)]
+        for down, norm, deep in zip(self.down, self.norms, self.deep, strict=True):
+            x = F.silu(norm(down(x)))
+            x = x + F.silu(deep(x))
+            pooled.append(_pooled(x))
+        return self.edit(pooled[-1]), self.damage(torch.cat(pooled, 1))[:, 0]
+
+
+def _pooled(x):
+    """The mean and the maximum of every channel: (B,C,H,W) -> (B,2C)."""
+    return torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
+
+
+@lru_cache(maxsize=1)
+def load_recogniser():
+    """(the shipped network, frozen, the names of its classes); ValueError if its classes are not those of `KINDS`."""
+    if not WEIGHTS.is_file():
+        raise FileNotFoundError(f"{WEIGHTS} is missing: tools/train_recogniser.py makes it")
+    with safe_open(WEIGHTS, framework="pt") as file:
+        names = json.loads(file.metadata()["classes"])
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
+    if set(names) != set(classes()):
+        raise ValueError(f"{WEIGHTS} knows other kinds of edit than kinds.py: train it anew by tools/train_recogniser.py")
+    network = Recogniser(len(names))
+    network.load_state_dict(tensors)
+    return network.eval().requires_grad_(False), names
