@@ -65,14 +65,14 @@ def test_a_later_run_applies_the_thresholds_of_the_day(command, monkeypatch):
 
 
 def test_verdicts_of_kept_measures_are_the_judges_own(command):
-    sample = tool.pictures.sample_of(smooth(90, 90, seed=8), 1, size=64)
+    sample = tool.pictures.draw_sample(smooth(90, 90, seed=8), 1, size=64)
     for edited in (sample.target, sample.image, images.to_image(fidelity.autoencoded(sample.target))):
         found = tool.verdicts(json.loads(json.dumps(tool.measured(sample, edited))))
         assert found == {name: judge(sample, edited) for name, judge in deciding.judges.items()}
 
 
 def test_damage_in_an_arm_grows_with_its_strength():
-    sample = tool.pictures.sample_of(smooth(90, 90, seed=8), 1, size=64)
+    sample = tool.pictures.draw_sample(smooth(90, 90, seed=8), 1, size=64)
     found = tool.arms(sample, 0)
     lost = np.asarray(found["autoencoded target"], np.float32)
     for name in ("noise", "texture", "latent noise", "smooth latent noise"):
