@@ -180,7 +180,7 @@ def train(args):
         scores, damage = network(edit.to(memory_format=torch.channels_last), source)
         readable = level <= READABLE
         named = F.cross_entropy(scores[readable], label[readable], label_smoothing=0.02)
-        loss = named + 2 * F.binary_cross_entropy_with_logits(damage, level)
+        loss = named + 4 * F.binary_cross_entropy_with_logits(damage, level)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

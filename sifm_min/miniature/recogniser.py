@@ -61,7 +61,7 @@ class Recogniser(nn.Module):
     where.
     """
 
-    WIDTHS = (32, 56, 88, 112)
+    WIDTHS = (40, 56, 88, 104)
 
     def __init__(self, count):
         super().__init__()
@@ -71,7 +71,7 @@ class Recogniser(nn.Module):
         self.norms = nn.ModuleList(nn.GroupNorm(8, b) for _, b in pairs)
         self.deep = nn.ModuleList(nn.Conv2d(b, b, 3, padding=1) for _, b in pairs)
         self.edit = nn.Linear(2 * self.WIDTHS[-1], count)
-        self.damage = nn.Linear(2 * sum(self.WIDTHS), 1)
+        self.damage = nn.Sequential(nn.Linear(2 * sum(self.WIDTHS), 48), nn.SiLU(), nn.Linear(48, 1))
 
     def forward(self, edit, source):
         down = torch.linspace(-1, 1, edit.shape[2], device=edit.device, dtype=edit.dtype).view(1, 1, -1, 1)
