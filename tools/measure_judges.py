@@ -36,8 +36,7 @@ def drawn(args):
     rows = photosets.in_turn(photosets.marked(args.photos, args.use))
     for i in range(args.samples):
         row = rows[(i + args.skip) % len(rows)]
-        yield row["id"], pictures.draw_sample(args.photos / row["file"], f"judges {i}", name=row["id"],
-                                            category=row["category"], size=args.size)
+        yield row["id"], pictures.draw_sample(args.photos / row["file"], f"judges {i}", size=args.size)
 
 
 def measured(sample, edited):

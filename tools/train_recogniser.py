@@ -45,7 +45,7 @@ def draw(photographs, start, count, size, each):
     names, counts = classes(), {}
     for i in range(start, start + count):
         rng = random.Random(f"recogniser {size} {i}")
-        picture = pictures.random_square(pictures.opened(photographs[i % len(photographs)]), rng, size)
+        picture = pictures.random_square(images.read(photographs[i % len(photographs)]).image, rng, size)
         pixels = np.asarray(picture, np.float32) / 255
         options = [(kind, option) for kind in KINDS.values() for option in kind.options]
         rng.shuffle(options)

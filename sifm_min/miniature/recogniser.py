@@ -21,6 +21,7 @@ from .verdict import Verdict
 
 SIZE = 128                                                   # pixels a side of what the network sees
 UNCHANGED = "unchanged"
+BANDS, QUANTILES = 4, (0.1, 0.25, 0.5, 0.9)                  # octaves of detail, from the finest; of its strength
 WEIGHTS = Path(models.__file__).parent / "miniature" / "recogniser" / "model.safetensors"
 
 
@@ -57,8 +58,8 @@ def read(source, edited):
 class Recogniser(nn.Module):
     """A network: edits and sources, each (B,3,128,128) in [0,1] -> (scores (B,classes), damage (B,), before a sigmoid).
 
-    The source enters as it is and mirrored, and two channels hold the place of each pixel: an edit is named by what changed
-    where.
+    The source enters as it is and mirrored, and two channels hold the place of each pixel: an edit is named by its changes
+    and their places. Damage is scored by the strength of detail in both pictures (`texture`) and by the edit's name.
     """
 
     WIDTHS = (40, 56, 88, 104)
@@ -71,23 +72,36 @@ class Recogniser(nn.Module):
         self.norms = nn.ModuleList(nn.GroupNorm(8, b) for _, b in pairs)
         self.deep = nn.ModuleList(nn.Conv2d(b, b, 3, padding=1) for _, b in pairs)
         self.edit = nn.Linear(2 * self.WIDTHS[-1], count)
-        self.damage = nn.Sequential(nn.Linear(2 * sum(self.WIDTHS), 48), nn.SiLU(), nn.Linear(48, 1))
+        count = 2 * BANDS * 2 * (1 + len(QUANTILES)) + count
+        self.damage = nn.Sequential(nn.BatchNorm1d(count, affine=False), nn.Linear(count, 48), nn.SiLU(), nn.Linear(48, 1))
 
     def forward(self, edit, source):
         down = torch.linspace(-1, 1, edit.shape[2], device=edit.device, dtype=edit.dtype).view(1, 1, -1, 1)
         places = [axis.expand(len(edit), 1, *edit.shape[2:]) for axis in (down, down.transpose(2, 3))]
         x = F.silu(self.stem(torch.cat([2 * edit - 1, 2 * source - 1, 2 * source.flip(3) - 1, *places], 1)))
-        pooled = [_pooled(x)]
         for down, norm, deep in zip(self.down, self.norms, self.deep, strict=True):
             x = F.silu(norm(down(x)))
             x = x + F.silu(deep(x))
-            pooled.append(_pooled(x))
-        return self.edit(pooled[-1]), self.damage(torch.cat(pooled, 1))[:, 0]
+        scores = self.edit(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
+        statistics = torch.cat([texture(edit), texture(source), scores.detach().softmax(1)], 1)
+        return scores, self.damage(statistics)[:, 0]
 
 
-def _pooled(x):
-    """The mean and the maximum of every channel: (B,C,H,W) -> (B,2C)."""
-    return torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
+def texture(pixels):
+    """Logarithms of the strength of detail, (B,BANDS*2*(1+QUANTILES)), in octaves: of light and of colour, mean and quantiles.
+
+    False texture fills the flat parts, so it shows in the low quantiles; blur and washed-out detail show in all.
+    """
+    light = pixels.mean(1, keepdim=True)
+    planes = torch.cat([light, (pixels - light).square().mean(1, keepdim=True).sqrt()], 1)
+    found = []
+    for _ in range(BANDS):
+        coarse = F.avg_pool2d(planes, 2)
+        band = (planes - F.interpolate(coarse, scale_factor=2)).abs().flatten(2)
+        thin = band[..., ::max(1, band.shape[2] // 1021)]        # a thousand places are enough for quantiles
+        found += [band.mean(2), *thin.quantile(torch.tensor(QUANTILES, dtype=band.dtype, device=band.device), 2)]
+        planes = coarse
+    return (torch.cat(found, 1) + 1e-3).log()
 
 
 @lru_cache(maxsize=1)
