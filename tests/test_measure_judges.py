@@ -26,7 +26,7 @@ def command(tmp_path, monkeypatch, capsys):
     (folder / "LICENSES.jsonl").write_text("".join(
         json.dumps({"id": f"p{i}", "file": f"{i}.png", "category": "people", "use": use}) + "\n"
         for i, use in enumerate(("train", "evaluate", "train", "evaluate"))))
-    monkeypatch.setattr(recogniser, "read", lambda source, edited: (dict.fromkeys(classes(), 0.3), 0.2))
+    monkeypatch.setattr(recogniser, "read_edit", lambda source, edited: (dict.fromkeys(classes(), 0.3), 0.2))
 
     def run(what, *options):
         tool.main([what, "--photos", str(folder), "--samples", "2", "--size", "64", "--work", str(tmp_path / "work"), *options])

@@ -41,10 +41,10 @@ def drawn(args):
 
 def measured(sample, edited):
     """The measures of both judges, as a dict."""
-    probabilities, damage = recogniser.read(sample.image, edited)
+    probabilities, damage = recogniser.read_edit(sample.image, edited)
     asked = probabilities[recogniser.class_of(sample.kind, sample.option)]
     named = max(probabilities, key=probabilities.get)
-    return {"oracle": asdict(fidelity.measure(sample, edited)), "asked": asked, "damage": damage, "named": named}
+    return {"oracle": asdict(fidelity.measures_of(sample, edited)), "asked": asked, "damage": damage, "named": named}
 
 
 def verdicts(found):
@@ -115,7 +115,7 @@ def edits(args):
 
 
 def caption(arm, found):
-    """What both judges found, with the measures, in one line."""
+    """The findings of both judges and their measures, in one line."""
     said = {name: "".join(letter for letter, finding in zip("MD", (v.semantic_mismatch, v.perceptual_degradation), strict=True)
                           if finding) or "obeyed" for name, v in verdicts(found).items()}
     o = found["oracle"]

@@ -61,12 +61,12 @@ class Measures:
 
 def exact_oracle(sample, edited):
     """Judge an edit, a PIL picture of any size, by comparing it with the sample's exact target."""
-    found = measure(sample, edited)
+    found = measures_of(sample, edited)
     return Verdict.of(not found.followed, found.damaged)
 
 
 @torch.no_grad()
-def measure(sample, edited):
+def measures_of(sample, edited):
     """The `Measures` of an edit; a picture of another size than the target is scaled to the target's."""
     source, target = images.to_pixels(sample.image), images.to_pixels(sample.target)
     edit = images.resize(images.to_pixels(edited.convert("RGB")), *target.shape[2:])

@@ -42,12 +42,12 @@ def recognise(sample, edited):
     degradation: the score of damage is above `thresholds.DAMAGED`. Raises FileNotFoundError if the shipped weights are
     missing.
     """
-    probabilities, damage = read(sample.image, edited)
+    probabilities, damage = read_edit(sample.image, edited)
     return Verdict.of(probabilities[class_of(sample.kind, sample.option)] < thresholds.ASKED, damage > thresholds.DAMAGED)
 
 
 @torch.no_grad()
-def read(source, edited):
+def read_edit(source, edited):
     """({class: probability}, damage) of an edit of a source, both PIL pictures. The damage is in [0,1]."""
     network, names = load_recogniser()
     pixels = [images.resize(images.to_pixels(picture.convert("RGB")), SIZE, SIZE) for picture in (edited, source)]

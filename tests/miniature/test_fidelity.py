@@ -59,7 +59,7 @@ def between(one, other, share):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.75, 1.0])
 def test_progress_and_residual_are_shares_of_the_way(night, lossless, share):
-    found = fidelity.measure(night, between(night.image, night.target, share))
+    found = fidelity.measures_of(night, between(night.image, night.target, share))
     assert found.progress == pytest.approx(share, abs=0.01) and found.residual == pytest.approx(1 - share, abs=0.01)
     assert found.outside == 0
 
@@ -67,8 +67,8 @@ def test_progress_and_residual_are_shares_of_the_way(night, lossless, share):
 def test_the_residual_leaves_out_the_autoencoders_own_error(night, monkeypatch):
     lost = between(night.target, night.image, 0.3)           # an autoencoder that loses three tenths of the way
     monkeypatch.setattr(fidelity, "autoencoded", lambda picture: images.to_pixels(lost))
-    assert fidelity.measure(night, lost).residual == 0
-    found = fidelity.measure(night, between(night.target, night.image, 0.5))
+    assert fidelity.measures_of(night, lost).residual == 0
+    found = fidelity.measures_of(night, between(night.target, night.image, 0.5))
     assert found.residual == pytest.approx((0.5 ** 2 - 0.3 ** 2) ** 0.5, abs=0.01)
 
 
@@ -76,16 +76,16 @@ def test_a_change_outside_is_its_rms_beyond_the_autoencoders(lossless):
     frame = sample_of("frame", "wooden")
     edit, outside = numbers(frame.target), ~np.kron(changed(numbers(frame.image), numbers(frame.target)), np.ones((2, 2), bool))
     edit = np.where(outside[..., None], np.where(edit > 0.5, edit - 0.2, edit + 0.2), edit)
-    found = fidelity.measure(frame, image(edit))
+    found = fidelity.measures_of(frame, image(edit))
     assert found.outside == pytest.approx(0.2, abs=0.02) and found.residual < 0.01 and not found.followed
-    assert fidelity.measure(frame, frame.target).outside == 0
+    assert fidelity.measures_of(frame, frame.target).outside == 0
 
 
 def test_a_change_outside_counts_only_where_a_part_is_unchanged(lossless):
     negative = sample_of("negative")
     unchanged = 1 - changed(numbers(negative.image), numbers(negative.target)).mean()
     assert unchanged < thresholds.OUTSIDE_SHARE              # the case that this test is about
-    assert fidelity.measure(negative, negative.image).outside == 0
+    assert fidelity.measures_of(negative, negative.image).outside == 0
 
 
 def test_structure_is_the_loss_of_ssim_at_both_resolutions(night, lossless):
@@ -94,28 +94,28 @@ def test_structure_is_the_loss_of_ssim_at_both_resolutions(night, lossless):
     full = metrics.ssim(images.to_pixels(edit), images.to_pixels(night.target)).item()
     halves = [torch.nn.functional.avg_pool2d(images.to_pixels(picture), 2) for picture in (edit, night.target)]
     half = metrics.ssim(*halves).item()
-    assert fidelity.measure(night, edit).structure == pytest.approx((1 - full) / 3 + 2 * (1 - half) / 3, abs=1e-4)
+    assert fidelity.measures_of(night, edit).structure == pytest.approx((1 - full) / 3 + 2 * (1 - half) / 3, abs=1e-4)
 
 
 def test_structure_is_measured_against_the_autoencoded_target(night, monkeypatch):
     lost = night.target.filter(ImageFilter.GaussianBlur(2))
     monkeypatch.setattr(fidelity, "autoencoded", lambda picture: images.to_pixels(lost))
-    assert fidelity.measure(night, lost).structure == 0
-    assert fidelity.measure(night, night.target).structure < 0
+    assert fidelity.measures_of(night, lost).structure == 0
+    assert fidelity.measures_of(night, night.target).structure < 0
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6])
 def test_contrast_is_the_share_of_local_contrast_lost(lossless, share):
     negative = sample_of("negative")
     pixels = numbers(negative.target)
-    found = fidelity.measure(negative, image(pixels + share * (pixels.mean((0, 1)) - pixels)))
+    found = fidelity.measures_of(negative, image(pixels + share * (pixels.mean((0, 1)) - pixels)))
     assert found.contrast == pytest.approx(share, abs=0.02)
-    assert fidelity.measure(negative, negative.target).contrast == pytest.approx(0, abs=1e-6)
+    assert fidelity.measures_of(negative, negative.target).contrast == pytest.approx(0, abs=1e-6)
 
 
 def test_an_edit_of_another_size_is_scaled_to_the_target(night):
     double = night.target.resize((2 * SIDE, 2 * SIDE), Image.Resampling.NEAREST)
-    assert fidelity.measure(night, double).residual == pytest.approx(0, abs=0.05)
+    assert fidelity.measures_of(night, double).residual == pytest.approx(0, abs=0.05)
     assert fidelity.exact_oracle(night, double).obeyed
 
 

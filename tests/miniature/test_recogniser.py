@@ -52,7 +52,7 @@ def test_the_network_sees_both_pictures_and_where_they_differ():
     (1, thresholds.DAMAGED + 0.01, False, True)])
 def test_a_verdict_follows_the_thresholds(monkeypatch, asked, damage, mismatch, degraded):
     answer = dict.fromkeys(classes(), 0.0) | {"frame: white": asked, "frame: wooden": 1 - asked}
-    monkeypatch.setattr(recogniser, "read", lambda source, edited: (answer, damage))
+    monkeypatch.setattr(recogniser, "read_edit", lambda source, edited: (answer, damage))
     assert recogniser.recognise(SAMPLE, smooth(40, 40)) == Verdict.of(mismatch, degraded)
 
 
@@ -80,7 +80,7 @@ def write(path, names, network=None):
     return network
 
 
-def test_read_pairs_scores_with_the_names_in_the_file(weights):
+def test_reading_pairs_scores_with_the_names_in_the_file(weights):
     torch.manual_seed(0)
     names = classes()[::-1]                                  # the file's order is the network's, whatever KINDS' order is
     network = write(weights, names).eval()
@@ -88,7 +88,7 @@ def test_read_pairs_scores_with_the_names_in_the_file(weights):
     pixels = [images.to_pixels(picture.resize((128, 128), Image.Resampling.LANCZOS)) for picture in (edit, source)]
     with torch.no_grad():
         scores, damage = network(*pixels)
-    found, level = recogniser.read(source, edit)
+    found, level = recogniser.read_edit(source, edit)
     assert list(found) == names and list(found.values()) == pytest.approx(scores[0].softmax(0).tolist(), abs=1e-3)
     assert level == pytest.approx(damage.sigmoid().item(), abs=1e-2)
 
@@ -189,7 +189,7 @@ def test_noise_of_a_smaller_picture_is_the_mean_of_it():
 
 
 @pytest.mark.parametrize("smooth_noise", [False, True])
-def test_latent_noise_has_the_stated_share_of_the_latents_deviation(smooth_noise):
+def test_latent_noise_is_a_share_of_the_latents_deviation(smooth_noise):
     latent = 3 * torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(1))
     added = damages.latent_noise(latent, 0.5, torch.Generator().manual_seed(0), smooth_noise) - latent
     assert added.std((1, 2, 3)).tolist() == pytest.approx([1.5, 1.5], rel=0.05)
