@@ -1,7 +1,7 @@
 """Train the recogniser, the miniature's second judge: which edit a picture shows, and how damaged it is.
 
-    python tools/train_recogniser.py data train export --photos FOLDER     all stages; a later run goes on where it stopped
-    python tools/train_recogniser.py measure --photos FOLDER               on evaluation photographs
+    python tools/train_recogniser.py data train score export --photos FOLDER   all stages; a later run goes on where it stopped
+    python tools/train_recogniser.py measure --photos FOLDER                   on evaluation photographs
 
 FOLDER holds photographs and LICENSES.jsonl with a use for each (`tools/photosets.py`): those for "train" are trained on,
 those for "evaluate" measured. The network (`sifm_min/miniature/recogniser.py`) learns from exact results of instructions,
@@ -160,7 +160,7 @@ def spoil(edit, generator):
 
 
 def train(args):
-    """The network; --work keeps its state every 50 steps."""
+    """The part that names the edit; --work keeps its state every 50 steps."""
     rendered, autoencoded = parts(args.work, "rendered"), parts(args.work, "autoencoded")
     torch.manual_seed(0)
     network = Recogniser(len(classes()))
@@ -177,10 +177,9 @@ def train(args):
         rate = args.lr * min(1, (step + 1) / 50, max(0.02, (args.steps - step) / (0.5 * args.steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        scores, damage = network(edit.to(memory_format=torch.channels_last), source)
+        scores = network.name(edit.to(memory_format=torch.channels_last), source)
         readable = level <= READABLE
-        named = F.cross_entropy(scores[readable], label[readable], label_smoothing=0.02)
-        loss = named + 4 * F.binary_cross_entropy_with_logits(damage, level)
+        loss = F.cross_entropy(scores[readable], label[readable], label_smoothing=0.02)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -188,10 +187,39 @@ def train(args):
         step += 1
         if step % 20 == 0 or step == args.steps:
             right = (scores.argmax(1) == label)[readable].float().mean()
-            apart = (damage.sigmoid() - level).abs().mean()
-            print(f"step {step}: loss {loss.item():.3f}, named {right:.2f}, damage off by {apart:.3f}", flush=True)
+            print(f"step {step}: loss {loss.item():.3f}, named {right:.2f}", flush=True)
         if step % KEPT == 0 or step == args.steps:
             save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, path)
+
+
+def score(args):
+    """The part that scores damage, on the statistics of so many pictures that the trained part has named."""
+    rendered, autoencoded = parts(args.work, "rendered"), parts(args.work, "autoencoded")
+    state = torch.load(args.work / "state.pt")
+    torch.manual_seed(0)
+    network = Recogniser(len(classes()))
+    network.load_state_dict({**network.state_dict(), **state["network"]})
+    rows = []
+    with torch.no_grad():
+        for step in range(-(-args.scored // args.batch)):
+            edit, source, _, level = batch(rendered, autoencoded, args.batch, torch.Generator().manual_seed(1_000_000 + step))
+            rows.append((network.statistics(edit, source, network.name(edit, source)), level))
+    found, levels = (torch.cat(column) for column in zip(*rows, strict=True))
+    network.damage[0].set(found)
+    optimizer = torch.optim.AdamW(network.damage.parameters(), lr=3e-3, weight_decay=0.05)
+    generator, tested = torch.Generator().manual_seed(0), len(levels) // 8
+    for step in range(args.score_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / args.score_steps)
+        chosen = torch.randint(tested, len(levels), (256,), generator=generator)
+        loss = F.binary_cross_entropy_with_logits(network.damage(found[chosen])[:, 0], levels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        apart = (network.damage(found[:tested])[:, 0].sigmoid() - levels[:tested]).abs().mean()
+    print(f"damage off by {apart:.3f} on {tested} pictures that were left out", flush=True)
+    save({"network": network.state_dict()}, args.work / "scored.pt")
 
 
 def save(value, path):
@@ -202,7 +230,7 @@ def save(value, path):
 
 def export(args):
     """The shipped file, in fp16, with the names of the classes in its metadata."""
-    state = torch.load(args.work / "state.pt")["network"]
+    state = torch.load(args.work / "scored.pt")["network"]
     args.to.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.half().contiguous() for name, value in state.items()}, args.to,
               metadata={"format": "pt", "classes": json.dumps(classes())})
@@ -247,7 +275,7 @@ def measure(args):
     print("taken for another: " + "; ".join(f"{a} for {b} {n}" for (a, b), n in sorted(wrong.items(), key=lambda w: -w[1])))
 
 
-STAGES = {stage.__name__: stage for stage in (data, train, export, measure)}
+STAGES = {stage.__name__: stage for stage in (data, train, score, export, measure)}
 
 
 def main(argv=None):
@@ -256,9 +284,11 @@ def main(argv=None):
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("build/recogniser"))
     parser.add_argument("--to", type=Path, default=recogniser.WEIGHTS)
-    parser.add_argument("--crops", type=int, default=1400)
-    parser.add_argument("--autoencoded", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--crops", type=int, default=1300)
+    parser.add_argument("--autoencoded", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--scored", type=int, default=6000)
+    parser.add_argument("--score-steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--evaluated", type=int, default=60)

@@ -73,18 +73,42 @@ class Recogniser(nn.Module):
         self.deep = nn.ModuleList(nn.Conv2d(b, b, 3, padding=1) for _, b in pairs)
         self.edit = nn.Linear(2 * self.WIDTHS[-1], count)
         count = 2 * BANDS * 2 * (1 + len(QUANTILES)) + count
-        self.damage = nn.Sequential(nn.BatchNorm1d(count, affine=False), nn.Linear(count, 48), nn.SiLU(), nn.Linear(48, 1))
+        self.damage = nn.Sequential(Standardised(count), nn.Linear(count, 48), nn.SiLU(), nn.Linear(48, 1))
 
     def forward(self, edit, source):
+        scores = self.name(edit, source)
+        return scores, self.damage(self.statistics(edit, source, scores))[:, 0]
+
+    def statistics(self, edit, source, scores):
+        """The features of the score of damage, one row a picture."""
+        return torch.cat([texture(edit), texture(source), scores.softmax(1)], 1)
+
+    def name(self, edit, source):
+        """The scores (B,classes) alone."""
         down = torch.linspace(-1, 1, edit.shape[2], device=edit.device, dtype=edit.dtype).view(1, 1, -1, 1)
         places = [axis.expand(len(edit), 1, *edit.shape[2:]) for axis in (down, down.transpose(2, 3))]
         x = F.silu(self.stem(torch.cat([2 * edit - 1, 2 * source - 1, 2 * source.flip(3) - 1, *places], 1)))
         for down, norm, deep in zip(self.down, self.norms, self.deep, strict=True):
             x = F.silu(norm(down(x)))
             x = x + F.silu(deep(x))
-        scores = self.edit(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
-        statistics = torch.cat([texture(edit), texture(source), scores.detach().softmax(1)], 1)
-        return scores, self.damage(statistics)[:, 0]
+        return self.edit(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
+
+
+class Standardised(nn.Module):
+    """Features (B,N) less their mean, over their standard deviation, as `set` found them."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(count))
+        self.register_buffer("deviation", torch.ones(count))
+
+    def set(self, features):
+        """Take both from these features; a feature that never varies counts for nothing."""
+        self.mean.copy_(features.mean(0))
+        self.deviation.copy_(features.std(0) + 0.01)
+
+    def forward(self, features):
+        return (features - self.mean) / self.deviation
 
 
 def texture(pixels):

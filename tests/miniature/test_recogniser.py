@@ -9,7 +9,7 @@ import pytest
 import torch
 from photographs import smooth
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import damages  # noqa: E402
@@ -63,6 +63,28 @@ def test_two_judges_decide_and_a_split_is_neither(monkeypatch):
     assert deciding.judge(SAMPLE, None) == Verdict(False, False, False, False)
 
 
+def test_texture_grows_in_flat_parts_and_falls_under_blur():
+    pixels = images.to_pixels(smooth(128, 128, seed=3))
+    plain = recogniser.texture(pixels)
+    assert plain.shape == (1, 2 * recogniser.BANDS * (1 + len(recogniser.QUANTILES)))
+    grained = recogniser.texture(damages.noise(pixels, 0.08, torch.Generator().manual_seed(0)))
+    low = slice(2, 4)                                        # of the finest octave: the tenth part of light and of colour
+    assert (grained - plain)[0, low].min() > 1
+    assert (recogniser.texture(damages.blur(grey_checks(), 3, None)) - recogniser.texture(grey_checks()))[0, :2].min() < -1
+
+
+def grey_checks():
+    return (torch.arange(128).add(torch.arange(128)[:, None]).div(3, rounding_mode="floor") % 2).float().expand(1, 3, 128, 128)
+
+
+def test_standardised_features_have_no_mean_and_unit_deviation():
+    features = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 10, 0]) + 5
+    layer = recogniser.Standardised(3)
+    layer.set(features)
+    found = layer(features)
+    assert found.mean(0).abs().max() < 1e-4 and found.std(0).tolist() == pytest.approx([1, 1, 0], abs=0.02)
+
+
 # --------------------------------------------------------------------------------------------------------- weights, files
 
 @pytest.fixture
@@ -104,6 +126,13 @@ def test_weights_of_other_kinds_are_refused(weights):
         recogniser.load_recogniser()
 
 
+def test_the_shipped_weights_know_the_kinds_and_no_more():
+    network, names = recogniser.load_recogniser()
+    assert set(names) == set(classes()) and not any(p.requires_grad for p in network.parameters())
+    assert recogniser.WEIGHTS.stat().st_size < 1_000_000
+    assert {tensor.dtype for tensor in load_file(recogniser.WEIGHTS).values()} == {torch.float16}
+
+
 # --------------------------------------------------------------------------------------------------------------- training
 
 @pytest.fixture
@@ -126,7 +155,7 @@ def test_training_resumes_and_exports_what_the_judge_reads(photos, tmp_path, wei
 
     def run(*stages, steps):
         tool.main([*stages, "--photos", str(photos), "--work", str(tmp_path / "work"), "--to", str(weights), "--crops", "3",
-                   "--autoencoded", "1", "--batch", "6", "--steps", str(steps)])
+                   "--autoencoded", "1", "--batch", "6", "--scored", "24", "--score-steps", "3", "--steps", str(steps)])
         return torch.load(tmp_path / "work" / "state.pt")["network"] if "train" in stages else None
 
     whole = run("data", "train", steps=4)
@@ -144,10 +173,12 @@ def test_training_resumes_and_exports_what_the_judge_reads(photos, tmp_path, wei
     monkeypatch.setattr(tool, "save", stopping)
     with pytest.raises(KeyboardInterrupt):
         run("data", "train", steps=4)
-    resumed = run("train", "export", steps=4)
+    resumed = run("train", "score", "export", steps=4)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert set(asked) == {"train"}                           # no evaluation photograph was looked at
-    assert recogniser.load_recogniser()[1] == classes()
+    network, names = recogniser.load_recogniser()
+    assert names == classes() and torch.allclose(network.stem.weight, whole["stem.weight"], atol=1e-3)
+    assert network.damage[0].mean.abs().max() > 0           # of the pictures scored
 
 
 def test_drawn_pictures_are_the_exact_results(photos):
