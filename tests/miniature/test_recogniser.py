@@ -69,7 +69,7 @@ def test_texture_grows_in_flat_parts_and_falls_under_blur():
     assert plain.shape == (1, 2 * recogniser.BANDS * (1 + len(recogniser.QUANTILES)))
     grained = recogniser.texture(damages.noise(pixels, 0.08, torch.Generator().manual_seed(0)))
     low = slice(2, 4)                                        # of the finest octave: the tenth part of light and of colour
-    assert (grained - plain)[0, low].min() > 1
+    assert (grained - plain)[0, low].min() > 0.5
     assert (recogniser.texture(damages.blur(grey_checks(), 3, None)) - recogniser.texture(grey_checks()))[0, :2].min() < -1
 
 
