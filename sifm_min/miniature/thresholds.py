@@ -16,5 +16,5 @@ STRUCTURE = 0.13                                             # at most this loss
 CONTRAST = 0.38                                              # at most this share of the local contrast lost
 
 # the recogniser (`recogniser.py`)
-ASKED = 0.25                                                 # at least this probability of the edit that was asked for
-DAMAGED = 0.5                                                # at most this score of damage
+ASKED = 0.10                                                 # at least this probability of the edit that was asked for
+DAMAGED = 0.65                                               # at most this score of damage
