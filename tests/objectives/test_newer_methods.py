@@ -1,4 +1,4 @@
-"""The direction of DANP: within 20 steps it goes where its paper says, on noise that was not optimised."""
+"""The direction of DANP and DiffusionGuard: within 20 steps they go where their papers say, on noise not optimised."""
 
 import pytest
 import tiny_sd3
@@ -52,3 +52,12 @@ def test_danp_moves_attention_and_prediction(editor):
 
     for original, start, end in zip(seen(x_orig), *map(seen, pictures), strict=True):
         assert (end - original).norm() > 1.2 * (start - original).norm()
+
+
+def test_diffusionguard_enlarges_the_first_prediction(editor):
+    """On average over noise: a random network answers to each draw in a way of its own."""
+    x_orig = images.to_pixels(smooth(editor.working_size, editor.working_size))
+    start, end = [sum(-objective(x.clone().requires_grad_(), step).item() for step in range(24))
+                  for x in start_and_end(editor, "diffusionguard", x_orig, {})
+                  for objective in [made(editor, "diffusionguard", x_orig, 99, {})]]
+    assert end > start
