@@ -17,10 +17,13 @@ __all__ = ["NOTICE", "Sample", "judge", "judges", "samples"]
 
 
 def __getattr__(name):
-    if name not in __all__:
+    if name in ("Sample", "samples"):
+        from . import pictures as home
+    elif name in ("judge", "judges"):
+        from . import deciding as home
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import deciding, pictures
-    return next(getattr(home, name) for home in (pictures, deciding) if hasattr(home, name))
+    return getattr(home, name)
 
 
 def __dir__():
