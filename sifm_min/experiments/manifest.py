@@ -115,8 +115,9 @@ class Item:
                         for edit in edits)):
             raise ValueError(f"{self.id} has no exact results: its origin does not state the edit of each prompt")
         instructions = [(*edit, prompt) for edit, prompt in zip(edits, self.prompts(), strict=True)]
+        image = self.picture().image
         try:
-            return pictures.sample_with(self.picture().image, instructions, self.category, self.id)
+            return pictures.sample_with(image, instructions, self.category, self.id)
         except ValueError as error:
             raise ValueError(f"{self.id}: {error}") from None
 
