@@ -1,9 +1,9 @@
 """Train the shipped miniature of UltraEdit from nothing: instructions on photographs, in the space of Stable Diffusion 3.
 
-    python tools/train_photographs_sd3.py data text mmdit export --photos FOLDER --minutes 60
-    python tools/train_photographs_sd3.py check --photos FOLDER --guidance 4 --image-guidance 1.5
+    python tools/train_miniature_sd3.py data text mmdit export --photos FOLDER --minutes 60
+    python tools/train_miniature_sd3.py check --photos FOLDER --guidance 4 --image-guidance 1.5
 
-The stages are those of train_photographs.py. `mmdit` trains the transformer by rectified flow, with the picture's latent as
+The stages are those of train_miniature.py. `mmdit` trains the transformer by rectified flow, with the picture's latent as
 further channels, as UltraEdit has it; `text` teaches two CLIP text transformers side by side. The autoencoder is the copy that
 ships (models/latents/sd3); it is never trained here.
 """
@@ -12,7 +12,7 @@ import json
 
 import torch
 import torch.nn.functional as F
-import train_photographs as first
+import train_miniature as first
 from photograph_pairs import SIZES, make_chunks, say
 from photograph_words import teach
 from torch import nn

@@ -1,7 +1,7 @@
 """Train the shipped miniature of InstructPix2Pix from nothing: instructions on photographs, in the space of SD 1.x.
 
-    python tools/train_photographs.py data text unet export --photos FOLDER --minutes 60
-    python tools/train_photographs.py check --photos FOLDER --guidance 4 --image-guidance 1.5
+    python tools/train_miniature.py data text unet export --photos FOLDER --minutes 60
+    python tools/train_miniature.py check --photos FOLDER --guidance 4 --image-guidance 1.5
 
 Stages: `data` caches latents of crops of the photographs and of their exact targets, `text` teaches the text transformer the
 wordings, `unet` trains the denoiser on both, `export` writes the editor in the published layout, `check` edits photographs
