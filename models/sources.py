@@ -43,7 +43,6 @@ _HERE = Path(__file__).resolve().parent
 
 EDITORS: dict[str, Source] = {source.name: source for source in (
     Source(name="miniature", licence="Apache-2.0", folder=_HERE / "miniature"),
-    Source(name="miniature-plain", licence="Apache-2.0", folder=_HERE / "miniature-plain"),
     *([Source(name="miniature-sd3", licence="Apache-2.0", folder=_HERE / "miniature-sd3")]
       if (_HERE / "miniature-sd3").is_dir() else []),
     Source(

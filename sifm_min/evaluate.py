@@ -47,13 +47,13 @@ def _parser():
     option("-o", "--output", required=True, type=cli.path, metavar="DIR", help="where results go (created if absent)")
     made.editor()
     option("--other", metavar="NAME", help="the second editor, of transfer and of one attack of robustness")
-    option("--manifest", type=cli.path, metavar="FILE", help="the pictures and prompts (default: the miniature's world)")
+    option("--manifest", type=cli.path, metavar="FILE", help="the pictures and prompts (default: photographs that ship)")
     option("--images", type=cli.count, metavar="N",
-           help="how many pictures: the first of the manifest (default: all), or of the miniature's world (default: 20)")
+           help="how many pictures: the first of the manifest (default: all), or of those that ship (default: 20)")
     option("--methods", type=cli.commas(), metavar="LIST",
            help=f"of {','.join(suites.COMPARED)} (default: those of the paper; robustness: sifm)")
     option("--panel", metavar="NAME|FILE",
-           help=f"who judges: {', '.join(panels.names())}, or a .json file (default: the oracles of the miniature's world)")
+           help=f"who judges: {', '.join(panels.names())}, or a .json file (default: the miniature's two judges)")
     option("--max-cost", type=cli.positive, metavar="USD",
            help="of the panel, over all runs into the folder; shares of the pictures have equal shares of it")
     option("--seeds", type=cli.commas(cli.seed), default=[1], metavar="LIST", help="of the edits (default: 1)")
@@ -155,7 +155,7 @@ def _run(args):
     mine = cases[index::count]
     edited = ", ".join(name for name, editor in editors.items() if editor.kind != "encoders")
     about = f"{args.suite} on {edited}: {len(mine)} pictures" + (f" of {len(cases)}" if count > 1 else "")
-    judging = {"judges": None if panel else miniature.judges_of, "lpips": lpips}
+    judging = {"judges": None if panel else miniature.judges, "lpips": lpips}
     runner, code = _carry_out(args, folder, planned, editors, again, mine, about, judging)
     if args.helper_of:
         return code
@@ -316,13 +316,16 @@ def _add_latents(args, editors, again):
 
 
 def _cases(args, editors, panel):
-    """The pictures: those of a manifest, or of the miniature's world."""
+    """The pictures: those of a manifest, or the photographs that ship."""
     editors = {name: editor for name, editor in editors.items() if editor.kind != "encoders"}
     if args.manifest:
         kinds = {editor.kind for editor in editors.values()}
         return suites.manifest_cases(args.manifest, kinds, oracles=panel is None, count=args.images)
     if real := [name for name, editor in editors.items() if not editor.notice]:
-        raise ValueError(f"{real[0]} is no miniature, and the miniature's world is no test of it; give --manifest FILE")
+        raise ValueError(f"{real[0]} is no miniature, and the miniature's instructions are no test of it; give --manifest FILE")
+    if told := [name for name, editor in editors.items() if editor.kind == "img2img"]:
+        raise ValueError(f"{told[0]} edits by img2img, and the photographs that ship have instructions and no captions; give "
+                         "--manifest FILE")
     return suites.miniature_cases(args.images or 20)
 
 

@@ -553,12 +553,11 @@ def test_a_shipped_editor_without_its_weights_is_told(tmp_path, monkeypatch):
 
 def test_the_table_of_editors():
     assert [name for name in EDITORS if name != "miniature-sd3"] == [
-        "miniature", "miniature-plain", "instruct-pix2pix", "hq-edit", "sd3", "ultraedit", "flux-kontext", "flux-klein"]
+        "miniature", "instruct-pix2pix", "hq-edit", "sd3", "ultraedit", "flux-kontext", "flux-klein"]
     assert all(name == source.name and source.licence for name, source in EDITORS.items())
     assert all((source.folder is None) != (source.hub_id is None) for source in EDITORS.values())
     models = Path(checkpoints.__file__).resolve().parent
     assert EDITORS["miniature"].folder == models / "miniature"
-    assert EDITORS["miniature-plain"].folder == models / "miniature-plain"
     assert EDITORS["instruct-pix2pix"].revision == "31519b5cb02a7fd89b906d88731cd4d6a7bbf88d"
     assert EDITORS["hq-edit"].hub_id == "MudeHui/HQ-Edit" and EDITORS["hq-edit"].revision is None
     assert ("miniature-sd3" in EDITORS) == (models / "miniature-sd3").is_dir()

@@ -385,7 +385,7 @@ PLANTED = {
     "for types only": ("sifm_min/pgd.py", "if TYPE_CHECKING:\n from .editors import Editor", "of the room editors"),
     "out of models": ("models/checkpoints.py", "from .. import pgd", "of the room pgd"),
     "network to network": ("models/unet.py", "from .vae import AutoencoderKL", "shared layers alone"),
-    "miniature upward": ("sifm_min/miniature/oracle.py", "from ..judging import rates", "of the room judging"),
+    "miniature upward": ("sifm_min/miniature/fidelity.py", "from ..judging import rates", "of the room judging"),
     "lazy name": ("sifm_min/pgd.py", "from . import load_editor", "which is in no room"),
     "out of the package": ("sifm_min/pgd.py", "from ..tools import bench", "outside the package"),
     "unlisted file": ("sifm_min/helpers.py", "", "is in no room"),

@@ -230,7 +230,7 @@ def test_every_file_of_the_two_folders_is_shipped(project):
 
 
 def test_the_shipped_editors_are_in_the_wheel(target):
-    for name in ("miniature", "miniature-plain", "miniature-sd3"):
+    for name in ("miniature", "miniature-sd3"):
         assert list(target.glob(f"sifm_min/models/{name}/vae/*.safetensors")), name
     assert list(target.glob("sifm_min/models/miniature/unet/*.safetensors"))
     assert (target / "sifm_min/models/miniature/tokenizer/vocab.json").is_file()

@@ -242,7 +242,7 @@ def test_a_shipped_editor_that_is_not_there(shipped, weights_main):
     assert "absent" in weights_main("list", "miniature")[1]
 
 
-@pytest.mark.parametrize("name", ["miniature", "miniature-plain"])
+@pytest.mark.parametrize("name", ["miniature", "miniature-sd3"])
 def test_the_weights_that_ship_are_those_of_their_checksums(name, weights_main):
     code, out, err = weights_main("verify", name)
     assert code == 0 and "none damaged" in err, err

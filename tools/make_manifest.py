@@ -1,6 +1,7 @@
 """Make a manifest: a folder of pictures with their categories, prompts and hashes, as experiments/manifest.py reads it.
 
-    python tools/make_manifest.py world -n 100 -o sets/world             pictures of the miniature world, of any number
+    python tools/make_manifest.py world -n 100 -o sets/world             photographs that ship, with instructions whose exact
+                                                                         results are known; --photos FOLDER takes yours
     python tools/make_manifest.py folder ~/photos --prompts prompts.csv -o sets/mine
     python tools/make_manifest.py dataset --review -o sets/paper         choose rows, write sets/paper/selection.json, stop
     python tools/make_manifest.py dataset -o sets/paper                  go on: fetch the pictures that it lists
@@ -74,16 +75,20 @@ SUFFIXES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp"}
 
 def world(args):
     from sifm_min import miniature
+    from sifm_min.miniature import photographs
 
+    found = photographs.of_folder(args.photos) if args.photos else photographs.shipped()
+    sources = {photograph.name: {key: value for key in ("title", "author", "source", "licence")
+                                 if (value := getattr(photograph, key))} for photograph in found}
     items = []
-    for index, sample in enumerate(miniature.samples(args.n, args.seed, split=args.split)):
+    for index, sample in enumerate(miniature.samples(args.n, args.seed, pictures=found, wordings=args.wordings)):
         name = f"{sample.category}-{index:04d}"
         path = args.output / "images" / f"{name}.png"
         place(path, _png(sample.image), args)
         items.append(manifest.Item(
-            name, f"images/{path.name}", sample.category, sample.prompt, tuple(sample.unseen_prompts), digest(path),
-            caption=sample.target_caption, unseen_captions=tuple(sample.unseen_captions), path=path,
-            origin={"world": {"seed": args.seed, "split": args.split, "index": index}}))
+            name, f"images/{path.name}", sample.category, sample.prompt, tuple(sample.unseen_prompts), digest(path), path=path,
+            origin={"photograph": {"name": sample.photograph, **sources[sample.photograph]}, "seed": args.seed,
+                    "edits": [[one.kind, one.option] for one in (sample, *sample.unseen)]}))
     return finish(items, len(items), args)
 
 
@@ -674,10 +679,13 @@ def main(argv=None):
                       help="of --gemini, over all runs into the folder; needs a price in its file")
     more.add_argument("--max-calls", type=cli.count, help="of --gemini, over all runs into the folder")
 
-    command = commands.add_parser("world", parents=[shared], allow_abbrev=False, help="pictures of the miniature world")
+    command = commands.add_parser("world", parents=[shared], allow_abbrev=False, help="instructions with exact results")
     command.add_argument("-n", type=cli.count, default=100, help="how many pictures (default: 100)")
     command.add_argument("--seed", type=cli.seed, default=0)
-    command.add_argument("--split", choices=("held-out", "train"), default="held-out")
+    command.add_argument("--photos", type=cli.path, metavar="FOLDER",
+                         help="photographs; LICENSES.jsonl there may say which (default: those that ship)")
+    command.add_argument("--wordings", choices=("held-out", "train"), default="held-out",
+                         help="phrases that the miniatures were never trained on, or those that they were")
     command.set_defaults(run=world)
 
     command = commands.add_parser("folder", parents=[shared, more], allow_abbrev=False, help="your own pictures")

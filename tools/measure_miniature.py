@@ -1,43 +1,41 @@
-"""Measure a miniature editor: does it obey, does noise matter, does immunization thwart it; and how the judges sit.
+"""Measure a miniature editor on photographs: does it obey, does noise matter, does immunization thwart it.
 
-    python tools/measure_miniature.py edits --editor miniature          100 held-out samples: clean, noise, SIFM, unseen prompts
+    python tools/measure_miniature.py edits --editor miniature          100 samples: clean, noise, SIFM, unseen prompts
+    python tools/measure_miniature.py edits --photos FOLDER             of your photographs instead of those that ship
     python tools/measure_miniature.py edits --noisy deploy              the same with another option of SIFM
-    python tools/measure_miniature.py judges                            calibration of the two judges
-    python tools/measure_miniature.py literal --samples 10              whether SIFM's fast step is Algorithm 1 as it is printed
-    python tools/measure_miniature.py bfloat16 --samples 20             what SIFM loses with denoiser and VAE in bfloat16
+    python tools/measure_miniature.py literal --samples 10              difference of SIFM's fast step from Algorithm 1
+    python tools/measure_miniature.py bfloat16 --samples 20             loss of SIFM with denoiser and VAE in bfloat16
 
 Results go to --work, one JSON line per sample; a run that was interrupted goes on, and --shard 0/2 and 1/2 share the work.
 Shares are given with their 95 % Wilson interval. "of clean successes": among the samples whose edit obeys on the clean picture.
+Mismatch and damage are those that both judges find. `tools/measure_judges.py` measures the judges themselves.
 """
 
 import argparse
 import json
-import random
 import sys
 import time
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sifm_min  # noqa: E402
 from sifm_min import images, miniature, pgd, sifm  # noqa: E402
 from sifm_min.judging.intervals import wilson  # noqa: E402
-from sifm_min.miniature import drawing, world  # noqa: E402
 from sifm_min.miniature.verdict import Verdict  # noqa: E402
 
 
 def edits(args):
     editor = sifm_min.load_editor(args.editor)
-    name = Path(args.editor).name + ("" if args.noisy == "default" else f"-{args.noisy}") + f"-{args.edit_seed}"
+    photos, noisy = args.photos.name if args.photos else "", "" if args.noisy == "default" else args.noisy
+    name = "-".join(filter(None, (Path(args.editor).name, photos, noisy, str(args.edit_seed))))
     args.work.mkdir(parents=True, exist_ok=True)
     part, parts = (int(p) for p in args.shard.split("/"))
     path = args.work / f"{name}-{args.samples}-{args.seed}-{part}of{parts}.jsonl"
     done = {json.loads(line)["index"] for line in path.read_text().splitlines()} if path.exists() else set()
-    samples = miniature.samples(args.samples, args.seed)
+    samples = drawn(args)
     for index in range(part, len(samples), parts):
         if index not in done:
             record = {"index": index, **measure(editor, samples[index], args)}
@@ -48,30 +46,35 @@ def edits(args):
     summarise(name, records)
 
 
+def drawn(args):
+    """The samples: of the photographs that ship, or of a folder's."""
+    return miniature.samples(args.samples, args.seed, pictures=args.photos)
+
+
 def measure(editor, sample, args):
     """Verdicts (both judges and their consensus) of every edit of one sample, and the pictures' distances."""
     options = {} if args.noisy == "default" else {"noisy": args.noisy}
     started = time.perf_counter()
-    prompt = miniature.prompt_of(sample, editor)
+    prompt = sample.prompt
     sifm = sifm_min.immunize(sample.image, editor, prompt, method="sifm", steps=args.steps, **options)
     seconds = time.perf_counter() - started
     noise = sifm_min.immunize(sample.image, editor, prompt, method="noise")
     arms = {"clean": sample.image, "noise": noise.image, "sifm": sifm.image}
     asked = (sample, *sample.unseen)
-    record = {"kind": sample.kind, "category": sample.category, "prompt": prompt, "seconds": seconds,
-              "linf": sifm.report["linf_steps"]}
+    record = {"kind": sample.kind, "category": sample.category, "photograph": sample.photograph, "prompt": prompt,
+              "seconds": seconds, "linf": sifm.report["linf_steps"]}
     for arm, picture in arms.items():
         cases = asked if arm != "noise" else asked[:1]
-        outputs = editor.edit([picture] * len(cases), [miniature.prompt_of(case, editor) for case in cases],
-                              seed=args.edit_seed)
-        record[arm] = [verdicts(case, output, editor) for case, output in zip(cases, outputs, strict=True)]
+        outputs = editor.edit([picture] * len(cases), [case.prompt for case in cases], seed=args.edit_seed)
+        record[arm] = [verdicts(case, output) for case, output in zip(cases, outputs, strict=True)]
     return record
 
 
-def verdicts(sample, edited, editor):
-    found = {name: judge(sample, edited) for name, judge in miniature.judges_of(editor).items()}
+def verdicts(sample, edited):
+    found = {name: judge(sample, edited) for name, judge in miniature.judges.items()}
     consensus = Verdict.consensus(found.values())
-    return {"obeyed": consensus.obeyed, "success": consensus.success,
+    return {"obeyed": consensus.obeyed, "success": consensus.success, "mismatch": consensus.semantic_mismatch,
+            "damage": consensus.perceptual_degradation,
             **{name: [v.semantic_mismatch, v.perceptual_degradation] for name, v in found.items()}}
 
 
@@ -79,7 +82,7 @@ def summarise(name, records):
     total = len(records)
     if not total:
         return
-    print(f"{name}: {total} held-out samples")
+    print(f"{name}: {total} samples, wordings that were never trained")
     for arm in ("clean", "noise", "sifm"):
         print(f"  {arm:6} original prompt: obeyed {share(sum(r[arm][0]['obeyed'] for r in records), total)}, "
               f"thwarted {share(sum(r[arm][0]['success'] for r in records), total)}")
@@ -90,7 +93,9 @@ def summarise(name, records):
             if pairs:
                 print(f"  {arm:6} {label}, of clean successes: "
                       f"still obeyed {share(sum(b['obeyed'] for _, b in pairs), len(pairs))}, "
-                      f"thwarted {share(sum(b['success'] for _, b in pairs), len(pairs))}")
+                      f"thwarted {share(sum(b['success'] for _, b in pairs), len(pairs))}, "
+                      f"mismatch {share(sum(b['mismatch'] for _, b in pairs), len(pairs))}, "
+                      f"damage {share(sum(b['damage'] for _, b in pairs), len(pairs))}")
     kinds = defaultdict(list)
     for r in records:
         kinds[r["kind"]].append(r["clean"][0]["obeyed"])
@@ -102,35 +107,6 @@ def summarise(name, records):
 def share(count, total):
     low, high = wilson(count, total)
     return f"{count}/{total} = {100 * count / max(1, total):.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-
-
-def judges(args):
-    """The share each judge calls obeyed: autoencoded targets (should), untouched sources, wrong-prompt targets (should not)."""
-    editor = sifm_min.load_editor(args.editor)
-    samples = miniature.samples(args.samples, args.seed)
-
-    def autoencoded(image):
-        with torch.no_grad():
-            return images.to_image(editor.decode(editor.scaled(editor.encode(images.to_pixels(image)))).clamp(0, 1))
-
-    rng = random.Random(0)
-
-    def elsewhere(scene):
-        """The scene as img2img may draw it: in another pose, with another skin."""
-        values = {"skin": rng.choice(world.ATTRIBUTES["portrait"]["skin"])} if scene.category == "portrait" else {}
-        return drawing.render(replace(scene, jitter=tuple(rng.uniform(-1, 1) for _ in scene.jitter)).changed(values))
-
-    arms = {"exact target": lambda s: s.target, "autoencoded target": lambda s: autoencoded(s.target),
-            "autoencoded target in another pose": lambda s: autoencoded(elsewhere(s.instruction.target)),
-            "untouched source": lambda s: s.image,
-            "autoencoded source": lambda s: autoencoded(s.image),
-            "target of another instruction": lambda s: s.unseen[0].target,
-            "target blended with another picture": lambda s: Image.blend(s.target, drawing.render(samples[0].instruction.scene),
-                                                                         0.5)}
-    for arm, picture in arms.items():
-        found = [verdicts(sample, picture(sample), editor) for sample in samples]
-        parts = ", ".join(f"{name} {sum(not any(v[name]) for v in found)}" for name in miniature.judges)
-        print(f"  {arm:36} obeyed: consensus {share(sum(v['obeyed'] for v in found), len(found))}; {parts}")
 
 
 def literal(args):
@@ -150,8 +126,8 @@ def beside(args, attacker, runs):
     """Two runs for each picture, {name: (editor, objective)}: signs of the first step, final loss, and verdicts on the
     attacker's edits of the results."""
     (one, other), signs, losses, verdict = runs, [], [], {name: [] for name in runs}
-    for index, sample in enumerate(miniature.samples(args.samples, args.seed)):
-        prompt, pixels = miniature.prompt_of(sample, attacker), images.to_pixels(sample.image)
+    for index, sample in enumerate(drawn(args)):
+        prompt, pixels = sample.prompt, images.to_pixels(sample.image)
         ended = {}
         for name, (editor, objective) in runs.items():
             with torch.no_grad():
@@ -169,7 +145,7 @@ def beside(args, attacker, runs):
                             on_step=lambda step, loss, terms, told=told: told.append(loss))
             picture = images.quantize(images.picture(sample.image), delta, 0.03)
             edited = attacker.edit(picture, prompt, seed=args.edit_seed)
-            verdict[name].append(verdicts(sample, edited, editor)["success"])
+            verdict[name].append(verdicts(sample, edited)["success"])
             ended[name] = steps[0], told[-1]
         signs.append((ended[one][0] == ended[other][0]).float().mean().item())
         losses.append(abs(ended[one][1] / ended[other][1] - 1))
@@ -217,9 +193,10 @@ def as_printed(editor, x_orig, contexts, *, generator):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("edits", "judges", "literal", "bfloat16"))
+    parser.add_argument("what", choices=("edits", "literal", "bfloat16"))
     parser.add_argument("--editor", default="miniature")
     parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="photographs (default: those that ship)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--edit-seed", type=int, default=1,
@@ -230,7 +207,7 @@ def main(argv=None):
     parser.add_argument("--work", type=Path, default=Path("build/measurements"))
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    {"edits": edits, "judges": judges, "literal": literal, "bfloat16": bfloat16}[args.what](args)
+    {"edits": edits, "literal": literal, "bfloat16": bfloat16}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -117,9 +117,8 @@ def _shift(plan, editors, case, arm, **_):
 
 
 def _verdict(plan, editors, case, arm, *, judges, **_):
-    chosen = judges(editors[arm["target"]])
     image, started = case.read(), time.perf_counter()
-    list(ask(chosen, [Edit("timed", "timed", "timed", arm["name"], case.samples["original"], image)]))
+    list(ask(judges, [Edit("timed", "timed", "timed", arm["name"], case.samples["original"], image)]))
     return time.perf_counter() - started
 
 

@@ -9,8 +9,9 @@
 
 `image` is relative to the manifest's folder and stays inside it, so that a folder is a whole set and can be moved. Optional:
 `caption` and `unseen_captions`, descriptions of the results, which img2img editors get in place of the instructions; and
-`origin`, an object with the source of the picture. {"world": {"seed": 0, "split": "held-out", "index": 3}} is a picture of
-the miniature's world; `item.sample()` returns its ground truth. Any other line is an error that names the line.
+`origin`, an object with the source of the picture. Where it has `edits`, the kind and the option of each prompt's instruction,
+[["night", ""], ...], the exact results are known (`miniature/kinds.py`), and `item.sample()` returns them. Any other line is
+an error that names the line.
 `tools/make_manifest.py` writes manifests.
 """
 
@@ -18,7 +19,6 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from .. import images
@@ -107,17 +107,19 @@ class Item:
         return images.read(self.path)
 
     def sample(self):
-        """The miniature.Sample of this picture, with its ground truth. Raises ValueError if it is no picture of that world."""
-        world = self.origin.get("world")
-        if not (isinstance(world, dict) and {"seed", "split", "index"} == world.keys() and _is_text(world["split"])
-                and all(type(world[key]) is int and world[key] >= 0 for key in ("seed", "index"))):
-            raise ValueError(f"{self.id} is no picture of the miniature world: its origin does not say which")
-        sample = _sample(world["seed"], world["split"], world["index"])
-        if sample.image.tobytes() != self.picture().image.tobytes():
-            raise ValueError(f"{self.id}: the miniature world now renders another picture; make the manifest anew")
-        if [sample.prompt, *sample.unseen_prompts][:1 + len(self.unseen_prompts)] != self.prompts():
-            raise ValueError(f"{self.id}: its prompts are not those of the miniature world, whose ground truth would not fit")
-        return sample
+        """The miniature.Sample of this picture, with its exact results. Raises ValueError where the origin states no edits."""
+        from ..miniature import pictures
+        edits = self.origin.get("edits")
+        if not (isinstance(edits, list) and len(edits) == 1 + len(self.unseen_prompts)
+                and all(isinstance(edit, list) and len(edit) == 2 and all(isinstance(text, str) for text in edit)
+                        for edit in edits)):
+            raise ValueError(f"{self.id} has no exact results: its origin does not state the edit of each prompt")
+        instructions = [(*edit, prompt) for edit, prompt in zip(edits, self.prompts(), strict=True)]
+        image = self.picture().image
+        try:
+            return pictures.sample_with(image, instructions, self.category, self.id)
+        except ValueError as error:
+            raise ValueError(f"{self.id}: {error}") from None
 
 
 def read_manifest(path):
@@ -183,14 +185,3 @@ def _loads(line):
 
 def _is_text(value):
     return isinstance(value, str) and bool(value.strip()) and not re.search("[\0\ud800-\udfff]", value)
-
-
-@lru_cache(maxsize=8)
-def _samples(seed, split, count):
-    from .. import miniature
-    return miniature.samples(count, seed, split=split)
-
-
-def _sample(seed, split, index):
-    """The index-th sample. All earlier ones are drawn as well, so the cached lists have lengths that are powers of two."""
-    return _samples(seed, split, max(8, 1 << index.bit_length()))[index]

@@ -29,7 +29,7 @@ class Case:
     record: JSON-ready id, category, prompts and sha256 of the pixels. sha256 is None if the picture cannot be read; then the
     record has a `reason`. prompts: [{"id", "type", "instruct", "img2img", "truth"}], with the words for either kind of
     editor. read() returns the picture, PIL RGB, or raises ValueError. samples: prompt id -> miniature.Sample, the ground
-    truth that the oracles judge by; None for pictures outside the miniature's world.
+    truth that the oracles judge by; None for pictures whose exact results are not known.
     """
 
     record: dict

@@ -58,7 +58,7 @@ class _Later(_Failed):
 class Runner:
     """Carries out a plan, one picture at a time.
 
-    editors: name -> a loaded editor. judges: editor -> {name: judge}, or None if a panel judges later. lpips: a
+    editors: name -> a loaded editor. judges: {name: judge}, or None if a panel judges later. lpips: a
     `metrics.LPIPSWeights` or None. batch: the number of edits at once. memory: of immunizing, see `memory.plans`.
     fail(Failure, error) is called for every failure, done() at the end of every arm of a picture. `only`: the names
     of the editors that may be used now, or None for all; steps that need others, or fewer, are left for later.
@@ -228,16 +228,15 @@ class Runner:
         journal.add(key, "shift", shift=_plain(value), seconds=round(_since(started), 4))
 
     def _judge(self, journal, case, arm, prompts, edited):
-        judges = self.judges(self.editors[arm["target"]])
         for prompt, sha256 in zip(prompts, edited, strict=True):
             key = verdict_key(self.plan, arm, case.record, prompt, sha256)
             if not journal.get(key):
-                self._step(journal, case, arm, "verdict", [key], self._verdict, journal, case, arm, judges, prompt, sha256, key)
+                self._step(journal, case, arm, "verdict", [key], self._verdict, journal, case, arm, prompt, sha256, key)
 
-    def _verdict(self, journal, case, arm, judges, prompt, sha256, key):
+    def _verdict(self, journal, case, arm, prompt, sha256, key):
         started = time.perf_counter()
         edit = Edit(sha256, case.record["id"], prompt["id"], arm["name"], case.samples[prompt["id"]], journal.image(sha256))
-        journal.add(key, "verdict", judges=answers_of(ask(judges, [edit])), seconds=round(_since(started), 4))
+        journal.add(key, "verdict", judges=answers_of(ask(self.judges, [edit])), seconds=round(_since(started), 4))
 
 
 def asked_of(plan, editors, case, arm):

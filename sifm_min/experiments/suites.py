@@ -92,7 +92,7 @@ def bank(path=None, *, world=False):
 # -- pictures --------------------------------------------------------------------------------------------------------------
 
 def miniature_cases(count):
-    """`count` pictures of the miniature's world, each with its instruction, five unseen ones, and their ground truth."""
+    """`count` of the photographs that ship, each with an instruction, five unseen ones, and their exact results."""
     from .. import miniature
     return [_world_case(f"miniature-{number:03}", sample) for number, sample in
             enumerate(miniature.samples(count, WORLD_SEED))]
@@ -100,7 +100,7 @@ def miniature_cases(count):
 
 def _world_case(case_id, sample):
     samples = {"original": sample} | {f"unseen-{i}": unseen for i, unseen in enumerate(sample.unseen, 1)}
-    prompts = [{"id": name, "type": name.split("-")[0], "instruct": s.prompt, "img2img": s.target_caption,
+    prompts = [{"id": name, "type": name.split("-")[0], "instruct": s.prompt, "img2img": None,
                 "truth": picture_sha256(s.target)} for name, s in samples.items()]
     record = {"id": case_id, "category": sample.category, "prompts": prompts, "sha256": picture_sha256(sample.image)}
     return Case(record, lambda: sample.image, samples)

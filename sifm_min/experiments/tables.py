@@ -150,7 +150,7 @@ def _provenance(group, target, cells, judges):
     settings = "; ".join(f"{', '.join(dict.fromkeys(names))}: {_spelled(json.loads(text))}"
                          for text, names in by_settings.items())
     judge = plan["judge"]
-    who = "the oracles of the miniature's world" if judge["kind"] == "oracle" else f"panel {judge['id']} ({judge['date']})"
+    who = "the miniature's two judges" if judge["kind"] == "oracle" else f"panel {judge['id']} ({judge['date']})"
     foreign = {"instruct": {"strength"}, "img2img": {"image_guidance"}}[about["kind"]]        # not options of this editor
     foreign |= set() if about["identity"]["scheduler"].startswith("FlowMatch") else {"text_length"}
     defaults = {key: value for key, value in {**about["identity"]["defaults"], **plan["edit"]}.items() if key not in foreign}

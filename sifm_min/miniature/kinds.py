@@ -285,3 +285,8 @@ _ALL = (
          options=("red", "blue")),
 )
 KINDS = {kind.name: kind for kind in _ALL}
+
+
+def corpus():
+    """Every wording used in training, once; a tokenizer is trained on these."""
+    return [phrase for kind in KINDS.values() for option in kind.options for phrase in kind.phrases(option)]

@@ -50,8 +50,8 @@ class Sample:
         return [sample.prompt for sample in self.unseen]
 
 
-def samples(n, seed=0, *, pictures=None, size=SIZE, wordings="held-out"):
-    """`n` samples of `size` pixels: the photographs of each category in a random order, again and again.
+def samples(n, seed=0, *, pictures=None, size=None, wordings="held-out"):
+    """`n` samples of `size` pixels (SIZE): the photographs of each category in a random order, again and again.
 
     pictures: a folder (see `photographs.of_folder`), or a list of paths, PIL pictures or `Photograph`s; without it, the
     photographs that ship. wordings: "held-out" for phrases that are never used in training, "train" for the others. The
@@ -70,7 +70,7 @@ def samples(n, seed=0, *, pictures=None, size=SIZE, wordings="held-out"):
     return drawn
 
 
-def draw_sample(photograph, seed, *, size=SIZE, wordings="held-out"):
+def draw_sample(photograph, seed, *, size=None, wordings="held-out"):
     """The sample that a seed (a number or a text) draws from one photograph: a `Photograph`, a path or a PIL picture.
 
     The crop is a square of seven tenths of the shorter side or more. Raises ValueError for a photograph without at least
@@ -80,7 +80,7 @@ def draw_sample(photograph, seed, *, size=SIZE, wordings="held-out"):
         raise ValueError(f"wordings {wordings!r}: choose held-out or train")
     (photograph,) = photographs_of([photograph])
     rng = generator(seed)
-    picture = random_square(photograph.read(), rng, size)
+    picture = random_square(photograph.read(), rng, size or SIZE)
     pixels = np.asarray(picture, np.float32) / 255
     kinds, drawn = list(KINDS.values()), []
     rng.shuffle(kinds)

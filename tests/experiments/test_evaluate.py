@@ -28,6 +28,7 @@ from sifm_min.files.digests import picture_sha256
 from sifm_min.files.ledger import Busy, Ledger, read_rows
 from sifm_min.judging import canaries as canary_file
 from sifm_min.judging.edits import read_edits
+from sifm_min.miniature import pictures
 from sifm_min.models.checkpoints import Unavailable
 from sifm_min.purifiers import attacks, draws
 
@@ -70,7 +71,11 @@ def calls():
 
 @pytest.fixture
 def run(loaded, tmp_path, monkeypatch, calls):
-    """Run the command in this process and in tmp_path, on editors that are loaded once, and count what they are asked."""
+    """Run the command in this process and in tmp_path, on editors that are loaded once, and count what they are asked.
+
+    The photographs are of 64 pixels.
+    """
+    monkeypatch.setattr(pictures, "SIZE", 64)
     monkeypatch.setattr(editors, "load_editor", loader(loaded))
     monkeypatch.setattr(estimate, "seconds_each", lambda asked, editors, case, left, **judging: dict.fromkeys(left.todo, 1.0))
     immunize = runner.immunize
@@ -471,7 +476,7 @@ def test_a_broken_picture_and_a_damaged_journal(run, calls, capsys):
         items.append(manifest.Item(
             id=f"p{i}", image=f"{i}.png", category=one.category, prompt=one.prompt, unseen_prompts=tuple(one.unseen_prompts),
             sha256=manifest.hashlib.sha256(Path(f"{i}.png").read_bytes()).hexdigest(),
-            origin={"world": {"seed": 0, "split": "held-out", "index": i}}, path=Path(f"{i}.png")))
+            origin={"edits": [[s.kind, s.option] for s in (one, *one.unseen)]}, path=Path(f"{i}.png")))
     manifest.write_manifest("manifest.jsonl", items)
     assert run("white-box", "--manifest", "manifest.jsonl") == cli.OK and calls.edits == 36
     whole = Path("1.png").read_bytes()
@@ -504,8 +509,12 @@ def test_usage_errors_are_one_sentence(run, capsys, argv, sentence):
 
 
 def test_an_editor_that_is_no_miniature_needs_a_manifest(run, capsys, loaded, monkeypatch):
-    monkeypatch.setattr(next(iter(loaded.values())), "notice", "")
-    assert run("white-box") == cli.USAGE and "give --manifest FILE" in capsys.readouterr().err
+    editor = next(iter(loaded.values()))
+    with monkeypatch.context() as patched:
+        patched.setattr(editor, "notice", "")
+        assert run("white-box") == cli.USAGE and "is no miniature" in capsys.readouterr().err
+    monkeypatch.setattr(editor, "kind", "img2img")
+    assert run("white-box") == cli.USAGE and "have instructions and no captions" in capsys.readouterr().err
 
 
 def test_a_folder_without_results(tmp_path, capsys):

@@ -45,8 +45,8 @@ def run(models, tmp_path, monkeypatch):
     sample.image.resize((64, 64)).save("0.png")
     manifest.write_manifest("manifest.jsonl", [manifest.Item(
         id="p0", image="0.png", category=sample.category, prompt=sample.prompt, unseen_prompts=tuple(sample.unseen_prompts[:1]),
-        sha256=hashlib.sha256(Path("0.png").read_bytes()).hexdigest(), caption=sample.target_caption,
-        unseen_captions=(sample.unseen[0].target_caption,))])
+        sha256=hashlib.sha256(Path("0.png").read_bytes()).hexdigest(), caption="the result",
+        unseen_captions=("another result",))])
     for _, editor in models.values():
         monkeypatch.setattr(editor, "defaults", editor.defaults)             # --strength writes into it
 

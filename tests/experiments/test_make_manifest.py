@@ -18,6 +18,8 @@ from PIL import Image
 
 from sifm_min import images, miniature
 from sifm_min.experiments import manifest
+from sifm_min.miniature import photographs, pictures
+from sifm_min.miniature.kinds import KINDS
 
 source = Path(__file__).resolve().parents[2] / "tools" / "make_manifest.py"
 spec = importlib.util.spec_from_file_location("make_manifest", source)
@@ -499,17 +501,35 @@ def test_an_unseen_file_that_is_wrong(photos, tmp_path, capsys, content, sentenc
     assert sentence in lines_told(capsys)
 
 
-def test_the_world_makes_its_own_with_its_ground_truth(tmp_path):
-    assert tool.main(["world", "-n", "6", "--seed", "3", "-o", str(tmp_path)]) == 0
+@pytest.fixture
+def small(monkeypatch):
+    """Photographs that ship, at 64 pixels."""
+    monkeypatch.setattr(pictures, "SIZE", 64)
+
+
+def test_the_world_makes_its_own_with_exact_results(tmp_path, small):
+    assert tool.main(["world", "-n", "3", "--seed", "3", "-o", str(tmp_path)]) == 0
     items = manifest.read_manifest(tmp_path)
-    expected = miniature.samples(6, 3)
+    expected = miniature.samples(3, 3)
     assert [item.id for item in items] == [f"{sample.category}-{index:04d}" for index, sample in enumerate(expected)]
     for item, sample in zip(items, expected, strict=True):
         assert item.prompts() == [sample.prompt, *sample.unseen_prompts] and len(item.unseen_prompts) == 5
-        assert item.prompts("img2img") == [sample.target_caption, *sample.unseen_captions]
         assert item.picture().image.tobytes() == sample.image.tobytes()
+        assert item.origin["photograph"]["name"] == sample.photograph and item.origin["photograph"]["licence"]
         found = item.sample()
-        assert found.instruction == sample.instruction and found.target.tobytes() == sample.target.tobytes()
+        assert (found.kind, found.option, found.target.tobytes()) == (sample.kind, sample.option, sample.target.tobytes())
+        assert [one.target.tobytes() for one in found.unseen] == [one.target.tobytes() for one in sample.unseen]
+
+
+def test_the_world_takes_photographs_of_a_folder(tmp_path, small):
+    (tmp_path / "photos").mkdir()
+    photographs.shipped()[0].read().save(tmp_path / "photos" / "mine.png")
+    made = ["world", "-n", "1", "--photos", str(tmp_path / "photos"), "--wordings", "train", "-o", str(tmp_path / "set")]
+    assert tool.main(made) == 0
+    item, = manifest.read_manifest(tmp_path / "set")
+    kind, option = item.origin["edits"][0]
+    assert item.id == "photograph-0000" and item.origin["photograph"] == {"name": "mine.png"}
+    assert item.prompt in KINDS[kind].phrases(option)
 
 
 # ---------------------------------------------------------------------------------------------- unseen prompts from a model
@@ -683,7 +703,7 @@ def test_a_picture_that_changed_is_gone_or_has_no_captions(tmp_path):
     assert item.picture().image.tobytes() == images.read(tmp_path / "a.png").image.tobytes()
     with pytest.raises(ValueError, match="a has no captions, and img2img editors are told what the result looks like"):
         item.prompts("img2img")
-    with pytest.raises(ValueError, match="a is no picture of the miniature world"):
+    with pytest.raises(ValueError, match="a has no exact results"):
         item.sample()
     (tmp_path / "a.png").write_bytes(encoded(6, "PNG"))
     with pytest.raises(ValueError, match="is not the file of the manifest"):
@@ -693,13 +713,14 @@ def test_a_picture_that_changed_is_gone_or_has_no_captions(tmp_path):
         item.picture()
 
 
-def test_a_sample_whose_prompts_were_changed_has_no_ground_truth(tmp_path):
+def test_a_sample_whose_prompts_were_changed_has_no_truth(tmp_path, small):
     tool.main(["world", "-n", "1", "-o", str(tmp_path), "--quiet"])
     path = tmp_path / "manifest.jsonl"
-    prompt = manifest.read_manifest(path)[0].prompt
-    path.write_text(path.read_text().replace(json.dumps(prompt), json.dumps("make it better"), 1))
-    with pytest.raises(ValueError, match="its prompts are not those of the miniature world"):
+    line = json.loads(path.read_text())
+    path.write_text(json.dumps(line | {"prompt": "make it better"}))
+    with pytest.raises(ValueError, match="'make it better' does not ask for"):
         manifest.read_manifest(path)[0].sample()
-    path.write_text(path.read_text().replace("make it better", prompt).replace('"seed": 0', '"seed": 1'))
-    with pytest.raises(ValueError, match="renders another picture"):
-        manifest.read_manifest(path)[0].sample()
+    for edits in ([["nights", ""], *line["origin"]["edits"][1:]], line["origin"]["edits"][1:], "night", [[1, 2]] * 6):
+        path.write_text(json.dumps(line | {"origin": {"edits": edits}}))
+        with pytest.raises(ValueError, match="no edit 'nights'|does not state the edit of each prompt"):
+            manifest.read_manifest(path)[0].sample()

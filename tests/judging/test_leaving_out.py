@@ -38,7 +38,7 @@ def test_rooms_left_out_break_nothing_else(tmp_path, python):
         path = tmp_path / "sifm_min" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     modules, obeyed, methods = json.loads(python(tmp_path, "-c", PROBE))
-    assert {"sifm_min.immunize", "sifm_min.miniature.consensus", "sifm_min.editors.base"} <= set(modules)
+    assert {"sifm_min.immunize", "sifm_min.miniature.deciding", "sifm_min.editors.base"} <= set(modules)
     assert obeyed is True and methods
     for command in ("immunize", "edit", "compare", "weights"):
         assert f"sifm_min.{command}" in python(tmp_path, "-m", f"sifm_min.{command}", "--help")

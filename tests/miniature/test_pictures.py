@@ -162,6 +162,10 @@ def test_wordings_never_coincide():
     assert [phrase for phrase, times in every.items() if times > 1] == []
 
 
+def test_corpus_is_every_trained_wording_once():
+    assert sorted(kinds.corpus()) == sorted({phrase for kind, option in ASKED for phrase in kind.phrases(option)})
+
+
 def test_held_out_wordings_use_trained_words():
     trained = {word for kind, option in ASKED for phrase in kind.phrases(option) for word in phrase.split()}
     held = {word for kind, option in ASKED for phrase in kind.held_out(option) for word in phrase.split()}

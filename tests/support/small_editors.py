@@ -15,7 +15,7 @@ import diffusers
 import torch
 import transformers
 
-from sifm_min.miniature import wording
+from sifm_min.miniature import kinds
 
 source = Path(__file__).resolve().parents[2] / "tools" / "train_bpe.py"
 spec = importlib.util.spec_from_file_location("train_bpe", source)
@@ -107,5 +107,5 @@ def _rescale(layer, output, std):
 
 def write_tokenizer(folder):
     """A folder with a small byte-level BPE of the miniature's phrases."""
-    train_bpe.write(folder, *train_bpe.train_bpe(list(wording.corpus())[::7], 620), 77)
+    train_bpe.write(folder, *train_bpe.train_bpe(kinds.corpus(), 620), 77)
     return folder

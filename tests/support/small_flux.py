@@ -155,8 +155,8 @@ def write_qwen_tokenizer(folder):
     """A folder with a small tokenizer of the miniature's phrases, with Qwen3's special tokens and chat template."""
     import test_qwen_tokenizer
 
-    from sifm_min.miniature import wording
-    trained = test_qwen_tokenizer.train(folder / "trained", list(wording.corpus())[::7], 600)
+    from sifm_min.miniature import kinds
+    trained = test_qwen_tokenizer.train(folder / "trained", kinds.corpus(), 600)
     test_qwen_tokenizer.with_specials(trained).save_pretrained(folder / "saved")
     return folder / "saved"
 

@@ -17,7 +17,7 @@ import small_editors
 import torch
 import transformers
 
-from sifm_min.miniature import wording
+from sifm_min.miniature import kinds
 
 SD3 = {"patch_size": 2, "pos_embed_max_size": 12, "sample_size": 16, "num_layers": 4, "attention_head_dim": 8,
        "num_attention_heads": 4}
@@ -143,7 +143,7 @@ def write_tokenizers(folder):
     second = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", pad_token="!")
     second.save_pretrained(folder / "tokenizer_2")
     # T5's: whole words by how frequent they are, and characters for the others.
-    counts = Counter(f"▁{word}" for text in wording.corpus() for word in text.split())
+    counts = Counter(f"▁{word}" for text in kinds.corpus() for word in text.split())
     pieces = [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["▁", -3.0]]
     pieces += [[piece, math.log(count / counts.total())] for piece, count in counts.most_common(200)]
     pieces += [[chr(code), -9.0 - code / 100] for code in range(33, 127)]

@@ -1,4 +1,4 @@
-"""tools/train_photographs.py and train_photographs_sd3.py: pairs, words, resuming, and editors that diffusers loads."""
+"""tools/train_miniature.py and train_miniature_sd3.py: pairs, words, resuming, and editors that diffusers loads."""
 
 import json
 import re
@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import photograph_check as checking  # noqa: E402
 import photograph_pairs as pairs  # noqa: E402
 import photograph_words as words  # noqa: E402
-import train_photographs as tool  # noqa: E402
-import train_photographs_sd3 as tool_sd3  # noqa: E402
+import train_miniature as tool  # noqa: E402
+import train_miniature_sd3 as tool_sd3  # noqa: E402
 import training_run  # noqa: E402
 
 from sifm_min import load_editor  # noqa: E402
