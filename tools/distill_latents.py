@@ -357,7 +357,7 @@ def card(args):
         tables.append("\n".join([
             f"## {space}: {SPACES[space].title}", "",
             f"Teacher: {SPACES[space].hub_id}. Trained for {steps['encoder']} steps of {BATCH} pairs (encoder) and "
-            f"{steps['decoder']} of {BATCH} crops (decoder). {len(rows)} photographs.", "",
+            f"{steps['decoder']} of {BATCH} crops (decoder) in the last run. {len(rows)} photographs.", "",
             "| | aim | measured |", "|---|---|---|", *lines, "",
             "| shift | teacher | teacher, JPEG 75 | ours | ours, JPEG 75 |", "|---|---|---|---|---|", *shifts]))
     writing.write(latent_spaces.COPIES / "README.md", CARD + "\n\n".join(tables) + "\n", overwrite=True)
