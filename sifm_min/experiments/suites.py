@@ -17,7 +17,7 @@ ELSEWHERE = (NOISE, "sifm", "latent", "decontext")           # the control, the 
 NEWER = ("danp", "diffusionguard", "tdae")                   # which the paper's tables do not have: --methods adds them
 COMPARED = (*(name for name in METHODS if name not in ELSEWHERE), "sifm")               # SIFM last, as in the paper
 PAPERS = tuple(name for name in COMPARED if name not in NEWER)
-WORLD_SEED, BANK_SEED, BANK = 0, 64, 64                      # of the miniature's samples, and of those whose prompts are a bank
+WORLD_SEED = 0                                               # of the miniature's samples
 # The prompt types of a suite. The paper has unseen prompts in Tables II to IV only.
 PROMPTS = dict.fromkeys(("white-box", "consistency", "unseen"), ("original", "unseen"))
 METHODS_OF = {"white-box": PAPERS, "consistency": PAPERS, "transfer": PAPERS, "robustness": ("sifm",),
@@ -80,13 +80,12 @@ def _attacked(plain, editors, moving):
 
 
 def bank(path=None, *, world=False):
-    """The `Bank` that unseen draws from: a file's, instructions of the miniature's world, or the one that ships."""
+    """The `Bank` that unseen draws from: a file's, a trained phrase of each of the miniature's edits, or the one that ships."""
     if path or not world:
         return find_bank(path or True)
-    from .. import miniature
-    prompts = [_world_case("bank", sample).record["prompts"][0] for sample in miniature.samples(BANK, BANK_SEED)]
-    return Bank("miniature", tuple(Instruction(ANY, prompt["instruct"], prompt["img2img"] or prompt["instruct"])
-                                   for prompt in prompts))
+    from ..miniature.kinds import KINDS
+    asked = [kind.phrases(option)[0] for kind in KINDS.values() for option in kind.options]
+    return Bank("miniature", tuple(Instruction(ANY, phrase, phrase) for phrase in asked))
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------------
