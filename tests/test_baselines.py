@@ -577,7 +577,9 @@ def test_native_presets_name_loop_and_options_that_exist():
     table = {"photoguard-encoder": (1000, 0.01, "linear", "random"), "photoguard-diffusion": (200, 0.003, "constant", "zero"),
              "editshield": (30, 0.001, "constant", "zero"), "semantic-attack": (100, 1 / 255, "constant", "zero"),
              "sds": (100, 1 / 255, "constant", "zero"), "mist": (100, 1 / 255, "constant", "random"),
-             "ace": (250, 0.0025, "constant", "zero"), "decontext": (800, 0.0025, "constant", "zero")}
+             "ace": (250, 0.0025, "constant", "zero"), "decontext": (800, 0.0025, "constant", "zero"),
+             "danp": (100, 1 / 255, "constant", "zero"), "diffusionguard": (800, 0.00196, "constant", "zero"),
+             "tdae": (100, 1 / 255, "constant", "zero")}
     assert {method: tuple(methods.settings(method, "native")[0].values()) for method in baselines.NATIVE} == table
 
 

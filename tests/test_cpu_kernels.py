@@ -156,14 +156,15 @@ def test_a_record_names_what_ran_inside_it_alone(smaller):
     assert cpu.describe(set(), "cuda:0") is None
 
 
-def test_a_report_names_the_kernels_that_ran():
+def test_a_report_names_the_kernels_that_ran(monkeypatch):
+    monkeypatch.setattr(cpu, "NORM_POSITIONS", 2**9)         # the latent has 32x32
     editor = sifm_min.load_editor("miniature")
     picture = Image.effect_noise((64, 64), 50).convert("RGB")
 
     def reported():
         return sifm_min.immunize(picture, editor, "make it night", steps=1, timesteps=1).report["cpu_kernels"]
 
-    assert reported() == ["group norm"]
+    assert "group norm" in reported()
     with cpu.kernels(on=False):
         assert reported() == []
 

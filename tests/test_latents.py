@@ -295,7 +295,7 @@ def test_an_editors_autoencoder_is_a_space(folder, tiny_folder, monkeypatch):
     write_authors(SPACES["sd1"].kept, SPACES["sd1"], network(SPACES["sd1"]))
     editor = load_editor(f"latents:sd1,{tiny_folder},miniature", device="cpu")
     assert [space.name for space in editor.spaces] == ["sd1", tiny_folder.name, "miniature"]
-    assert [space.tiny for space in editor.spaces] == [True, False, False]
+    assert [space.tiny for space in editor.spaces] == [True, False, True]
     pixels = images.to_pixels(photo(32, 32))
     torch.testing.assert_close(editor.spaces[1].encode(pixels), whole.scaled(whole.encode(pixels)), rtol=0, atol=1e-5)
     torch.testing.assert_close(editor.spaces[1].decode(whole.scaled(whole.encode(pixels))),

@@ -18,7 +18,8 @@ from sifm_min.files import png as png_file
 def run(command, *argv):
     main = {"edit": edit.main, "immunize": sifm_min.immunize.main}[command]
     more = ["--steps", "1"] if command == "edit" else ["--steps", "1", "--method", "photoguard-encoder"]
-    return main(["--editor", "tiny", *argv, "--prompt", "make it night", "-o", command, *more])
+    editor = [] if "--editor" in argv else ["--editor", "tiny"]
+    return main([*editor, *argv, "--prompt", "make it night", "-o", command, *more])
 
 
 def animation():

@@ -34,6 +34,7 @@ from sifm_min.purifiers import attacks, draws
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("control", "noise", "photoguard-encoder")
+SIZE = pictures.SIZE                                        # which other processes work at
 QUICK = ("--steps", "1", "--methods", "photoguard-encoder")
 
 
@@ -267,8 +268,9 @@ def command(*argv):
 
 
 @pytest.mark.slow
-def test_kill_9_and_two_processes_in_one_folder(run, calls, loaded, tmp_path):
+def test_kill_9_and_two_processes_in_one_folder(run, calls, loaded, tmp_path, monkeypatch):
     """Two share the work without being told to; one is killed amid it. What they finished is not done again."""
+    monkeypatch.setattr(pictures, "SIZE", SIZE)
     surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     both = [subprocess.Popen(command("--editor", next(iter(loaded))), cwd=tmp_path, env=surroundings,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
@@ -285,6 +287,7 @@ def test_kill_9_and_two_processes_in_one_folder(run, calls, loaded, tmp_path):
 
 @pytest.mark.slow
 def test_jobs_share_the_work_and_helpers_end_with_their_run(run, calls, loaded, monkeypatch):
+    monkeypatch.setattr(pictures, "SIZE", SIZE)
     assert run("white-box", "--jobs", "2", "--images", "3") == cli.OK
     names = [row["name"] for rows in steps().values() for row in rows]
     assert len(set(names)) == len(names) == 6 + 54 + 36 + 54 + 6
@@ -331,8 +334,9 @@ def timeless(text):
 
 
 @pytest.mark.slow
-def test_torchrun_gives_the_table_of_one_process(run, capsys, loaded, tmp_path):
+def test_torchrun_gives_the_table_of_one_process(run, capsys, loaded, tmp_path, monkeypatch):
     """Two ranks by torch's own launcher, started as its users start it."""
+    monkeypatch.setattr(pictures, "SIZE", SIZE)
     alone = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}          # more threads round otherwise
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     done = subprocess.run([*ranks, *command("--editor", next(iter(loaded)))[2:]], cwd=tmp_path, env=alone, capture_output=True,
