@@ -109,7 +109,7 @@ def test_figures_of_a_copy_that_equals_its_teacher(command, tmp_path, monkeypatc
     latent_spaces.COPIES.mkdir()
     command("card")
     text = (latent_spaces.COPIES / "README.md").read_text()
-    assert "Trained for 1 steps of 3 pairs (encoder) and 1 of 3 crops (decoder). 3 photographs." in text
+    assert "Trained for 1 steps of 3 pairs (encoder) and 1 of 3 crops (decoder) in the last run. 3 photographs." in text
     assert "| made on ours: the teacher's shift over its white box | at least .70 | 1.00 |" in text
 
 
