@@ -10,17 +10,13 @@ import math
 import torch
 import torch.nn.functional as F
 
+from sifm_min.purifiers.draws import blurred
+
 
 def blur(pixels, sigma, generator):
     """Blur by a Gaussian of `sigma` pixels."""
     sigma = sigma * pixels.shape[3] / 256
-    reach = max(1, math.ceil(3 * sigma))
-    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
-    weights = (weights / weights.sum()).expand(pixels.shape[1], 1, 1, -1)
-    pixels = F.pad(pixels, (reach,) * 4, mode="replicate")
-    for kernel in (weights, weights.transpose(2, 3)):
-        pixels = F.conv2d(pixels, kernel, groups=pixels.shape[1])
-    return pixels
+    return blurred(pixels, sigma, max(1, math.ceil(3 * sigma)))
 
 
 def blocks(pixels, side, generator):

@@ -21,7 +21,6 @@ pupil's latents.
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -30,11 +29,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save
+from safetensors.torch import save as packed
 from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from photosets import in_turn, interval, marked, middle_square  # noqa: E402
+from training_run import save, say  # noqa: E402
 
 from sifm_min import images, metrics  # noqa: E402
 from sifm_min.editors.latents import Latents, LatentSpace, latent  # noqa: E402
@@ -55,10 +55,6 @@ BATCH, FRESH, KEPT = 8, 2, 3000                              # pairs a step; new
 KINDS = ("teacher", "noise", "teacher", "pupil")             # where the perturbations of new pairs come from, in turn
 RATE, WARM_UP, PLAIN, WEIGHT = 2e-3, 100, 0.25, 2.0          # learning rate; its first steps; the share of steps with w = 0; w
 SAVE_EVERY = 300                                             # seconds between two checkpoints
-
-
-def say(text):
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 def licences(folder, use):
@@ -166,8 +162,7 @@ class Run:
     def save(self):
         kept = {"kept": self.extra.kept, "count": self.extra.count} if self.extra is not None else {}
         state = {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict(), "step": self.step, **kept}
-        torch.save(state, self.path.with_suffix(".part"))
-        os.replace(self.path.with_suffix(".part"), self.path)
+        save(state, self.path)
         self.saved = time.monotonic()
 
 
@@ -235,7 +230,7 @@ def export(args):
     folder = latent_spaces.COPIES / args.space
     writing.make_folder(folder)
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in network.state_dict().items()}
-    writing.write(folder / latent_spaces.WEIGHTS, save(tensors), overwrite=True)
+    writing.write(folder / latent_spaces.WEIGHTS, packed(tensors), overwrite=True)
     config = {"_class_name": "AutoencoderTiny", "act_fn": "relu", "in_channels": 3, "out_channels": 3, "scaling_factor": 1.0,
               "shift_factor": 0.0, "latent_channels": SPACES[args.space].channels, "upsampling_scaling_factor": 2,
               "upsample_fn": "nearest", "encoder_block_out_channels": [64] * 4, "decoder_block_out_channels": [64] * 4,

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from photograph_pairs import ASKED, crop, edits, photographs, say
+from photograph_pairs import ASKED, crop, edits, photographs
 from PIL import Image
+from training_run import say
 
 from sifm_min import load_editor
 from sifm_min.miniature.kinds import KINDS, changed
+from sifm_min.miniature.pictures import as_image
 from sifm_min.miniature.soft_maps import halved
 
 PROGRESS, RESIDUAL = 0.5, 0.6                                # an edit counts as obedient from, and up to
@@ -62,10 +64,6 @@ def check(args):
         say(f"{wording} wordings: {sum(some)} of {len(some)} obeyed")
     if args.sheet:
         write_sheet(rows, args.sheet)
-
-
-def as_image(pixels):
-    return Image.fromarray((255 * pixels).round().astype(np.uint8))
 
 
 def as_tensor(pixels):

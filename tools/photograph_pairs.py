@@ -7,7 +7,6 @@ number alone, so an interrupted run goes on where it stopped, and a training can
 
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from photosets import marked  # noqa: E402
+from training_run import save, say  # noqa: E402
 
 from sifm_min.files import writing  # noqa: E402
 from sifm_min.miniature.kinds import KINDS  # noqa: E402
@@ -27,10 +27,6 @@ SIZES, CROPS = (128, 256), (32, 12)                          # of crops, in pixe
 EDITS = 6                                                    # targets of each crop
 SMALLEST = 0.6                                               # side of a crop, at least, over the photograph's shorter side
 ASKED = [(kind, option) for kind in KINDS.values() for option in kind.options]
-
-
-def say(text):
-    print(time.strftime("%H:%M:%S"), text, flush=True)
 
 
 def photographs(folder, *, held=False):
@@ -112,9 +108,7 @@ def make_chunks(work, photos, space, count, large=4):
         if not path.exists():
             size = SIZES[number % large == large - 1]
             made = make_chunk(number, size, files, vae)
-            part = path.with_suffix(".part")
-            torch.save(made, part)
-            part.replace(path)
+            save(made, path)
             say(f"chunk {number + 1} of {count}: {len(made['targets'])} pairs of {size} pixels")
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from photograph_pairs import ASKED, say
+from photograph_pairs import ASKED
 from torch import nn
 from train_bpe import train_bpe, write
-from training_run import Run
+from training_run import Run, say
 
 from sifm_min.models.clip import CLIPText, CLIPTextConfig
 from sifm_min.models.clip_tokenizer import CLIPTokenizer

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from photograph_pairs import SIZES, make_chunks, read_pools, say
+from photograph_pairs import SIZES, make_chunks, read_pools
 from photograph_words import contexts, teach
-from training_run import Run, trained
+from training_run import Run, say, trained
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from safetensors.torch import save  # noqa: E402

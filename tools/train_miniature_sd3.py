@@ -13,10 +13,10 @@ import json
 import torch
 import torch.nn.functional as F
 import train_miniature as first
-from photograph_pairs import SIZES, make_chunks, say
+from photograph_pairs import SIZES, make_chunks
 from photograph_words import teach
 from torch import nn
-from training_run import Run, trained
+from training_run import Run, say, trained
 
 from sifm_min.models.mmdit import MMDiT, MMDiTConfig
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import damages  # noqa: E402
 import photosets  # noqa: E402
+from training_run import save  # noqa: E402
 
 from sifm_min import images  # noqa: E402
 from sifm_min.miniature import fidelity, pictures, recogniser  # noqa: E402
@@ -220,12 +221,6 @@ def score(args):
         apart = (network.damage(found[:tested])[:, 0].sigmoid() - levels[:tested]).abs().mean()
     print(f"damage off by {apart:.3f} on {tested} pictures that were left out", flush=True)
     save({"network": network.state_dict()}, args.work / "scored.pt")
-
-
-def save(value, path):
-    """Write a file whole or not at all."""
-    torch.save(value, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
 
 
 def export(args):

@@ -3,11 +3,22 @@
 import time
 
 import torch
-from photograph_pairs import say
 from torch import nn
 
 WARM_UP, PLATEAU, DECAY = 50, 0.4, 0.999                     # steps; share before the rate falls; of the average of weights
 SAVE_EVERY = 180                                             # seconds
+
+
+def say(text):
+    """Print a line of a log, with the time."""
+    print(time.strftime("%H:%M:%S"), text, flush=True)
+
+
+def save(value, path):
+    """Write a file of torch, whole or not at all."""
+    part = path.with_suffix(".part")
+    torch.save(value, part)
+    part.replace(path)
 
 
 class Run:
@@ -71,9 +82,7 @@ class Run:
     def save(self):
         state = {"network": self.network.state_dict(), "average": self.average, "optimiser": self.optimiser.state_dict(),
                  "step": self.step, "seconds": self.seconds}
-        part = self.path.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(self.path)
+        save(state, self.path)
         self.saved = time.monotonic()
 
     def finished(self):
