@@ -49,9 +49,8 @@ def measured(sample, edited):
 
 def verdicts(found):
     """{judge: Verdict} by the thresholds of the day."""
-    oracle = fidelity.Measures(**found["oracle"])
-    return {"exact oracle": Verdict.of(not oracle.followed, oracle.damaged),
-            "recogniser": Verdict.of(found["asked"] < thresholds.ASKED, found["damage"] > thresholds.DAMAGED)}
+    return {"exact oracle": fidelity.Measures(**found["oracle"]).verdict,
+            "recogniser": recogniser.verdict_by(found["asked"], found["damage"])}
 
 
 def arms(sample, seed):

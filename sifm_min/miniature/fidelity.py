@@ -29,6 +29,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from PIL import Image
 
 from .. import images, metrics
 from ..metrics.pixels import gaussian, luma, reduced, window_mean
@@ -58,11 +59,14 @@ class Measures:
     def damaged(self):
         return self.structure > thresholds.STRUCTURE or self.contrast > thresholds.CONTRAST
 
+    @property
+    def verdict(self):
+        return Verdict.of(not self.followed, self.damaged)
+
 
 def exact_oracle(sample, edited):
     """Judge an edit, a PIL picture of any size, by comparing it with the sample's exact target."""
-    found = measures_of(sample, edited)
-    return Verdict.of(not found.followed, found.damaged)
+    return measures_of(sample, edited).verdict
 
 
 @torch.no_grad()
@@ -118,8 +122,7 @@ def autoencoded(image):
 
 @lru_cache(maxsize=64)
 def _autoencoded(content, size):
-    pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(1, size[1], size[0], 3)
-    pixels = pixels.permute(0, 3, 1, 2).float() / 255
+    pixels = images.to_pixels(Image.frombytes("RGB", size, content))
     network = reference()
     with torch.no_grad():
         return (network.decode(network.encode(2 * pixels - 1)[0]) / 2 + 0.5).clamp(0, 1)

@@ -43,7 +43,12 @@ def recognise(sample, edited):
     missing.
     """
     probabilities, damage = read_edit(sample.image, edited)
-    return Verdict.of(probabilities[class_of(sample.kind, sample.option)] < thresholds.ASKED, damage > thresholds.DAMAGED)
+    return verdict_by(probabilities[class_of(sample.kind, sample.option)], damage)
+
+
+def verdict_by(asked, damage):
+    """The verdict on an edit from the probability of the edit that was asked for, and the score of damage."""
+    return Verdict.of(asked < thresholds.ASKED, damage > thresholds.DAMAGED)
 
 
 @torch.no_grad()
