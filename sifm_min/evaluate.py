@@ -153,7 +153,7 @@ def _run(args):
     folder.make()
     folder.add_plan(planned)
     mine = cases[index::count]
-    edited = ", ".join(name for name, editor in editors.items() if editor.kind != "encoders")
+    edited = ", ".join(plan.editing(editors))
     about = f"{args.suite} on {edited}: {len(mine)} pictures" + (f" of {len(cases)}" if count > 1 else "")
     judging = {"judges": None if panel else miniature.judges, "lpips": lpips}
     runner, code = _carry_out(args, folder, planned, editors, again, mine, about, judging)
@@ -317,7 +317,8 @@ def _add_latents(args, editors, again):
 
 def _cases(args, editors, panel):
     """The pictures: those of a manifest, or the photographs that ship."""
-    editors = {name: editor for name, editor in editors.items() if editor.kind != "encoders"}
+    from .experiments.plan import editing
+    editors = editing(editors)
     if args.manifest:
         kinds = {editor.kind for editor in editors.values()}
         return suites.manifest_cases(args.manifest, kinds, oracles=panel is None, count=args.images)

@@ -7,9 +7,8 @@ pictures, weights, method, options, prompt, seed and version. A step whose key i
 that was killed, extended or given another option computes only what is new, and suites share their results.
 """
 
-import dataclasses
 import inspect
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from .. import __version__
 from ..files.digests import digest
@@ -47,6 +46,11 @@ def editor_identity(editor):
     if provenance["vae_dtype"] != "float32":                 # recorded only where it differs from the default
         fields["vae_dtype"] = provenance["vae_dtype"]
     return fields
+
+
+def editing(editors):
+    """Of name -> editor, those that edit: not those with encoders alone."""
+    return {name: editor for name, editor in editors.items() if getattr(editor, "kind", None) != "encoders"}
 
 
 def about_editor(editor):
@@ -112,7 +116,7 @@ def make_plan(suite, editors, cases, arms, *, seeds, seed=0, eps=0.03, options=N
     return {"suite": suite, "version": __version__, "editors": editors, "cases": [case.record for case in cases], "arms": arms,
             "seeds": list(seeds), "seed": seed, "eps": eps, "given": options, "preset": preset, "edit": edit or {},
             "prompts": list(prompts or ("original", "unseen")), "judge": judge or {"kind": "oracle"}, "lpips": lpips or {},
-            **({"bank": dataclasses.asdict(bank)} if any("texts" in arm for arm in arms) else {})}
+            **({"bank": asdict(bank)} if any("texts" in arm for arm in arms) else {})}
 
 
 def _settings(arm, given, preset):

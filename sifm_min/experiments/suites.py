@@ -8,7 +8,7 @@ methods.
 from ..files.digests import picture_sha256
 from ..instructions.bank import ANY, Bank, Instruction, find_bank
 from ..methods import METHODS
-from .plan import NOISE, Case, controls, make_arm
+from .plan import NOISE, Case, controls, editing, make_arm
 
 SUITES = ("white-box", "transfer", "ablation", "lambda", "consistency", "robustness", "unseen")
 LAMBDAS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)       # the paper's Table VII
@@ -34,7 +34,7 @@ def arms(suite, editors, methods, *, moving=True, robust=False):
     attacks that move the picture can be judged. robust: True if all methods expect purifiers.
     An arm that changes the protection of a method is called after it, as "sifm (both)": see `gains.py`.
     """
-    names = [name for name, editor in editors.items() if editor.kind != "encoders"]
+    names = list(editing(editors))
     if suite == "transfer" and len(names) != 2:
         raise ValueError("transfer needs two editors: add --other NAME")
     if suite == "transfer":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .. import cli
 from ..files.ledger import Busy
+from .plan import editing
 
 PACKAGE = __package__.rpartition(".")[0]                     # sifm_min, or the name under which it was vendored
 
@@ -42,12 +43,7 @@ def carry_out(runner, cases, remark=None, finished=None):
 
 def are_small(editors):
     """True if all editors that edit are miniatures on the CPU."""
-    return all(editor.is_small and editor.device.type == "cpu" for editor in _editing(editors).values())
-
-
-def _editing(editors):
-    """The editors that edit: not those with encoders alone."""
-    return {name: editor for name, editor in editors.items() if getattr(editor, "kind", None) != "encoders"}
+    return all(editor.is_small and editor.device.type == "cpu" for editor in editing(editors).values())
 
 
 def jobs(args, editors):
@@ -70,7 +66,7 @@ def rounds(suite, editors):
     """
     if suite != "transfer" or are_small(editors):
         return [None]
-    first, second = _editing(editors)
+    first, second = editing(editors)
     return [(first,), (second,), (first, second), (first,), (second,), None]
 
 
