@@ -257,7 +257,8 @@ def _body(args):
         prompt = "" if latents else ", --prompt TEXT"
         raise ValueError(f"give at least one picture or folder{prompt} and -o DIR (--help shows examples)")
     if not listing:                                          # an unknown option is an error before any work
-        shared_settings(args.method, encoders, args.preset, each_of(args, encoders), **given(args))
+        each, arguments = each_of(args, encoders), given(args)
+        shared_settings(args.method, encoders, args.preset, each, **arguments)
         choose(methods.find_method(args.method)[0], **flags.around(args), any_prompt=bool(args.any_prompt))
         pictures, left_out = find(args.pictures, args.output, OUTPUTS)
         index, count = cli.rank(os.environ)
@@ -270,7 +271,7 @@ def _body(args):
     editor = group if len(sources) > 1 else group.editors[0]
     if listing:
         return _list_taps(group, args)
-    _, loop, shares = shares_of(group, args.method, args.preset, each_of(args, encoders), given(args))
+    _, loop, shares = shares_of(group, args.method, args.preset, each, arguments)
     check_shares(shares)
     for share in shares:
         known = set(share.editor.tap_names)
@@ -286,7 +287,7 @@ def _body(args):
     if args.any_prompt and (deaf := [str(share.editor.name) for share in shares if not share.reads_text]):
         cli.say(f"{' and '.join(deaf)}: no text is read by {shares[-1].method if len(deaf) == len(shares) else 'it'}, so "
                 "--any-prompt changes nothing there", quiet=args.quiet)
-    return cli.each_file(pictures, lambda path: _immunize_file(path, editor, args, loop["steps"], each_of(args, encoders)),
+    return cli.each_file(pictures, lambda path: _immunize_file(path, editor, args, loop["steps"], each),
                          output=args.output, left_out=left_out, done="immunized", quiet=args.quiet, debug=args.debug,
                          as_json=args.json)
 

@@ -14,9 +14,9 @@ def write_preview(picture, immunized, path, editor, args):
     from .. import images
     from .shares import group_of
     group, rows = group_of(editor), []
+    group.apart = args.memory == "low" and len(group.editors) > 1
     try:
         for one, name in zip(group.editors, group.names, strict=True):
-            group.apart = args.memory == "low" and len(group.editors) > 1
             with in_words(), group.at_work(one), sparing(one, args.memory):
                 shown = _shown(picture, immunized, one, args, f", {name}" if len(group.editors) > 1 else "")
             rows.append(_preview(picture, immunized, shown, one.notice))
