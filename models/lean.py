@@ -15,8 +15,8 @@ from . import cpu
 
 
 def only_the_input(x, *parameters):
-    """True if autograd will need the gradient of x and of no parameter."""
-    return torch.is_grad_enabled() and x.requires_grad and not any(parameter.requires_grad for parameter in parameters)
+    """True if autograd will need the gradient of x and of no parameter; an absent one, such as a bias, is None."""
+    return torch.is_grad_enabled() and x.requires_grad and not any(p is not None and p.requires_grad for p in parameters)
 
 
 def tapped(activations, taps):
@@ -45,7 +45,7 @@ class Conv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias)
 
     def forward(self, x):
-        if only_the_input(x, *self.parameters()):
+        if only_the_input(x, self.weight, self.bias):
             return _Convolution.apply(x, self.weight, self.bias, self.stride, self.padding)
         if torch.is_grad_enabled():
             return super().forward(x)
