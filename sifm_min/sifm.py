@@ -44,8 +44,7 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
     T = editor.timesteps(timesteps) if isinstance(timesteps, int) else torch.as_tensor(timesteps)
     if min(len(T), len(contexts), 1 if batch is None else batch) < 1:
         raise ValueError("SIFM needs at least one prompt, one timestep, and one timestep in a batch")
-    taps = list(editor.default_taps if taps is None else taps)
-    batches = T.split(batch or len(T))
+    taps, batches = list(editor.default_taps if taps is None else taps), T.split(batch or len(T))
     with torch.no_grad():
         E_orig = editor.encode(editor.resize(x_orig))        # (1,C,h,w)
     texts = [editor.prepare_text(c) for c in contexts]       # constant over pictures and steps, as are the times
@@ -74,7 +73,8 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
         inputs = [{"t": t, "time": time, "eta": eta, "text": texts[n]}
                   for t, time, eta in zip(batches, times[n], bank, strict=True)]
         if n not in Phi_orig or resample:
-            Phi_orig.pop(next(iter(Phi_orig)) if len(Phi_orig) == KEPT else None, None)      # the oldest makes room
+            if len(Phi_orig) == KEPT:
+                del Phi_orig[next(iter(Phi_orig))]           # the oldest makes room
             with torch.no_grad():
                 Phi_orig[n] = [phi(E=E_orig, **at) for at in inputs]
         E = editor.encode(editor.resize(x_imu))
