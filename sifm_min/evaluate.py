@@ -267,8 +267,8 @@ def _editors(args):
 
     def loaded(options):
         editor = editor_of(options)
-        if args.strength is not None and "strength" in editor.OPTIONS:
-            set_strength(editor, args.strength)
+        if "strength" in editor.OPTIONS:
+            set_strength([editor], args.strength)
         return editor
 
     def loaded_again(options):

@@ -268,6 +268,7 @@ def _body(args):
     if args.mask:                                            # what is wrong with the mask itself is no picture's fault
         images.read_mask(args.mask, *images.read(args.mask).image.size)
     group = group_of([editor_of(argparse.Namespace(**vars(args) | own)) for own in _of_each(args, sources)])
+    set_strength(group.editors, args.strength)
     editor = group if len(sources) > 1 else group.editors[0]
     if listing:
         return _list_taps(group, args)
@@ -304,31 +305,39 @@ def _list_taps(group, args):
 
 
 def _of_each(args, sources):
-    """The flags of each editor among several: those that only some editors take go to these."""
+    """The flags of each editor among several, as `editor_of` takes them. The strength is set afterwards."""
     if len(sources) == 1:
-        return [{"editor": sources[0]}]
+        return [{"editor": sources[0], "strength": None}]
     if args.revision is not None:
-        raise ValueError("--revision is of one hub repository; with several editors, give downloaded ones or folders")
-    if args.strength is not None:
-        raise ValueError("--strength is for one editor; several keep their own defaults")
-    return [{"editor": source, "components": args.components if Path(source).is_file() else None} for source in sources]
+        raise ValueError("--revision is of one hub repository, and several editors are given: fetch it with `python -m "
+                         f"{__package__}.weights download ID --revision {args.revision}`, and give --editor the folder that "
+                         "this prints")
+    return [{"editor": source, "strength": None, "components": args.components if Path(source).is_file() else None}
+            for source in sources]
 
 
 def editor_of(args):
     """The editor that a command's flags (`cli.Parser.editor`) ask for."""
     from .editors import load_editor
     editor = load_editor(args.editor, revision=args.revision, components=args.components, t5=args.t5, **cli.place(args))
-    if args.strength is not None:
-        if "strength" not in editor.OPTIONS:
-            raise ValueError(f"--strength is for img2img, which {args.editor} does not do")
-        set_strength(editor, args.strength)
+    set_strength([editor], args.strength)
     return editor
 
 
-def set_strength(editor, strength):
-    """Set the strength of every edit by this img2img editor; ValueError if this leaves no denoising step."""
-    editor.plan(strength=strength)
-    editor.defaults = replace(editor.defaults, strength=strength)
+def set_strength(editors, strength):
+    """Set the strength of every edit by those editors that do img2img, unless it is None.
+
+    Raises ValueError where none of them does, or where the strength leaves no denoising step.
+    """
+    if strength is None:
+        return
+    taking = [editor for editor in editors if "strength" in editor.OPTIONS]
+    if not taking:
+        names = " and ".join(str(editor.name) for editor in editors)
+        raise ValueError(f"--strength is for img2img, which {names} {'does' if len(editors) == 1 else 'do'} not do")
+    for editor in taking:
+        editor.plan(strength=strength)
+        editor.defaults = replace(editor.defaults, strength=strength)
 
 
 def find(names, output, endings):

@@ -303,12 +303,27 @@ def test_preview_has_a_row_for_each_editor(run, monkeypatch, tiny, sd3):
         assert preview.height > 2 * 300
 
 
+def test_strength_goes_to_the_editors_that_have_one(run, tiny, sd3, tiny_folder):
+    """Its timesteps are those of an edit at this strength; an instruction editor keeps its own; none that has it: refused."""
+    photo("a.png", (40, 30))
+    argv = ("a.png", "--prompt", PROMPT, "--timesteps", "2", "--no-preview", "--strength", "0.5")
+    code, _, err = run(*argv)
+    assert code == cli.OK, err
+    first, second = json.loads(Path("out/a.json").read_text())["editors"]
+    assert first["defaults"]["strength"] == tiny.defaults.strength != second["defaults"]["strength"] == 0.5
+    assert first["options"]["timesteps"] == tiny.timesteps(2).tolist()
+    assert second["options"]["timesteps"][0] == int(sd3.plan(strength=0.5).timesteps.max()) < int(sd3.plan().timesteps.max())
+    code, _, err = run(*argv, editors=(tiny_folder, f"latents:{tiny_folder}"))
+    assert code == cli.USAGE and "--strength is for img2img, which" in err and "do not do" in err and err.count("error") <= 1
+
+
 @pytest.mark.parametrize(("argv", "says"), [
     (("--option", "3:taps=x"), "--option 3:taps=x: there are 2 editors"),
     (("--option", "2:variant=x"), "sifm has no option variant"),
     (("--option", "1:lam=x"), "'x' is not a number"),
     (("--taps", "mid_block"), "--taps mid_block: tiny-sd3"),
-    (("--revision", "main"), "--revision is of one hub repository"),
+    (("--revision", "v1"), "--revision is of one hub repository, and several editors are given: fetch it with `python -m "
+                           "sifm_min.weights download ID --revision v1`, and give --editor the folder that this prints"),
     (("--method", "decontext"), "decontext")])
 def test_command_refuses_in_a_sentence(run, argv, says):
     photo("a.png", (40, 30))
