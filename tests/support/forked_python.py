@@ -3,6 +3,7 @@
     with ForkedPython() as python:
         done = python("-m", "sifm_min.edit", "--help", cwd=folder)        # a CompletedProcess, as of subprocess.run
         child = python.start("-c", code)                                 # child.pid; child.wait() for the same
+    select.select([stream, child.ends], [], [])                      # until it speaks through a stream, or has ended
 
 One Python process imports torch, or the modules that ForkedPython is given, then forks for each command. The command runs in
 the fork, with its own arguments, folder, environment and streams. Variables that Python or a library reads when it starts
@@ -55,10 +56,13 @@ else:
 
 
 class Child:
-    """A command that runs: its process id, the file of its stdout, and `wait` for its CompletedProcess."""
+    """A command that runs: its process id, the file of its stdout, and `wait` for its CompletedProcess.
 
-    def __init__(self, pid, stdout, wait):
-        self.pid, self.stdout, self.wait = pid, stdout, wait
+    ends: a stream that is readable once the command has ended.
+    """
+
+    def __init__(self, pid, stdout, wait, ends):
+        self.pid, self.stdout, self.wait, self.ends = pid, stdout, wait, ends
 
 
 class ForkedPython:
@@ -103,4 +107,4 @@ class ForkedPython:
         def ended():
             code = int(self.process.stdout.readline())
             return subprocess.CompletedProcess(words, code, *(stream.read_text(encoding="utf-8") for stream in streams))
-        return Child(pid, streams[0], ended)
+        return Child(pid, streams[0], ended, self.process.stdout)
