@@ -1,12 +1,13 @@
-"""The direction of DANP and DiffusionGuard: within 20 steps they go where their papers say, on noise not optimised."""
+"""The direction of DANP, DiffusionGuard and TDAE: within 20 steps they go where their papers say, on noise not optimised."""
 
 import pytest
-import tiny_sd3
 import torch
 from photographs import smooth
 
 import sifm_min
 from sifm_min import images
+from sifm_min.objectives.around import choose
+from sifm_min.objectives.danp import above_threshold, upsampled
 from sifm_min.pgd import pgd
 
 PROMPT = "make it night"
@@ -17,10 +18,9 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(scope="module", params=["InstructPix2Pix", "SD3"])
-def editor(request, tiny_folder, tmp_path_factory):
-    folder = tiny_folder if request.param == "InstructPix2Pix" else tiny_sd3.write(tmp_path_factory.mktemp("sd3"))
-    return sifm_min.load_editor(folder, device="cpu")
+@pytest.fixture(scope="module", params=["InstructPix2Pix", "SD3", "UltraEdit", "FLUX.1 Kontext"])
+def editor(request, tiny_folders):
+    return sifm_min.load_editor(tiny_folders[request.param], device="cpu")
 
 
 def made(editor, method, x_orig, seed, options):
@@ -28,30 +28,47 @@ def made(editor, method, x_orig, seed, options):
 
 
 def start_and_end(editor, method, x_orig, options):
+    return from_start(x_orig, made(editor, method, x_orig, 7, options))
+
+
+def from_start(x_orig, objective):
     """The random start that all methods share, and the picture after 20 steps from it."""
-    objective = made(editor, method, x_orig, 7, options)
     return [x_orig + pgd(x_orig, objective, 0.03, steps=steps, step_size=1 / 255, generator=seeded(1)) for steps in (0, 20)]
 
 
-def test_danp_moves_attention_and_prediction(editor):
-    x_orig = images.to_pixels(smooth(editor.working_size, editor.working_size))
-    options = {"timesteps": T, "prompts": [PROMPT]}
-    pictures = start_and_end(editor, "danp", x_orig, options)
-    losses = [made(editor, "danp", x_orig, 99, options)(x.clone().requires_grad_(), 0)[0].item() for x in pictures]
-    assert losses[1] < losses[0]
-    shape, t = editor.encode(x_orig).shape, torch.tensor([T[1]])
-    eta = torch.randn(shape, generator=seeded(98))
-
-    def seen(x):
-        with torch.no_grad():
-            E = editor.encode(x)
+def seen(editor, x, etas):
+    """([attention to the prompt's words (tokens,h,w)], [prediction]) of a picture, one each for every eta and timestep."""
+    E, columns = editor.encode(x), editor.word_positions(PROMPT)
+    maps, predictions = [], []
+    for eta in etas:
+        for t in T:
+            t = torch.tensor([t])
             found = editor.features(E, editor.noise_latent(E, eta, t), t, editor.contexts([PROMPT])[0],
                                     taps=[*editor.probs_names, "out"])
-        prediction = found.pop("out")
-        return torch.cat([probs.flatten() for probs in found.values()]), prediction
+            predictions.append(found.pop("out"))
+            maps.append(sum(upsampled(probs.mean(1)[..., columns], E.shape[-2:]) for probs in found.values())[0])
+    return maps, predictions
 
-    for original, start, end in zip(seen(x_orig), *map(seen, pictures), strict=True):
-        assert (end - original).norm() > 1.2 * (start - original).norm()
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"noise_weight": 0.0}], ids=["both terms", "attention alone"])
+def test_danp_moves_attention_and_prediction(options, editor):
+    """Attention falls where the original's is high, against the rest, and predictions move away: on average over noise.
+
+    The loss itself need not fall. Its mask is chosen anew from the maps at every step, and jumps with them.
+    """
+    x_orig = images.to_pixels(smooth(editor.working_size, editor.working_size))
+    with torch.enable_grad():
+        pictures = start_and_end(editor, "danp", x_orig, {"timesteps": T, "prompts": [PROMPT], **options})
+    etas = torch.randn((8, 1, *editor.encode(x_orig).shape[1:]), generator=seeded(98))
+    (clean, plain), *others = (seen(editor, x, etas) for x in (x_orig, *pictures))
+    masks = [above_threshold(one[None], 128)[0] for one in clean]
+    assert all(0 < mask.mean() < 1 for mask in masks)
+    daa = [sum(((2 * mask - 1) * one.square()).sum() / origin.square().sum() for mask, one, origin in zip(
+        masks, maps, clean, strict=True)) for maps, _ in others]
+    assert daa[1] < daa[0]
+    moved = [sum((one - origin).norm() for one, origin in zip(predictions, plain, strict=True)) for _, predictions in others]
+    assert moved[1] > (1.2 if not options else 1) * moved[0]
 
 
 def test_diffusionguard_enlarges_the_first_prediction(editor):
@@ -61,3 +78,19 @@ def test_diffusionguard_enlarges_the_first_prediction(editor):
                   for x in start_and_end(editor, "diffusionguard", x_orig, {})
                   for objective in [made(editor, "diffusionguard", x_orig, 99, {})]]
     assert end > start
+
+
+@pytest.mark.slow
+def test_tdae_lowers_the_attention_to_the_words(editor):
+    """With flat minima and a text that moves: the loss of the method itself falls, for the text as it was given."""
+    x_orig, generator = images.to_pixels(smooth(editor.working_size, editor.working_size)), seeded(7)
+    contexts, around, options = editor.contexts([PROMPT]), choose("tdae"), {"timesteps": T, "prompts": [PROMPT]}
+
+    def build(x_orig):
+        return sifm_min.METHODS["tdae"](editor, x_orig, contexts, generator=generator, **options)
+
+    objective = around.build(build, "tdae", editor, contexts, generator)(x_orig)
+    pictures = from_start(x_orig, around.flattened(objective, [generator], 0.03, x_orig))
+    start, end = (sum(made(editor, "tdae", x_orig, seed, options)(x.requires_grad_(), 0).item() for seed in (97, 98, 99))
+                  for x in pictures)
+    assert end < start and objective.refinements(20) == 10

@@ -48,9 +48,13 @@ TEXTS = {
 }
 
 
-def write(folder, seed=0):
-    """Write the editor into a folder, which is returned."""
-    return tiny_editor.write_parts(folder, NETWORKS, TEXTS, seed, prepare=_draw_positions)
+def write(folder, seed=0, instructed=False):
+    """Write the editor into a folder, which is returned. instructed: UltraEdit, whose transformer sees the image latent too."""
+    networks, name = dict(NETWORKS), "transformer/diffusion_pytorch_model"
+    if instructed:
+        network, config = networks[name]
+        networks[name] = network, config | {"in_channels": 2 * config["out_channels"]}
+    return tiny_editor.write_parts(folder, networks, TEXTS, seed, prepare=_draw_positions)
 
 
 def _draw_positions(network):
