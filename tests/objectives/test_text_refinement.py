@@ -1,7 +1,6 @@
 """TDAE's text refinement: the gradient by the text, the direction and reach of its steps, and when it happens."""
 
 import pytest
-import tiny_sd3
 import torch
 from photographs import smooth
 
@@ -18,15 +17,10 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(scope="module")
-def folders(tiny_folder, tmp_path_factory):
-    return {"InstructPix2Pix": tiny_folder, "SD3": tiny_sd3.write(tmp_path_factory.mktemp("sd3"))}
-
-
-@pytest.fixture(scope="module", params=["InstructPix2Pix", "SD3"])
-def editor(request, folders):
+@pytest.fixture(scope="module", params=["InstructPix2Pix", "SD3", "FLUX.1 Kontext"])
+def editor(request, tiny_folders):
     """In float64, and its pooled text is seen to stay."""
-    return sifm_min.load_editor(folders[request.param], device="cpu", dtype=torch.float64, vae_dtype=torch.float64)
+    return sifm_min.load_editor(tiny_folders[request.param], device="cpu", dtype=torch.float64, vae_dtype=torch.float64)
 
 
 @pytest.fixture
