@@ -5,16 +5,18 @@
 
 FOLDER holds photographs and LICENSES.jsonl with a use for each (`tools/photosets.py`): those for "train" are trained on,
 those for "evaluate" measured. The network (`sifm_min/miniature/recogniser.py`) learns from exact results of instructions,
-from the same after the reference autoencoder, and from synthetic damage (`tools/damages.py`). It never sees an edit or a
+from the same after the autoencoders that ship, and from synthetic damage (`tools/damages.py`). It never sees an edit or a
 perturbation that was sought. All stages together take some seven minutes of one CPU thread.
 
 Work files go to --work. The trained network ships as models/miniature/recogniser/model.safetensors, in fp16.
 """
 
 import argparse
+import itertools
 import json
 import random
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +27,18 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import damages  # noqa: E402
 import photosets  # noqa: E402
-from training_run import save  # noqa: E402
+from training_run import Run, save, trained  # noqa: E402
 
 from sifm_min import images  # noqa: E402
 from sifm_min.miniature import fidelity, pictures, recogniser  # noqa: E402
 from sifm_min.miniature.kinds import KINDS  # noqa: E402
 from sifm_min.miniature.recogniser import SIZE, Recogniser, class_of, classes  # noqa: E402
+from sifm_min.models import latent_spaces  # noqa: E402
 
 FULL = 256                                                   # pixels of what passes the autoencoder
 EACH = 4                                                     # edits of one crop
 PART = 25                                                    # crops in one file of data
-KEPT = 50                                                    # steps after which the state is saved
+STATE = "recogniser.pt"                                      # of the training, in --work
 READABLE = 0.7                                               # up to this damage the edit must be named
 
 
@@ -67,9 +70,15 @@ def tensor(pixels):
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def through_autoencoder(source, target, generator):
+@lru_cache(maxsize=1)
+def autoencoders():
+    """The copies of latent spaces that ship: what the miniature editors' results pass through."""
+    copies = filter(None, map(latent_spaces.copy_of, latent_spaces.SPACES.values()))
+    return [copy.network(dtype=torch.float32).eval() for copy in copies]
+
+
+def through_autoencoder(target, generator, network):
     """(after the autoencoder, the same with false texture, its damage): pixels (3,H,W) of a target, and the level."""
-    network = fidelity.reference()
     smooth, limit = list(damages.LATENTS.values())[int(torch.randint(2, (), generator=generator))]
     strength = 2 * limit * torch.rand((), generator=generator).item()
     with torch.no_grad():
@@ -99,8 +108,9 @@ def data(args):
         path = args.work / f"autoencoded-{part}.pt"
         if not path.exists():
             rows, generator = [], torch.Generator().manual_seed(part)
-            for source, ((label, target),) in draw(photographs[::-1], part, min(PART, args.autoencoded - part), FULL, 1):
-                plain, spoiled, level = through_autoencoder(source, target, generator)
+            drawn = draw(photographs[::-1], part, min(PART, args.autoencoded - part), FULL, 1)
+            for (source, ((label, target),)), network in zip(drawn, itertools.cycle(autoencoders()), strict=False):
+                plain, spoiled, level = through_autoencoder(target, generator, network)
                 rows.append((small(source), small(plain), small(spoiled), level, label))
             save(columns(("source", "plain", "spoiled", "level", "label"), rows), path)
 
@@ -161,45 +171,26 @@ def spoil(edit, generator):
 
 
 def train(args):
-    """The part that names the edit; --work keeps its state every 50 steps."""
+    """The part that names the edit; --work keeps its state."""
     rendered, autoencoded = parts(args.work, "rendered"), parts(args.work, "autoencoded")
-    torch.manual_seed(0)
-    network = Recogniser(len(classes()))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.02)
-    step, path = 0, args.work / "state.pt"
-    if path.exists():
-        state = torch.load(path)
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    while step < args.steps:
-        generator = torch.Generator().manual_seed(step)
-        edit, source, label, level = batch(rendered, autoencoded, args.batch, generator)
-        rate = args.lr * min(1, (step + 1) / 50, max(0.02, (args.steps - step) / (0.5 * args.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        scores = network.name(edit.to(memory_format=torch.channels_last), source)
+    run = Run(args.work / STATE, new_recogniser(), rate=args.lr, steps=args.steps, minutes=args.minutes)
+    while not run.done:
+        edit, source, label, level = batch(rendered, autoencoded, args.batch, torch.Generator().manual_seed(run.step))
+        scores = run.network.name(edit.to(memory_format=torch.channels_last), source)
         readable = level <= READABLE
-        loss = F.cross_entropy(scores[readable], label[readable], label_smoothing=0.02)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        if step % 20 == 0 or step == args.steps:
-            right = (scores.argmax(1) == label)[readable].float().mean()
-            print(f"step {step}: loss {loss.item():.3f}, named {right:.2f}", flush=True)
-        if step % KEPT == 0 or step == args.steps:
-            save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, path)
+        run.descend(F.cross_entropy(scores[readable], label[readable], label_smoothing=0.02))
+
+
+def new_recogniser():
+    torch.manual_seed(0)
+    return Recogniser(len(classes()))
 
 
 def score(args):
     """The part that scores damage, on the statistics of so many pictures that the trained part has named."""
     rendered, autoencoded = parts(args.work, "rendered"), parts(args.work, "autoencoded")
-    state = torch.load(args.work / "state.pt")
-    torch.manual_seed(0)
-    network = Recogniser(len(classes()))
-    network.load_state_dict({**network.state_dict(), **state["network"]})
+    network = trained(args.work / STATE, new_recogniser())
+    network.damage.requires_grad_(True)
     rows = []
     with torch.no_grad():
         for step in range(-(-args.scored // args.batch)):
@@ -250,7 +241,7 @@ def measure(args):
 
     for source, found in draw(photographs, 0, args.evaluated, FULL, 2):
         for label, target in found:
-            plain, _, _ = through_autoencoder(source, target, generator)
+            plain, _, _ = through_autoencoder(target, generator, fidelity.reference())
             for arm, edit in (("exact", target), ("autoencoded", plain)):
                 answer, damage = ask(edit, source)
                 right[arm].append(answer.argmax().item() == names.index(classes()[label]))
@@ -280,8 +271,9 @@ def main(argv=None):
     parser.add_argument("--work", type=Path, default=Path("build/recogniser"))
     parser.add_argument("--to", type=Path, default=recogniser.WEIGHTS)
     parser.add_argument("--crops", type=int, default=1300)
-    parser.add_argument("--autoencoded", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--autoencoded", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1500, help="of the part that names the edit, at most")
+    parser.add_argument("--minutes", type=float, help="of that part's training, at most; its rate reaches zero then")
     parser.add_argument("--scored", type=int, default=6000)
     parser.add_argument("--score-steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=48)

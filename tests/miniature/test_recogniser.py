@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import damages  # noqa: E402
 import train_recogniser as tool  # noqa: E402
+import training_run  # noqa: E402
 
 from sifm_min import images  # noqa: E402
 from sifm_min.miniature import deciding, recogniser, thresholds  # noqa: E402
@@ -156,21 +157,21 @@ def test_training_resumes_and_exports_what_the_judge_reads(photos, tmp_path, wei
     def run(*stages, steps):
         tool.main([*stages, "--photos", str(photos), "--work", str(tmp_path / "work"), "--to", str(weights), "--crops", "3",
                    "--autoencoded", "1", "--batch", "6", "--scored", "24", "--score-steps", "3", "--steps", str(steps)])
-        return torch.load(tmp_path / "work" / "state.pt")["network"] if "train" in stages else None
+        return torch.load(tmp_path / "work" / tool.STATE)["average"] if "train" in stages else None
 
     whole = run("data", "train", steps=4)
-    (tmp_path / "work" / "state.pt").unlink()
+    (tmp_path / "work" / tool.STATE).unlink()
     monkeypatch.setattr(tool, "draw", None)                  # the pictures are there already
-    monkeypatch.setattr(tool, "KEPT", 2)
-    tool_save, stopped = tool.save, []
+    monkeypatch.setattr(training_run, "SAVE_EVERY", -1)      # seconds: every step
+    save, stopped = training_run.save, []
 
     def stopping(value, path):
-        tool_save(value, path)
+        save(value, path)
         if value.get("step") == 2 and not stopped:
             stopped.append(True)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tool, "save", stopping)
+    monkeypatch.setattr(training_run, "save", stopping)
     with pytest.raises(KeyboardInterrupt):
         run("data", "train", steps=4)
     resumed = run("train", "score", "export", steps=4)
