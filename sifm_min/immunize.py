@@ -38,7 +38,7 @@ from .immunizing.shares import (
 from .instructions.bank import find_bank
 from .memory import in_words
 from .methods import METHODS
-from .metrics.perturbation import local_budget, measured
+from .metrics.perturbation import local_budget, measured, rms_bound
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
     each: of several editors, a list with a dict of options for each alone, such as {"taps": [...]}, which win over the others;
       "prompts" among them are its own words for the edits, as for an editor that is told descriptions.
     eps: the budget on [0,1]; no preset changes it. budget: "uniform", eps everywhere, or "texture", less where the picture
-      is smooth (`metrics.texture_budget`); the steps are scaled with it.
+      is smooth (`metrics.texture_budget`), with steps scaled to it and along the gradient (`rms` of `pgd`).
     steps, step_size, schedule ("constant" or "linear" decay), init ("random" in the budget, or "zero"): of the PGD loop.
     preset: decides these and the options where they are not given; "protocol", the paper's (100 steps of 1/255, constant,
       random), or "native", a baseline as its original was run.
@@ -112,7 +112,7 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
     images.budget(eps)                                       # an impossible budget is refused before any work
     purifiers = draws.stated(robust) if robust else False
     picture = _picture(image)
-    local = local_budget(picture, eps, budget)
+    local, rms = local_budget(picture, eps, budget), rms_bound(budget)
     region = images.read_mask(mask, *picture.image.size) if mask is not None else None
 
     started = time.perf_counter()
@@ -149,7 +149,7 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
 
         def descend(loss, ran, generator, on_step=None):
             return around.descend(pixels, loss, local, **ran | {"step_size": ran["step_size"] * parts}, mask=region,
-                                  generator=generator, on_step=on_step)
+                                  rms=rms, generator=generator, on_step=on_step)
 
         if len(shares) == 1 or name == "noise":
             generators = [torch.Generator().manual_seed(seed)]
@@ -158,7 +158,8 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
         else:
             few = loop | {"steps": min(joint.MEASURED, loop["steps"])}
             objective = loss = joint.joint_objective(group, shares, make, seed, lambda own, drawn: descend(own, few, drawn),
-                                                     parts if region is None else parts * region.to(original))
+                                                     parts if region is None else parts * region.to(original),
+                                                     norm=1 if rms is None else 2)
             generators = objective.generators
 
         def in_colour(x, step):                              # a grey picture is perturbed as one channel, and stays grey

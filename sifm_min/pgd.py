@@ -7,10 +7,11 @@ is on real numbers; `images.quantize` carries it over to the saved file.
 import torch
 
 SCHEDULES, INITS = ("constant", "linear"), ("random", "zero")
+SMALLEST = 1e-37                                             # in place of a zero below a fraction
 
 
 def pgd(pixels, objective, eps, *, steps, step_size, schedule="constant", init="random", mask=None, generator=None,
-        on_step=None):
+        rms=None, on_step=None):
     """The delta, shaped like `pixels`, with |delta| <= eps and pixels + delta in [0,1], after `steps` descents.
 
     eps, step_size: numbers above 0; or tensors that broadcast to `pixels` and are not negative, each value's own budget and
@@ -26,18 +27,22 @@ def pgd(pixels, objective, eps, *, steps, step_size, schedule="constant", init="
     init: "random", uniform in the budget, drawn from `generator`, or "zero". Where the loss is a distance to the features
       of the picture itself, zero is a stationary point.
     mask: (1,1,H,W) of zeros and ones; delta is zero where it is zero.
+    rms: None steps by the sign of the gradient, as the paper does. A number above 0 bounds the root mean square of delta / eps
+      as well, after every step: a step then goes along the gradient by delta / eps, and `step_size` is its root mean square.
+      Values that matter little to the loss hardly change. Means are over the values that may change.
     on_step(step, loss, terms) is called after each step with the loss before it, a float.
 
     Raises ValueError where an argument is out of range, where the first gradient is zero (nothing would change) and where
     a gradient is not finite.
     """
-    _check(pixels, eps, steps, step_size, schedule, init, mask, generator)
+    _check(pixels, eps, steps, step_size, schedule, init, mask, generator, rms)
     pixels = pixels.detach()
     eps, step_size = (value.to(pixels) if isinstance(value, torch.Tensor) else value for value in (eps, step_size))
     low, high = (-pixels).clamp(min=-eps), (1 - pixels).clamp(max=eps)   # delta's box: the budget and the range at once
     if mask is not None:
         mask = mask.to(pixels)
         low, high = low * mask, high * mask
+    whole = None if rms is None else (torch.zeros_like(pixels) + eps) * (1 if mask is None else mask)
     delta = torch.zeros_like(pixels)
     if init == "random":
         most = float(torch.as_tensor(eps, dtype=torch.float64).max())
@@ -49,7 +54,10 @@ def pgd(pixels, objective, eps, *, steps, step_size, schedule="constant", init="
         loss, terms = value if isinstance(value, tuple) else (value, {})
         (gradient,) = torch.autograd.grad(loss, x)
         decay = 1 - 0.99 * step / max(steps - 1, 1) if schedule == "linear" else 1
-        delta = (delta - step_size * decay * gradient.sign()).clamp(low, high)
+        direction = gradient.sign() if rms is None else _unit(gradient * whole, whole)
+        delta = (delta - step_size * decay * direction).clamp(low, high)
+        if rms is not None:
+            delta = delta * (rms / _rms(delta / whole.clamp(min=SMALLEST), whole)).clamp(max=1)
         moved = gradient if mask is None else gradient * mask
         finite, moves, value, *numbers = _numbers(gradient.isfinite().all(), moved.any(), loss, *terms.values())
         if not finite:
@@ -61,6 +69,17 @@ def pgd(pixels, objective, eps, *, steps, step_size, schedule="constant", init="
         if on_step:
             on_step(step, value, dict(zip(terms, numbers, strict=True)))
     return delta
+
+
+def _rms(values, budget):
+    """The root mean square, above zero, of values at those places where the budget is not zero; elsewhere they are zero."""
+    return (values.square().sum() / (budget > 0).sum()).sqrt().clamp(min=SMALLEST)
+
+
+def _unit(values, budget):
+    """The values over their root mean square; zeros stay zeros."""
+    values = values / values.abs().max().clamp(min=SMALLEST)             # squares of small numbers would be zero
+    return values / _rms(values, budget)
 
 
 def _numbers(*values):
@@ -82,7 +101,7 @@ def _range(value):
     return value.min().item(), value.max().item()
 
 
-def _check(pixels, eps, steps, step_size, schedule, init, mask, generator):
+def _check(pixels, eps, steps, step_size, schedule, init, mask, generator, rms):
     if pixels.ndim != 4 or len(pixels) != 1 or not (pixels.detach().min() >= 0 and pixels.detach().max() <= 1):
         raise ValueError(f"pixels must be (1,C,H,W) in [0,1], got {tuple(pixels.shape)}, "
                          f"{pixels.min().item():.4g} to {pixels.max().item():.4g}")
@@ -95,6 +114,8 @@ def _check(pixels, eps, steps, step_size, schedule, init, mask, generator):
     least, most = _range(step_size)
     if steps < 0 or not 0 <= least <= most < float("inf") or most == 0:
         raise ValueError(f"steps {steps}, step_size {step_size}: steps cannot be negative, and step_size must be positive")
+    if rms is not None and not 0 < rms < float("inf"):
+        raise ValueError(f"rms {rms}: it is a share of the budget above 0, such as 0.6")
     for value, known, name in ((schedule, SCHEDULES, "schedule"), (init, INITS, "init")):
         if value not in known:
             raise ValueError(f"{name} {value!r}: choose one of {', '.join(known)}")

@@ -31,6 +31,7 @@ import sifm_min
 from sifm_min import baselines, cli, images, immunize, methods, metrics, pgd
 from sifm_min.files import contact_sheet, writing
 from sifm_min.immunizing import flags
+from sifm_min.metrics import just_noticeable
 from sifm_min.models import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -268,6 +269,15 @@ def test_texture_budget_holds_for_every_value_and_method(run, method):
     assert found["budget_mean_steps"] == pytest.approx(limit.mean(), abs=0.01)
     one, other = (images.to_pixels(Image.open(name)) for name in ("out/a_immunized.png", "a.png"))
     assert found["visibility"] == pytest.approx(metrics.visibility(one, other).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("budget, rms", [("uniform", None), ("texture", just_noticeable.RMS)])
+def test_budget_decides_the_direction_of_steps(run, monkeypatch, budget, rms):
+    seen, descend = [], pgd.pgd
+    monkeypatch.setattr(pgd, "pgd", lambda *args, **loop: seen.append(loop["rms"]) or descend(*args, **loop))
+    half_smooth()
+    assert run("a.png", "--budget", budget, "--no-preview") == cli.OK
+    assert seen == [rms]
 
 
 def test_texture_budget_of_a_grey_picture_with_a_mask(run):

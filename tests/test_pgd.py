@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from attacked_editors import seeded
@@ -199,6 +200,8 @@ def test_a_gradient_that_is_not_finite_is_an_error(at, value):
     ({"init": "ones"}, "init 'ones': choose one of random, zero"),
     ({"mask": torch.ones(6, 7)}, "does not fit"), ({"mask": torch.ones(1, 3, 6, 7)}, "does not fit"),
     ({"mask": torch.zeros(1, 1, 6, 7)}, "zeros and ones"), ({"mask": torch.full((1, 1, 6, 7), 0.5)}, "zeros and ones"),
+    ({"rms": 0}, "rms 0: it is a share"), ({"rms": -0.5}, "rms -0.5"), ({"rms": math.nan}, "rms nan"),
+    ({"rms": math.inf}, "rms inf"),
     ({"pixels": picture() * 255}, "in \\[0,1\\]"), ({"pixels": picture() * 2 - 1}, "in \\[0,1\\]"),
     ({"pixels": picture()[0]}, "in \\[0,1\\]"), ({"pixels": picture() * math.nan}, "in \\[0,1\\]"),
 ])
@@ -249,3 +252,67 @@ def test_a_budget_everywhere_is_the_number():
 def test_wrong_budgets_of_values_are_refused(changes, says):
     with pytest.raises(ValueError, match=says):
         perturbed(objective=lambda x, step: pytest.fail("the objective ran"), **changes)
+
+
+# -- a bound of the root mean square -----------------------------------------------------------------------------------
+
+def boxes():
+    """(mid-grey pixels, each value's own eps with zeros in one column, a mask without one row, where values may change)."""
+    eps = 0.02 + torch.rand(1, 3, 6, 7, generator=seeded(2)) * 0.08
+    eps[..., 3] = 0
+    mask = torch.ones(1, 1, 6, 7)
+    mask[..., 4, :] = 0
+    return torch.full((1, 3, 6, 7), 0.5), eps, mask, ((eps > 0) & (mask > 0)).numpy()
+
+
+def along(weight, eps, free):
+    """The direction of a step by hand, in double precision: weight times eps over its root mean square, over `free`."""
+    values = np.where(free, weight.double().numpy() * eps.double().numpy(), 0)
+    return values / np.sqrt((values[free] ** 2).mean())
+
+
+@pytest.mark.parametrize("scale", [1, 1e-25, 1e25])
+def test_rms_steps_go_along_the_gradient(scale):
+    pixels, eps, mask, free = boxes()
+    weight = (0.5 + torch.rand(1, 3, 6, 7, generator=seeded(1))) * torch.randn(1, 3, 6, 7, generator=seeded(3)).sign()
+    one, many = (pgd(pixels, linear(weight * scale), eps, steps=steps, step_size=0.1 * eps, init="zero", mask=mask, rms=0.25)
+                 for steps in (1, 9))
+    direction = along(weight, eps, free)
+    np.testing.assert_allclose(one.numpy(), -0.1 * eps.numpy() * direction, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(many.numpy(), -0.25 * eps.numpy() * direction, rtol=1e-4, atol=1e-9)
+    assert np.abs(0.25 * direction).max() < 1                # so that no box ends before
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rms_budget_range_and_mask_hold_at_every_step(seed):
+    _, eps, mask, free = boxes()
+    pixels, rms = picture(seed=seed), (0.1, 0.6, 5.0)[seed % 3]
+    weight, seen = 10.0 ** torch.randn(1, 3, 6, 7, generator=seeded(seed)), []
+
+    def objective(x, step):
+        seen.append(x.detach() - pixels)
+        return (weight * x).sin().sum()
+
+    seen.append(pgd(pixels, objective, eps, steps=7, step_size=0.3 * eps, mask=mask, rms=rms, generator=seeded(seed)))
+    for delta in seen[1:]:
+        assert (delta.abs() <= eps * mask + 1e-7).all() and (pixels + delta).min() >= 0 and (pixels + delta).max() <= 1
+        assert np.sqrt(((delta / eps).numpy()[free] ** 2).mean()) <= rms + 1e-5
+    assert (seen[-1].abs() <= eps).all() and seen[-1].any()
+    if rms == 5:                                             # beyond every box: only the boxes bound, and some values end there
+        assert ((seen[-1] / eps).abs().numpy()[free] > 0.999).any()
+
+
+def test_rms_leaves_what_the_loss_hardly_sees():
+    pixels, weight = torch.full((1, 1, 8, 8), 0.5), torch.ones(1, 1, 8, 8)
+    weight[..., 4:] = 0.01
+    by_sign, along = (pgd(pixels, linear(weight), 0.1, steps=20, step_size=0.02, generator=seeded(), rms=rms).abs()
+                      for rms in (None, 0.6))
+    assert by_sign.min() > 0.099
+    assert along[..., :4].min() > 0.08 and along[..., 4:].max() < 0.01
+
+
+def test_rms_keeps_a_place_where_the_gradient_vanished():
+    pixels = picture()
+    kept = [pgd(pixels, lambda x, step, last=last: x.sum() * (step < last), 0.1, steps=steps, step_size=0.01, rms=0.3,
+                init="zero") for steps, last in ((2, 2), (5, 2))]
+    assert torch.equal(*kept)

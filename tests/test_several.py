@@ -69,12 +69,13 @@ def test_a_list_of_one_is_that_editor(tiny):
 
 # -- the sum of the losses ---------------------------------------------------------------------------------------------
 
-def test_joint_gradient_is_the_sum_over_the_scales(tiny_folder, sd3_folder, monkeypatch):
+@pytest.mark.parametrize("rms, norm, size", [(None, 1, lambda g: g.abs().sum()), (0.6, 2, lambda g: g.square().sum().sqrt())])
+def test_joint_gradient_is_the_sum_over_the_scales(tiny_folder, sd3_folder, monkeypatch, rms, norm, size):
     """In float64: the gradient of the sum equals the sum of the gradients over scales measured by hand, as does the loss."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     wide = {"device": "cpu", "dtype": torch.float64, "vae_dtype": torch.float64}
     editors = [sifm_min.load_editor(folder, **wide) for folder in (tiny_folder, sd3_folder)]
-    group, steps = Several(editors), {"steps": joint.MEASURED, "step_size": 1 / 255}
+    group, steps = Several(editors), {"steps": joint.MEASURED, "step_size": 1 / 255, "rms": rms}
     drawn = torch.Generator().manual_seed(1)
     original = torch.rand(1, 3, 40, 30, generator=drawn, dtype=torch.float64)
     x = (original + 0.02 * torch.randn(original.shape, generator=drawn, dtype=torch.float64)).clamp(0, 1).requires_grad_()
@@ -85,7 +86,7 @@ def test_joint_gradient_is_the_sum_over_the_scales(tiny_folder, sd3_folder, monk
     _, _, parts = shares.shares_of(group, "sifm", "protocol", None, {"timesteps": 3})
     parts = shares.told(parts, [PROMPT], None)
     loss, terms = (objective := joint.joint_objective(group, parts, make, 7, lambda own, generator: pgd(
-        original, own, 0.03, **steps, generator=generator), 1.0))(x, 0)
+        original, own, 0.03, **steps, generator=generator), 1.0, norm))(x, 0)
     (found,) = torch.autograd.grad(loss, x)
 
     expected, value = torch.zeros_like(x), 0.0
@@ -94,7 +95,7 @@ def test_joint_gradient_is_the_sum_over_the_scales(tiny_folder, sd3_folder, monk
 
         def counted(pixels, step, own=own, norms=norms):
             result = own(pixels, step)[0]
-            norms.append(torch.autograd.grad(result, pixels, retain_graph=True)[0].abs().sum())
+            norms.append(size(torch.autograd.grad(result, pixels, retain_graph=True)[0]))
             return result
 
         pgd(original, counted, 0.03, **steps, generator=generator)

@@ -1,12 +1,12 @@
 """The objective for several editors: the sum of their own losses, each over its own scale.
 
     L(x') = sum over editors i of  L_i(x') / s_i
-    s_i   = mean over the first MEASURED steps made for editor i alone of  sum over pixels of w |dL_i / dx'|
+    s_i   = mean over the first MEASURED steps made for editor i alone of  the norm of w dL_i / dx'
 
-w is a pixel's step over the largest, and zero outside a mask. The loop steps by the sign of the gradient, so a step made for
-editor i alone lowers L_i, to first order, by the step's size times this sum: in units of s_i each editor alone gains as much,
-and none outweighs the others. The value of a loss is no such scale: SIFM's passes through zero, and those of SDS and MIST say
-little about their gradients.
+w is a pixel's step over the largest, and zero outside a mask. Where the loop steps by the sign of the gradient, the norm is the
+sum of magnitudes; where it steps along the gradient (`rms` of `pgd`), the Euclidean norm. A step made for editor i alone lowers
+L_i, to first order, in proportion to this norm: in units of s_i each editor alone gains as much, and none outweighs the others.
+The value of a loss is no such scale: SIFM's passes through zero, and those of SDS and MIST say little about their gradients.
 The gradient on the picture is all that the editors share: each has its graph for itself, one after the other.
 """
 
@@ -19,17 +19,18 @@ from .shares import named
 MEASURED = 4                                                 # the first steps of each editor alone
 
 
-def joint_objective(group, shares, make, seed, alone, weight):
+def joint_objective(group, shares, make, seed, alone, weight, norm=1):
     """The objective of all shares, an objective like any other.
 
     group: the `Several`. make(share, generator) -> an editor's own objective. alone(objective, generator) runs the first
-    MEASURED steps of a loop, to measure the scales. weight: w, a number or a tensor that broadcasts to the picture. Every
-    editor's noise is the one of its run alone, from a generator with this seed; `generators` has them, the first for the start.
+    MEASURED steps of a loop, to measure the scales. weight: w, a number or a tensor that broadcasts to the picture. norm: 1
+    or 2, of the scales. Every editor's noise is the one of its run alone, from a generator with this seed; `generators` has
+    them, the first for the start.
     """
     scales, measured, members, gradients = {}, {}, [], 0
     for share in shares:
         with group.at_work(share.editor), named(share.name):
-            scales[share.name], measured[share.name], count = _scale(share, make, seed, alone, weight)
+            scales[share.name], measured[share.name], count = _scale(share, make, seed, alone, weight, norm)
         gradients += count
     generators = [torch.Generator().manual_seed(seed) for _ in shares]
     for share, generator in zip(shares, generators, strict=True):
@@ -69,7 +70,7 @@ def joint_objective(group, shares, make, seed, alone, weight):
     return objective
 
 
-def _scale(share, make, seed, alone, weight):
+def _scale(share, make, seed, alone, weight, norm):
     """(s_i, the passes and gradients that it took) of one editor. Raises ValueError where its gradient is zero."""
     generator, moved = torch.Generator().manual_seed(seed), []
     made = make(share, generator)
@@ -78,7 +79,7 @@ def _scale(share, make, seed, alone, weight):
     def recorded(x, step):
         value, gradient, _ = _gradient(loss, x.expand(-1, 3, -1, -1), step, share.editor.device)
         gradient = gradient.sum(1, keepdim=True) if x.shape[1] == 1 else gradient        # of a grey picture's one channel
-        moved.append((weight * gradient).abs().sum())
+        moved.append(torch.linalg.vector_norm(weight * gradient, norm))
         return value + ((x - x.detach()) * gradient).sum()
 
     alone(recorded, generator)

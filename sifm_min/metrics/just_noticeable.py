@@ -25,7 +25,8 @@ OVERLAP = 0.3                                                # of the two terms 
 BRIGHTEST = 1.6                                              # largest factor of the luminance
 CHROMA = 0.1                                                 # power of the luma's weights
 WINDOW = 5                                                   # pixels a side
-FULL = 7 * STEP                                              # the threshold from which on a pixel has the whole budget
+FULL = 6 * STEP                                              # the threshold from which on a pixel has the whole budget
+RMS = 3 ** -0.5                                              # of a perturbation over its budget, at most: as uniform noise has
 
 
 def thresholds(pixels):
@@ -44,11 +45,13 @@ def thresholds(pixels):
 def texture_budget(pixels, eps):
     """A budget for every value, small where a picture is smooth: pixels as for `thresholds` -> whole 8-bit steps, on [0,1].
 
-    eps times threshold / FULL, rounded to steps of 1/255, from one step to the whole steps in eps. With eps 7/255 a value
-    may change by its threshold, and 7 steps at most. Raises ValueError for pixels out of range.
+    eps times threshold / FULL, rounded to steps of 1/255, from one step to the whole steps in eps. The loop also bounds the
+    root mean square of the perturbation over this budget, by RMS (`rms` of `pgd`): with eps 10/255 a value changes by about its
+    threshold in the root mean square, and by less where the budget ends at eps. Raises ValueError for pixels out of range.
 
-    In proportion, and not steeper: SSIM loses about e^2 / (2 s^2 + c) at a place of deviation s that changes by e, while the
-    shift of latents grows about as e^0.4. Their best exchange has e^1.6 in proportion to 2 s^2 + c, so e grows about as s does.
+    In proportion to the threshold, and not steeper: SSIM loses about d^2 / (2 s^2 + c) where a value changes by d at a place of
+    deviation s, and the loop spends a given sum of (d / budget)^2 where it moves the loss most. That costs least SSIM for a
+    budget in proportion to sqrt(2 s^2 + c), which grows about as s does.
     """
     pixels, _ = checked(pixels, pixels)
     steps = (eps / STEP * thresholds(pixels) / FULL).round()

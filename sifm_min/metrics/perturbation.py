@@ -20,6 +20,14 @@ def local_budget(picture, eps, budget="uniform"):
     return texture_budget(images.to_pixels(picture.image)[:, :picture.channels], eps)
 
 
+def rms_bound(budget):
+    """The bound of the root mean square of a perturbation over its budget, as `pgd` takes it: None of "uniform"."""
+    if budget == "uniform":
+        return None
+    from .just_noticeable import RMS
+    return RMS
+
+
 def measured(picture, immunized, eps):
     """The perturbation that an 8-bit picture really has, JSON-ready; eps: a number or a tensor, as `local_budget` returns.
 

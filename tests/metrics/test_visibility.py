@@ -119,8 +119,8 @@ def test_same_change_shows_more_where_it_is_smooth():
 
 def test_texture_budget_is_barely_visible():
     pixels = torch.cat([texture(0.02), texture(0.06), texture(0.0)], 3)
-    budget = metrics.texture_budget(pixels, 7 / 255)
-    assert metrics.visibility((pixels + budget).clamp(0, 1), pixels).item() < 1.5
+    change = just_noticeable.RMS * metrics.texture_budget(pixels, 7 / 255)
+    assert metrics.visibility((pixels + change).clamp(0, 1), pixels).item() < 1
     assert metrics.visibility((pixels + 7 / 255).clamp(0, 1), pixels).item() > 3
 
 
@@ -128,3 +128,9 @@ def test_a_budget_of_another_name_is_refused():
     with pytest.raises(ValueError, match="budget 'skin': choose one of uniform, texture"):
         perturbation.local_budget(None, 0.03, "skin")
     assert perturbation.local_budget(None, 0.03) == 0.03
+
+
+def test_rms_of_a_texture_budget_is_that_of_uniform_noise():
+    noise = torch.empty(100_000).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+    assert perturbation.rms_bound("texture") == pytest.approx(noise.square().mean().sqrt().item(), rel=0.01)
+    assert perturbation.rms_bound("uniform") is None         # the paper's loop
