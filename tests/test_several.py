@@ -158,13 +158,15 @@ def test_report_lists_the_editors(tiny, sd3, encoders):
     assert passes["encoder_backward"] == 2 * (3 + 3 + 3) and passes["denoiser_backward"] == 2 * (2 * 3 + 2 * 3)
 
 
-def test_robust_and_texture_go_with_several(tiny, sd3):
-    options = {"robust": True, "budget": "texture", "mask": None, **FEW}
+def test_robust_and_texture_go_with_several(tiny, sd3, monkeypatch):
+    options, norms, make = {"robust": True, "budget": "texture", "mask": None, **FEW}, [], joint.joint_objective
+    monkeypatch.setattr(joint, "joint_objective", lambda *args, norm: norms.append(norm) or make(*args, norm=norm))
     both = sifm_min.immunize(smooth(40, 30), [tiny, sd3], PROMPT, **options)
     single = sifm_min.immunize(smooth(40, 30), sd3, PROMPT, **options)
     drawn = [[step["purifier"] for step in result.report["loss"]] for result in (both, single)]
     assert drawn[0] == drawn[1] and len(set(drawn[0])) > 1
     assert both.report["options"]["budget"] == "texture" and both.report["linf_steps"] > 0
+    assert norms == [2]                                      # of scales where steps go along the gradient
 
 
 def test_grey_picture_within_a_mask(tiny, sd3, tmp_path):
