@@ -214,7 +214,8 @@ def test_a_folder_that_does_not_fit_is_one_sentence(folders, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "options"), [("sifm", {"timesteps": 2}), ("decontext", {})], ids=str)
+@pytest.mark.parametrize(("method", "options"), [("sifm", {"timesteps": 2}), ("decontext", {}), ("danp", {"timesteps": 2}),
+                                                 ("diffusionguard", {}), ("tdae", {"timesteps": 2})], ids=str)
 def test_gradient_agrees_with_finite_differences(method, options, folders, monkeypatch):
     editor = load_editor(folders()[1], device="cpu", dtype=torch.float64, vae_dtype=torch.float64)
     editor.defaults = replace(editor.defaults, size=64)
