@@ -3,7 +3,7 @@
 from . import cli
 from .files import reports, writing
 from .files.weight_digests import hash_weights
-from .immunize import editor_of, find, question, tell_skipped
+from .immunize import editor_of, find, question, set_strength, tell_skipped
 
 EXAMPLES = """examples:
   %(prog)s photo.png --prompt "make her a witch" -o out
@@ -40,6 +40,7 @@ def _body(args):
 
     pictures, left_out = find(args.pictures, args.output, OUTPUTS)
     editor = editor_of(args)
+    set_strength([editor], args.strength)
     if fault := editor.plan(args.steps).fault:
         raise Unfit(f"{args.editor}: {fault}")
     writing.make_folder(args.output)

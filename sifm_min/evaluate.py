@@ -280,7 +280,7 @@ def _editors(args):
         name = source.rstrip("/").rpartition("/")[2]
         if name in editors:
             raise ValueError(f"{source}: two editors are called {name}; give two that are told apart by name")
-        options = argparse.Namespace(**{**vars(args), "editor": source, "strength": None})
+        options = argparse.Namespace(**{**vars(args), "editor": source})
         if source == args.other:
             options.revision = None
         if args.other and not Path(source).is_file():        # --components are those of a single file

@@ -306,23 +306,20 @@ def _list_taps(group, args):
 
 
 def _of_each(args, sources):
-    """The flags of each editor among several, as `editor_of` takes them. The strength is set afterwards."""
+    """The flags of each editor among several, as `editor_of` takes them."""
     if len(sources) == 1:
-        return [{"editor": sources[0], "strength": None}]
+        return [{"editor": sources[0]}]
     if args.revision is not None:
         raise ValueError("--revision is of one hub repository, and several editors are given: fetch it with `python -m "
                          f"{__package__}.weights download ID --revision {args.revision}`, and give --editor the folder that "
                          "this prints")
-    return [{"editor": source, "strength": None, "components": args.components if Path(source).is_file() else None}
-            for source in sources]
+    return [{"editor": source, "components": args.components if Path(source).is_file() else None} for source in sources]
 
 
 def editor_of(args):
-    """The editor that a command's flags (`cli.Parser.editor`) ask for."""
+    """The editor that a command's flags (`cli.Parser.editor`) ask for; `set_strength` is apart from it."""
     from .editors import load_editor
-    editor = load_editor(args.editor, revision=args.revision, components=args.components, t5=args.t5, **cli.place(args))
-    set_strength([editor], args.strength)
-    return editor
+    return load_editor(args.editor, revision=args.revision, components=args.components, t5=args.t5, **cli.place(args))
 
 
 def set_strength(editors, strength):
