@@ -283,7 +283,9 @@ def test_prompts_said_before_are_not_encoded_again(folders, loads):
 
 
 def test_contexts_of_several_prompts_read_the_text_encoders_once(folders, loads):
-    editor = load_editor(folders()[1].checkpoint.folder, device="cpu")
+    folder = folders()[1].checkpoint.folder
+    loads.clear()                                            # of the pair, where no earlier test has loaded it
+    editor = load_editor(folder, device="cpu")
     found = editor.contexts([RED, HAT])
     assert [name for name, _ in loads] == ["vae", "text_encoder", "text_encoder_2", "text_encoder_3"]
     for prompt, context in zip((RED, HAT), found, strict=True):
