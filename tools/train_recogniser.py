@@ -6,7 +6,7 @@
 FOLDER holds photographs and LICENSES.jsonl with a use for each (`tools/photosets.py`): those for "train" are trained on,
 those for "evaluate" measured. The network (`sifm_min/miniature/recogniser.py`) learns from exact results of instructions,
 from the same after the autoencoders that ship, and from synthetic damage (`tools/damages.py`). It never sees an edit or a
-perturbation that was sought. All stages together take some seven minutes of one CPU thread.
+perturbation that was sought.
 
 Work files go to --work. The trained network ships as models/miniature/recogniser/model.safetensors, in fp16.
 """
