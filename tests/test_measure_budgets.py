@@ -4,8 +4,10 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from photographs import smooth
+from PIL import Image
 from test_latent_spaces import network, write_authors
 
 from sifm_min.models.latent_spaces import SPACES
@@ -68,3 +70,19 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert printed.endswith(capsys.readouterr().out)
     budgets = {row["arm"]: row["values"]["mean budget"] for row in map(json.loads, second.splitlines())}
     assert [budgets[f"uniform {n}"] for n in (3, 5, 7)] == [3, 5, 7] and budgets["texture 7"] < 7
+
+
+def test_a_sheet_shows_every_budget_above_the_calmest_part(tmp_path, monkeypatch):
+    write_authors(tmp_path / "space", SPACES["sd1"], network(SPACES["sd1"], 0))
+    pixels = np.random.default_rng(0).integers(60, 200, (96, 80, 3), np.uint8)
+    pixels[20:68, 10:58] = 120
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    monkeypatch.setattr(tool, "PART", 40)
+    left, top, side = tool.calmest(Image.fromarray(pixels))
+    assert 10 <= left <= 18 and 20 <= top <= 28 and side == 40
+    tool.main(["--photos", str(tmp_path / "photo.png"), "--size", "96", "--steps", "1", "--sheet",
+               "--editor", f"latents:{tmp_path / 'space'}", "-o", str(tmp_path / "sheet.png")])
+    with Image.open(tmp_path / "sheet.png") as made:
+        assert made.width >= (1 + len(tool.SHOWN)) * 40 * tool.ZOOM and made.height >= 96 + 40 * tool.ZOOM
+        columns = {made.convert("RGB").getpixel((x, made.height - 60)) for x in range(made.width)}
+    assert (120, 120, 120) in columns and len(columns) > 3   # the original's calm part, and changed ones

@@ -91,10 +91,6 @@ def _has_face(pixels, option):
     return placed.face(pixels)[3] >= 0.5
 
 
-def _not_mirrored_alike(pixels, option):
-    return changed(pixels, pixels[:, ::-1]).mean() >= 0.3    # a picture that is nearly symmetric shows nothing
-
-
 # --------------------------------------------------------------------------------------------------------------- the kinds
 
 _ALL = (
@@ -143,11 +139,6 @@ _ALL = (
           "(show|build) it as a mosaic", "make it a mosaic of (squares|tiles)", "show it (in|with) big pixels",
           "build it of (tiles|squares)", "pixelate it"),
          ("pixelate the picture", "make this a mosaic", "show it as a mosaic of tiles")),
-    Kind("poster", edits.poster,
-         ("turn (it|this|the picture) into a (poster|cartoon)", "make it a (poster|cartoon)",
-          "(show|print|draw) it as a (poster|cartoon)", "give it the look of a (poster|cartoon)",
-          "make it a poster with few colors"),
-         ("print this as a poster", "make this a cartoon", "draw this as a cartoon")),
     Kind("woodcut", edits.woodcut,
          ("turn (it|this|the picture) into a (woodcut|woodcut print)", "make it a (woodcut|woodcut print)",
           "(show|print|carve) it as a (woodcut|woodcut print)", "cut it in wood", "give it the look of a woodcut",
@@ -219,12 +210,7 @@ _ALL = (
           "color the whole sky {o}", "make the whole sky {o}", "put it under a {o} sky", "make a {o} sky"),
          ("turn the whole sky {o}", "let it be under a {o} sky", "the whole sky should be {o}"),
          options=("red", "green", "purple"), needs=_has_sky),
-    # geometry and additions
-    Kind("mirrored", placed.mirrored,
-         ("mirror (it|this|the picture)", "flip (it|this|the picture)", "swap left and right", "make it mirrored",
-          "show it (mirrored|in a mirror)", "turn left into right", "flip it (from left to right|to the other side)",
-          "let it look the other way", "show the mirror image", "make it a mirror image", "exchange left and right"),
-         ("flip left and right", "turn it into a mirror image", "make the picture mirrored")),
+    # additions and focus
     Kind("frame", placed.framed,
          ("put a {o} frame around (it|this|the picture)", "add a {o} frame", "(hang|show|put) it in a {o} frame",
           "give (it|this|the picture) a {o} frame", "frame (it|this|the picture) in {o}", "add a {o} border",

@@ -1,4 +1,4 @@
-"""Edits with a place: geometry, things that are added, and edits that read what the picture shows.
+"""Edits with a place: things that are added, a blurred background, and edits that read what the picture shows.
 
 The signature is that of `whole_edits.py`. What is found in a picture (the sky, a face, the most colourful thing) is found on
 blurred maps and weighed softly, so that a little noise does not move it.
@@ -25,12 +25,7 @@ from .soft_maps import (
 SIDES = {"left": 0.25, "right": 0.75}                        # where the sun and the moon stand, as a fraction of the width
 
 
-# ------------------------------------------------------------------------------------------------ geometry and additions
-
-def mirrored(pixels, option):
-    """Left and right change places."""
-    return np.ascontiguousarray(pixels[:, ::-1])
-
+# --------------------------------------------------------------------------------------------------- additions and focus
 
 def framed(pixels, option):
     """A frame over the border: wooden or white."""

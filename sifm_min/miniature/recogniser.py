@@ -63,8 +63,8 @@ def read_edit(source, edited):
 class Recogniser(nn.Module):
     """A network: edits and sources, each (B,3,128,128) in [0,1] -> (scores (B,classes), damage (B,), before a sigmoid).
 
-    The source enters as it is and mirrored, and two channels hold the place of each pixel: an edit is named by its changes
-    and their places. Damage is scored by the strength of detail in both pictures (`texture`) and by the edit's name.
+    Two channels hold the place of each pixel: an edit is named by its changes and their places. Damage is scored by the
+    strength of detail in both pictures (`texture`) and by the edit's name.
     """
 
     WIDTHS = (40, 56, 88, 104)
@@ -72,7 +72,7 @@ class Recogniser(nn.Module):
     def __init__(self, count):
         super().__init__()
         pairs = list(zip(self.WIDTHS, self.WIDTHS[1:], strict=False))
-        self.stem = nn.Conv2d(11, self.WIDTHS[0], 4, stride=4)
+        self.stem = nn.Conv2d(8, self.WIDTHS[0], 4, stride=4)
         self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
         self.norms = nn.ModuleList(nn.GroupNorm(8, b) for _, b in pairs)
         self.deep = nn.ModuleList(nn.Conv2d(b, b, 3, padding=1) for _, b in pairs)
@@ -92,7 +92,7 @@ class Recogniser(nn.Module):
         """The scores (B,classes) alone."""
         down = torch.linspace(-1, 1, edit.shape[2], device=edit.device, dtype=edit.dtype).view(1, 1, -1, 1)
         places = [axis.expand(len(edit), 1, *edit.shape[2:]) for axis in (down, down.transpose(2, 3))]
-        x = F.silu(self.stem(torch.cat([2 * edit - 1, 2 * source - 1, 2 * source.flip(3) - 1, *places], 1)))
+        x = F.silu(self.stem(torch.cat([2 * edit - 1, 2 * source - 1, *places], 1)))
         for down, norm, deep in zip(self.down, self.norms, self.deep, strict=True):
             x = F.silu(norm(down(x)))
             x = x + F.silu(deep(x))

@@ -90,15 +90,6 @@ def mosaic(pixels, option):
     return planes[0].numpy().transpose(1, 2, 0)
 
 
-def poster(pixels, option):
-    """Few strong colours in flat areas: each channel in four soft steps."""
-    flat = blur(pixels, 0.010)
-    middle = grey(light(flat))
-    strong = np.clip(middle + 1.7 * (flat - middle), 0, 1) * 3
-    whole = np.floor(strong)
-    return (whole + step(strong - whole, 0.3, 0.7)) / 3
-
-
 def woodcut(pixels, option):
     """Dark brown ink on yellowish paper, nothing between: ink where it is darker than its surroundings."""
     fine = light(blur(pixels, 0.008))

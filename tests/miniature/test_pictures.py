@@ -103,7 +103,7 @@ def test_target_of_small_and_oblong_pictures(kind, option):
 
 @asked
 def test_plain_grey_has_no_place_for_content_kinds(kind, option):
-    if kind.name in CONTENT or kind.name == "mirrored":
+    if kind.name in CONTENT:
         assert not kind.applies(np.full((96, 96, 3), 0.5, np.float32), option)
 
 
@@ -120,7 +120,6 @@ def test_edits_do_what_their_names_say(pixels):
         return KINDS[name].target(pixels, option)
     corners = np.s_[:6, :6]
     np.testing.assert_allclose(made("negative"), 1 - pixels, atol=1e-6)
-    np.testing.assert_array_equal(made("mirrored"), pixels[:, ::-1])
     assert np.ptp(made("black and white"), 2).max() < 1e-5
     half = made("half black and white", "left")
     assert np.ptp(half[:, :120], 2).max() < 1e-5
@@ -245,7 +244,7 @@ def test_samples_refuse_what_is_no_picture(given, sentence):
 
 
 def test_samples_refuse_a_picture_that_shows_nothing(monkeypatch):
-    monkeypatch.setattr(pictures, "KINDS", {name: KINDS[name] for name in ("night", "sky", "hat", "autumn", "mirrored")})
+    monkeypatch.setattr(pictures, "KINDS", {name: KINDS[name] for name in ("night", "sky", "hat", "autumn")})
     with pytest.raises(ValueError, match="picture 1: only 1 kinds of instruction change it visibly"):
         pictures.samples(1, 0, pictures=[Image.new("RGB", (80, 80), "grey")], size=64)
 
