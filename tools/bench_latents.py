@@ -3,8 +3,9 @@
     latents    one step of the method `latent` for two and for five spaces, and with it a photograph of 100 steps
 
 The peer is the loop as one writes it from the paper: networks as from_pretrained leaves them, the original's latents computed
-once, all spaces in one graph, and torch.autograd.grad of the sum of the shifts at the pixels. Without --weights both sides have
-the same random weights in the published shapes. diffusers has no pool branch of taef2: with --weights, its peer runs without.
+once, all spaces in one graph, and torch.autograd.grad of the sum of the shifts' logarithms at the pixels. Without --weights
+both sides have the same random weights in the published shapes. diffusers has no pool branch of taef2: with --weights, its
+peer runs without.
 """
 
 import sys
@@ -118,7 +119,7 @@ class Naive:
 
     def __call__(self, x, number):
         x = x.detach().requires_grad_()
-        loss = -sum(map(shifts.shift, self.encode(x), self.originals))
+        loss = -sum(shifts.shift(*pair).log() for pair in zip(self.encode(x), self.originals, strict=True))
         return torch.autograd.grad(loss, x)[0]
 
 

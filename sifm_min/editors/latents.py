@@ -155,11 +155,12 @@ class Latents(Editor):
 def latent(editor, x_orig, contexts, *, generator, sizes=SIZES, spaces_per_step: int = None):
     """Encoder-max: move the latents of every space as far as possible. No prompt.
 
-        L = - sum over spaces of RMS(z(x') - z(x)) / std(z(x))
+        L = - sum over spaces of log( RMS(z(x') - z(x)) / std(z(x)) )
 
-    Ours. sizes: long sides at which the shift is measured, through the resize, those below the picture's own size; the steps
-    take turns. spaces_per_step: so many spaces take turns, in order; None for all in every step. Every space is encoded and
-    followed backwards for itself: the memory is that of one. Cost: encoder 1F 1B a step and space.
+    Ours. The logarithm weighs equal factors equally: in a plain sum the space whose latents are hardest to move (SD3's) would
+    be neglected. sizes: long sides at which the shift is measured, through the resize, those below the picture's own size; the
+    steps take turns. spaces_per_step: so many spaces take turns, in order; None for all in every step. Every space is encoded
+    and followed backwards for itself: the memory is that of one. Cost: encoder 1F 1B a step and space.
     """
     frames = editor.frames(x_orig.shape[3], x_orig.shape[2], (sizes,) if isinstance(sizes, int) else sizes)
     count = len(editor.spaces)
@@ -178,11 +179,12 @@ def latent(editor, x_orig, contexts, *, generator, sizes=SIZES, spaces_per_step:
         before = editor.latents(originals[frame], spaces)
         pixels = images.resize(x_imu, *frame)
         leaf = pixels.detach().requires_grad_()
-        moved, g = {}, torch.zeros_like(leaf)
+        moved, loss, g = {}, 0, torch.zeros_like(leaf)
         for space in spaces:
             moved[space.name] = shifts.shift(editor.encode_fast(space, leaf), before[space.name])
-            g = g - torch.autograd.grad(moved[space.name], leaf)[0]
-        return -sum(moved.values()).detach() + ((pixels - leaf.detach()) * g).sum(), moved
+            part = -moved[space.name].log()
+            loss, g = loss + part.detach(), g + torch.autograd.grad(part, leaf)[0]
+        return loss + ((pixels - leaf.detach()) * g).sum(), moved
 
     def first(steps):
         """The number of the original's encodings in so many steps."""
