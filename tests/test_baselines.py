@@ -20,7 +20,8 @@ pytest.importorskip("transformers", reason="the oracle's text encoder, transform
 
 import attacked_editors  # noqa: E402
 import small_editors  # noqa: E402
-from attacked_editors import assert_slopes, seeded, small_pair  # noqa: E402
+from attacked_editors import seeded, small_pair  # noqa: E402
+from finite_differences import assert_slopes  # noqa: E402
 
 from sifm_min import METHODS, baselines, images  # noqa: E402
 from sifm_min.pgd import pgd  # noqa: E402

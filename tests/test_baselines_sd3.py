@@ -14,7 +14,8 @@ pytest.importorskip("transformers", reason="the oracle's text encoders, transfor
 
 import attacked_editors  # noqa: E402
 import small_sd3  # noqa: E402
-from attacked_editors import assert_slopes, loaded_pair, seeded  # noqa: E402
+from attacked_editors import loaded_pair, seeded  # noqa: E402
+from finite_differences import assert_slopes  # noqa: E402
 from test_baselines import PROMPTS, Reference, T, loss_of, made, moved  # noqa: E402
 
 from sifm_min import METHODS, baselines  # noqa: E402

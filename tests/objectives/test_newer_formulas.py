@@ -15,7 +15,8 @@ pytest.importorskip("transformers", reason="the oracle's text encoders, transfor
 
 import small_flux  # noqa: E402
 import small_sd3  # noqa: E402
-from attacked_editors import assert_slopes, loaded_pair, seeded, small_pair  # noqa: E402
+from attacked_editors import loaded_pair, seeded, small_pair  # noqa: E402
+from finite_differences import assert_slopes  # noqa: E402
 from test_baselines import PROMPTS, Reference, loss_of, made, moved  # noqa: E402
 from test_baselines_sd3 import Flow, words  # noqa: E402
 
