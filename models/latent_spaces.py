@@ -6,6 +6,7 @@ taesd_decoder.safetensors). They are looked for in the folder that `weights down
 hub. All are by Ollin Boer Bohan, under the MIT licence; none of them ships with this package.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ COPIES = Path(__file__).parent / "latents"                   # copies that this 
 class Space:
     """A latent space and the tiny autoencoder that stands for it.
 
-    marks: the first biases of the encoder's last layer; they identify the space among files of equal shapes.
+    marks: {half: the first biases of its last layer}; they identify the space among files of equal shapes.
     files: {file to fetch: its published SHA-256, or None where none is published}.
     """
 
@@ -41,7 +42,7 @@ class Space:
     revision: str
     size: int                                       # bytes to fetch, the config aside
     files: Mapping[str, str | None]
-    marks: tuple[float, ...]
+    marks: Mapping[str, tuple[float, ...]]
 
     @property
     def hub_id(self):
@@ -70,21 +71,21 @@ SPACES = {space.name: space for space in (
     Space(name="sd1", title="Stable Diffusion 1.x and 2.x, InstructPix2Pix, HQ-Edit", stem="taesd", channels=4,
           revision="931366cc24b8bc15d6f682fa2e0352f1deec397b", size=9_793_292,
           files=_diffusers("d7956d561b1efbd861ad9b03fd8f01510f9e87eddc07bdfd20837009433f6ee5"),
-          marks=(0.1074, 0.0193, 0.0240, -0.0150)),
+          marks={"encoder": (0.1074, 0.0193, 0.0240, -0.0150), "decoder": (0.2617, 0.2598, 0.2598)}),
     Space(name="sdxl", title="Stable Diffusion XL", stem="taesdxl", channels=4,
           revision="a496ca9481f06f84a0399a38c3b6e683fa02da01", size=9_793_292, files=_diffusers(),
-          marks=(-0.1113, 0.0486, -0.0605, -0.0417)),
+          marks={"encoder": (-0.1113, 0.0486, -0.0605, -0.0417), "decoder": (0.4219, 0.4219, 0.4219)}),
     Space(name="sd3", title="Stable Diffusion 3 and 3.5, UltraEdit", stem="taesd3", channels=16,
           revision="d58dcaccd2b36fcb7a6b9e93c1cc507acab5a778", size=9_848_636,
           files=_diffusers("6f79c1397cb9ce1dac363722dbe70147aee0ccca75e28338f8482fe515891399"),
-          marks=(0.0042, -0.0315, -0.0308, -0.0184)),
+          marks={"encoder": (0.0042, -0.0315, -0.0308, -0.0184), "decoder": (0.4316, 0.4297, 0.4160)}),
     Space(name="flux1", title="FLUX.1 and FLUX.1 Kontext", stem="taef1", channels=16,
           revision="b1b2d00e9e440cfbf3dedb34266864da86016ceb", size=9_848_636,
           files=_diffusers("47a6c2bff850da04b267cab70fe3553fef57255eb9a8e76852baa0a87850e54d"),
-          marks=(0.0219, 0.0061, -0.0309, -0.0211)),
+          marks={"encoder": (0.0219, 0.0061, -0.0309, -0.0211), "decoder": (0.3145, 0.3164, 0.3125)}),
     Space(name="flux2", title="FLUX.2", stem="taef2", channels=32,
           revision="bd244ebfe4398c84fbf312a2f1c868c676b500e3", size=10_700_000, files={"taef2.safetensors": None},
-          marks=(0.0791, 0.0410, 0.0014, 0.0291)),
+          marks={"encoder": (0.0791, 0.0410, 0.0014, 0.0291), "decoder": (0.3496, 0.3340, 0.3203)}),
 )}
 
 
@@ -129,28 +130,41 @@ class TinyCheckpoint(Checkpoint):
         return self._headers, self._places
 
     def _check_marks(self):
-        """Raise `Unfit` if the biases in `marks` are those of another space, or their number is wrong."""
-        for file, places in self._places.items():
-            stored = next((name for name, (place,) in places.items() if place.name == LAST_BIAS), None)
+        """Raise `Unfit` if the biases in `marks` are those of another space, or the encoder's are of another number."""
+        known = []
+        for half in HALVES:
+            file, stored = self._last_bias(half)
             if stored is None:
                 continue
             with safe_open(file, framework="pt") as opened:
                 found = opened.get_tensor(stored).float().flatten().tolist()
-            other = next((space for space in SPACES.values() if _is_marked(found, space)), None)
-            self.recognised = other is not None
-            if len(found) != self.space.channels or other not in (None, self.space):
-                of = f"of {other.stem}, which is the latent space of {other.title}" if other else f"of {len(found)} channels"
-                raise Unfit(f"{file} is the file {of}; {self.space.stem} has {self.space.channels} channels and is of "
+            of, channels = other_space(half, found, self.space), self.space.channels
+            known.append(_is_marked(half, found, self.space))
+            if of or half == "encoder" and len(found) != channels:
+                of = f"of {of.stem}, which is the latent space of {of.title}" if of else f"of {len(found)} channels"
+                raise Unfit(f"{file} is the file {of}; {self.space.stem} has {channels} channels and is of "
                             f"{self.space.title}: give the right file, or fetch it with download {self.space.command}")
+        self.recognised = bool(known) and all(known)
+
+    def _last_bias(self, half):
+        """(file, stored name) of the bias of a half's last layer; (None, None) where there is none."""
+        found = [(int(match[1]), file, stored) for file, places in self._places.items() for stored, (place,) in places.items()
+                 if (match := re.fullmatch(rf"{half}\.layers\.(\d+)\.bias", place.name))]
+        return max(found)[1:] if found else (None, None)
 
 
-LAST_BIAS = "encoder.layers.14.bias"
+def other_space(half, biases, space):
+    """The space, another than this one, that these biases of a half's last layer belong to; None if there is none."""
+    if _is_marked(half, biases, space):
+        return None
+    return next((other for other in SPACES.values() if _is_marked(half, biases, other)), None)
 
 
-def _is_marked(biases, space):
-    """True if these are the space's biases, to the precision of any 16-bit float."""
-    return len(biases) == space.channels and all(
-        abs(found - mark) <= 0.02 * abs(mark) + 2e-4 for found, mark in zip(biases, space.marks, strict=False))
+def _is_marked(half, biases, space):
+    """True if these are the biases of a half's last layer, to the precision of any 16-bit float."""
+    marks = space.marks[half]
+    return len(biases) == (space.channels if half == "encoder" else len(marks)) and all(
+        abs(found - mark) <= 0.004 * abs(mark) + 2e-4 for found, mark in zip(biases, marks, strict=False))
 
 
 def _place(file, name):
@@ -171,18 +185,26 @@ def files_in(folder, space):
 
 def open_folder(folder, space):
     """The `TinyCheckpoint` of a space whose files lie in a folder; `Unavailable` where they do not."""
+    return _opened(_in(folder, space), space)
+
+
+def _in(folder, space):
     names = files_in(folder, space)
     if names is None:
         raise Unavailable(absence(folder, space))
     inner = folder / Path(names[0]).parent
-    return TinyCheckpoint(inner, str(inner), None, [Path(name).name for name in names], space)
+    return Checkpoint(inner, str(inner), None, [Path(name).name for name in names])
+
+
+def _opened(checkpoint, space):
+    return TinyCheckpoint(checkpoint.folder, checkpoint.source, checkpoint.revision, checkpoint.files, space)
 
 
 def in_folder(folder):
     """The `TinyCheckpoint`s of all tiny autoencoders in a folder; [] where there is none.
 
-    Files with the author's name are of that space. A config.json and its weights in the folder itself are of the space that
-    their marks say; where these say none, they carry the folder's name.
+    Files with the author's name are of that space. For a config.json with its weights in the folder itself, the marks tell the
+    space; where they are of no known one, the folder's name stands for it.
     """
     here = [space for space in SPACES.values() if files_in(folder, space)]
     if any(files_in(folder, space) != [CONFIG, WEIGHTS] for space in here):
@@ -197,7 +219,8 @@ def in_folder(folder):
         raise unfit
     known = [checkpoint for checkpoint in found if checkpoint.recognised]
     if found and not known:
-        found[0].name = folder.resolve().name
+        name = folder.resolve().name
+        found[0].name = str(folder) if name in SPACES else name
     return known or found[:1]
 
 
@@ -218,15 +241,21 @@ def absence(folder, space):
             f"{space.stem}.safetensors, nor {CONFIG} and {WEIGHTS}")
 
 
-def find(space):
-    """The `TinyCheckpoint` of a space on this machine, without any request; `Unavailable` where it is not here."""
+def stored(space):
+    """The files of a space on this machine as a plain `Checkpoint`, which reads none of them; `Unavailable` where it is not
+    here. Sends no request."""
     if files_in(space.kept, space):
-        return open_folder(space.kept, space)
+        return _in(space.kept, space)
     folder = hub.snapshot(space.hub_id, space.revision, space.main)
     if folder is None or not all((folder / file).is_file() for file in space.files):
         raise Unavailable(f"the latent space {space.name} is not on this machine: run `{PROGRAM}.weights download "
                           f"{space.command}` once, about {space.size / 1e6:.0f} MB")
-    return TinyCheckpoint(folder, space.hub_id, space.revision, space.files, space)
+    return Checkpoint(folder, space.hub_id, space.revision, space.files)
+
+
+def find(space):
+    """The `TinyCheckpoint` of a space on this machine; `Unavailable` where it is not here, `Unfit` where it is damaged."""
+    return _opened(stored(space), space)
 
 
 def find_or_copy(space):
@@ -242,11 +271,9 @@ def find_or_copy(space):
 
 
 def fetch(space):
-    """The `TinyCheckpoint` of a space, fetched from the hub where it is not on this machine."""
+    """As `stored`; from the hub where the files are not on this machine."""
     try:
-        return find(space)
-    except Unfit:
-        raise
+        return stored(space)
     except Unavailable as missing:
         if hub.is_offline():
             raise Unavailable(f"{missing}; HF_HUB_OFFLINE is set, so nothing is fetched now: unset it, or give a folder with "
@@ -259,7 +286,7 @@ def fetch(space):
         return list(space.files)
 
     hub.fetch(space.hub_id, space.revision, choose, last=is_weights, main=space.main)
-    return find(space)
+    return stored(space)
 
 
 def at_hand():
@@ -270,9 +297,7 @@ def at_hand():
 def is_here(space):
     """True if the files of a space are on this machine, damaged ones included."""
     try:
-        find(space)
-    except Unfit:
-        return True
+        stored(space)
     except Unavailable:
         return False
     return True

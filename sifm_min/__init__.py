@@ -6,7 +6,7 @@
     result = sifm_min.immunize(Image.open("photo.png"), editor, ["make the sky red"])
     result.image.save("photo_immunized.png")                    # result.report is the evidence
 
-Also here: `METHODS` (name -> objective), `metrics`, `miniature` (the procedural world and its judges), `gemini` (the client
+Also here: `METHODS` (name -> objective), `metrics`, `miniature` (photographs, exact edits, judges), `gemini` (the client
 of vision services, in judging/client.py) and `models` (the networks). Each is loaded when it is first used, so importing
 this package, or asking a command for --help, loads no torch.
 """

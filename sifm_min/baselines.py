@@ -1,9 +1,9 @@
 """The methods that SIFM is compared with: the seven of the paper's tables, and the noise control.
 
-Each is an objective for the loop of `pgd.py`, called like `sifm.sifm`, and written from its formula, without code or assets
-of the originals. By default all run under the paper's protocol: the same budget, 100 iterations of 1/255, the same random
-start. The preset "native" (`NATIVE`, at the end) runs a method with its original's settings. No preset changes the budget,
-because it limits how visible the perturbation is.
+Each is an objective for the loop of `pgd.py`, called like `sifm.sifm`, and written from its formula, without code or assets of
+the originals. By default all run under one protocol: the paper's budget and 100 iterations, steps of 1/255 and a random start,
+which are ours. The preset "native" (`NATIVE`, at the end) runs a method with its original's settings. No preset changes the
+budget, because it limits how visible the perturbation is.
 
     E(x)   the mean of the VAE's posterior, unscaled: the image latent
     z(x)   the same in the denoiser's scale;   z_t = noise_latent(E, eta, t), the noisy latent
@@ -35,7 +35,7 @@ NOT_IN_THE_PAPER = ("the paper leaves this method out on Stable Diffusion 3, as 
 def noise(editor, x_orig, contexts, *, generator):
     """Uniform random noise at the same budget: without an objective, the loop returns its random start.
 
-    It is the control: what it achieves is no merit of a method. Cost: nothing.
+    It is the control: a method must do better than this. Cost: nothing.
     """
     return None
 
@@ -73,13 +73,15 @@ def editshield(editor, x_orig, contexts, *, generator, variant="eot"):
 
     Chen et al. 2024 (ECCV), and Allen-piexl/Editshield. Targets the encoder; uses no prompt.
     tau: the picture unchanged, a crop (80 to 100 % of each side), a Gaussian blur (sigma 0.5 to 1.5 pixels) or a rotation
-      (up to 5 degrees), with equal probability. The paper names the kinds; the strengths are ours. The released code has
+      (up to 5 degrees), with equal probability. The paper names the kinds; the strengths are ours, and so is that the crop
+      lies anywhere (there: in the middle). The released code has
       one fixed transformation in place of an expectation, and one of its scripts compares a rotated picture with an
       unrotated one; here both are transformed alike.
-    "released" is the loss of its scripts, with a penalty in place of a bound. t, s and both noises are drawn independently,
-      s and its noise once. The loss is therefore mostly noise, but unlike the other two it has a gradient at delta = 0.
-      Three of the code's faults are not reproduced: no projection, pixels in [0,1] for a VAE trained on [-1,1], and 8-bit
-      wraparound. It is refused on SD3, whose denoiser sees no image latent beside the noisy one.
+    "released" is the loss of its scripts, with a penalty in place of a bound. t, s and both noises are drawn independently, s
+      and its noise once. The loss is therefore mostly noise, but unlike the other two it has a gradient at delta = 0. The code
+      does not project, gives pixels in [0,1] to a VAE trained on [-1,1], and wraps around in 8 bits; this one does none of
+      that. A second penalty in one of its scripts, on blurred pictures, is left out. It is refused on SD3, whose denoiser sees
+      no image latent beside the noisy one.
     Cost: encoder 2F 1B (eot), 1F 1B (the others). native: released, 30 iterations of 0.001 from zero; the original uses
       Adam at that rate, this loop the gradient's sign.
     """
@@ -141,8 +143,8 @@ def sds(editor, x_orig, contexts, *, generator, variant="minus"):
 
         g = (dz/dx')^T r,   r = eps_t(x', c) - eta, held constant;   t uniform over training, eta fresh
 
-    Xue et al. 2024 (arXiv 2311.12832), and xavihart/Diff-Protect, with w(t) = 1. Targets the encoder, by the denoiser's score
-    for the prompt.
+    Xue et al. 2024 (arXiv 2311.12832), and xavihart/Diff-Protect, with w(t) = 1. The gradient reaches the picture through the
+    encoder alone; the denoiser's score for the prompt weighs it.
     variant: "minus" descends along g, SDS(-), the paper's proposal; "plus" ascends, SDS(+). No loss has the gradient g; the
       value returned is the mean square of r, the denoiser's training loss, negated for "plus".
     Cost: encoder 1F 1B, denoiser 1F 0B. native: a zero start. (The original uses the caption "a photo" in place of the
@@ -275,8 +277,8 @@ def photoguard_diffusion(editor, x_orig, contexts, *, generator, unroll=4, repea
       K and `repeats`.
     Cost: once, encoder 1F 1B; for each of `repeats`, decoder 1F 1B and K guided steps of the denoiser, each of 3
       evaluations in one batch (2 on SD3), each evaluation 2F 1B because of checkpointing (1F 1B on small editors).
-    native: the L-infinity call of its notebook: 200 iterations of 0.003 from zero, the mean of 5 draws. The notebook also
-      runs another one, in the L2 norm with 10 draws and an empty prompt.
+    native: the L-infinity call in its notebook: 200 iterations of 0.003 from zero, the mean of 5 draws. There the call is a
+      comment, and one in the L2 norm with 10 draws runs; both have an empty prompt, so pass "" for that.
     """
     if unroll < 2 or repeats < 1:                            # with one step a sampler would start at the clean end
         raise ValueError(f"unroll {unroll}, repeats {repeats}: at least two denoising steps and one draw are needed")
@@ -348,7 +350,8 @@ def semantic_attack(editor, x_orig, contexts, *, generator, prompts, content=Non
         L        = mean over t in T of || M Att_t(x') ||_1 / || M ||_1
 
     Lo et al. 2024 (CVPR). Targets the denoiser's attention to the words. No code was released, and the paper gives neither
-    step, threshold, layers, T nor noise: these are ours, so report its results as those of an attack like SA.
+    step, threshold, layers, T nor noise: these are ours, and so is that the map is masked and not the picture. Report its
+    results as those of an attack like SA.
     content: the text of what is to be protected, such as "man" (the original's way); otherwise each prompt in turn.
     The softmax runs over all tokens; the columns of the text's own tokens are summed, without start, end and padding. All
       layers that attend to text are used, bicubically upsampled to the latent's size, with their heads averaged.

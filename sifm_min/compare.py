@@ -20,15 +20,17 @@ The first is the distorted picture, the second the reference (VIFp is not symmet
 the immunized picture and the edit of the original. Pictures of two folders are matched by name, without the ending such
 as .png and without `_immunized`; previews are left out.
 
-visibility   of 20 values of B, 19 change by at most so many times what the eye just notices at their place, by a model of
-       luminance and texture; up to 1 is hard to see
+visibility   the change over what the eye just notices at its place, by a model of luminance and texture: the 95th
+       percentile over the values of B; up to 1 is hard to see
 linf   largest difference of a channel, in steps of 1/255        vifp   of the luma; `nan`: the reference is flat
 psnr   in dB, of RGB; `inf`: equal                               fsim   FSIMc
 ssim   of RGB, Gaussian window 11x11, no downsampling            lpips  version 0.1, needs `weights download lpips-alex`
 
 --latents adds the shift of A from B in each latent space that is on this machine: the tiny autoencoders that `weights
-download latents` fetches, and the autoencoders of the editors that are downloaded. The shift is the RMS of the latents'
-change over their standard deviation, at the sizes that editors work at. noise: uniform noise of the budget that A uses.
+download latents` fetches, in their place the copies that ship (sd1-copy, sd3-copy), and the autoencoders of the editors that
+are downloaded. The shift is the RMS of the latents' change over their standard deviation, at the sizes that editors work at.
+noise: uniform noise of A's largest change everywhere, also where A was made with --budget texture, whose report has noise of
+that budget.
 
 At the pictures' own size, on their 8-bit colours; transparency is not compared. Lower is better for who immunizes, but
 higher for linf and lpips. What a picture is too small for, or LPIPS without its weights, is absent (-) with the reason;
@@ -47,8 +49,8 @@ def _parser():
         help="of LPIPS' network: torchvision's .pth, or safetensors (default: what `weights download` has fetched)")
     add("--latents", action="store_true", help="measure the shift of the latents too, in every space on this machine")
     add("--spaces", type=cli.commas(), metavar="LIST",
-        help="the same in these spaces: sd1, sdxl, sd3, flux1, flux2, an editor's name, or a folder of an editor or of tiny "
-             "autoencoders")
+        help="the same in these spaces: sd1, sdxl, sd3, flux1, flux2, sd1-copy, sd3-copy, an editor's name or hub id (sd3 is the "
+             "space), or a folder of an editor or of tiny autoencoders")
     parser.shared("device")
     return parser
 

@@ -28,7 +28,7 @@ LARGEST_FILE = 1 << 31                                       # bytes; a picture 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture taken apart. `image` is 8-bit RGB, upright; the other fields put it together again unchanged.
+    """A picture taken apart. `image` is 8-bit RGB, upright; the other fields are what a file of it has besides.
 
     mode: of the result, "RGB", "RGBA", "L" or "LA". Palette and CMYK pictures become RGB or RGBA, black-and-white ones L.
     alpha: 8-bit L, or None. icc: an ICC profile that fits the mode, or None. chunks: other PNG chunks that decide how the
@@ -73,7 +73,7 @@ class Picture:
         if icc:
             dressed.info["icc_profile"] = icc                # where Image.save looks for it
         if self.chunks:
-            dressed.info[CHUNKS] = self.chunks               # where `write` looks for them
+            dressed.info[CHUNKS] = self.chunks               # where `_png` looks for them
         return dressed
 
 

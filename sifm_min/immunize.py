@@ -71,13 +71,13 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
     eps: the budget on [0,1]; no preset changes it. budget: "uniform", eps everywhere, or "texture", less where the picture
       is smooth (`metrics.texture_budget`), with steps scaled to it and along the gradient (`rms` of `pgd`).
     steps, step_size, schedule ("constant" or "linear" decay), init ("random" in the budget, or "zero"): of the PGD loop.
-    preset: decides these and the options where they are not given; "protocol", the paper's (100 steps of 1/255, constant,
-      random), or "native", a baseline as its original was run.
+    preset: decides these and the options where they are not given; "protocol", the same for all methods (the paper's 100
+      steps; of 1/255, constant and from a random start, which are ours), or "native", a baseline as its original was run.
     mask: the path of a picture of the same size; only where it is bright is the picture perturbed.
     robust: True makes the loss an expectation over what pictures meet on their way: every step draws nothing, a JPEG, a resize
       or a blur, and the method sees both pictures after it (see `purifiers`); "cleaner" draws AdverseCleaner as well.
-    any_prompt: True draws the text of every step from the prompts, 64 general instructions and the empty prompt, none again
-      before all had their turn; or the path of a text file with instructions of one's own, or a `Bank` (`instructions.bank`).
+    any_prompt: True draws the text of every step from the prompts, 64 general instructions and the empty prompt, every
+      text once before any comes again; or the path of a text file with instructions of one's own, or a `Bank` (`instructions.bank`).
     flat, refine_text: TDAE's flat minima and text refinement, True or a dict of their numbers; None: the method's default.
       blur: BlurGuard's blur of the perturbation, a standard deviation in pixels. All three: see `objectives.around`.
     memory: "fast", "low", or "auto", which gives way where memory ends and warns (see `memory.plans`); the result is the
@@ -132,7 +132,8 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
     def perturb(plan):
         """(delta, objective, the loop as it ran) under this memory plan."""
         curve.clear()
-        pixels, parts = original[:, :picture.channels], local / eps          # each value's share of the largest budget
+        pixels = original[:, :picture.channels]
+        parts = torch.as_tensor(local / eps).to(original)                    # each value's share of the largest budget
 
         def make(share, generator):
             batch = {"batch": share.options.get("batch") or plan.batch} if share.timesteps else {}
@@ -156,7 +157,7 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
             objective = make(shares[0], *generators)
             loss = methods.checked_loss(objective, name)
         else:
-            few = loop | {"steps": min(joint.MEASURED, loop["steps"])}
+            few = loop | {"steps": min(joint.MEASURED, loop["steps"]), "schedule": "constant"}
             objective = loss = joint.joint_objective(group, shares, make, seed, lambda own, drawn: descend(own, few, drawn),
                                                      parts if region is None else parts * region.to(original),
                                                      norm=1 if rms is None else 2)
@@ -210,13 +211,26 @@ def _picture(image):
 
 
 def _measures(editors, picture, immunized, eps, region, seed):
-    """The measurements that editors make themselves, beside uniform noise of the same budget and mask; {} of most."""
+    """The measurements that editors make themselves, beside uniform noise of the same budget and mask; {} of most.
+
+    Where one fails, as for lack of memory, "measures_absent" says why: the immunized picture is not lost with it.
+    """
     measuring = [editor for editor in editors if hasattr(editor, "measures")]
     if not measuring:
         return {}
     from .editors import shifts
     control = shifts.noise_control(picture, eps, seed=seed, mask=region)
-    return {name: value for editor in measuring for name, value in editor.measures(picture, immunized, control).items()}
+    found = {}
+    for editor in measuring:
+        try:
+            with in_words():
+                measures = editor.measures(picture, immunized, control)
+        except ValueError as error:
+            found["measures_absent"] = str(error)
+            continue
+        for name, records in measures.items():
+            found[name] = [*found.get(name, []), *records]
+    return found
 
 
 def _with_draws(curve, objective):
@@ -419,11 +433,12 @@ def question(path, editor, args):
 
 
 def _shifts(report):
-    """The shifts of a report in words, "" where it has none."""
-    if not report.get("shifts"):
-        return ""
+    """The shifts of a report in words, or why they are absent; "" where there are none."""
     from .editors import shifts
-    return f"; {shifts.tell_shifts(report['shifts'])}"
+    told = [shifts.tell_shifts(report["shifts"])] if report.get("shifts") else []
+    if "measures_absent" in report:
+        told.append(f"shifts were not measured: {report['measures_absent']}")
+    return "".join(f"; {words}" for words in told)
 
 
 def main(argv=None):

@@ -39,7 +39,8 @@ class _Methods(Mapping):
 
 
 METHODS = _Methods()
-# The paper's protocol, which is the same for all methods; preset "native" runs a baseline as its original was run.
+# The same for all methods: the paper's 100 iterations, with a step and a start of ours, since it states neither step nor
+# schedule. Preset "native" runs a baseline as its original was run.
 PROTOCOL = {"steps": 100, "step_size": 1 / 255, "schedule": "constant", "init": "random"}
 PRESETS = ("protocol", "native")
 ENCODER_METHODS = ("latent", "photoguard-encoder", "editshield", "noise")     # which need no denoiser

@@ -14,22 +14,22 @@ def pgd(pixels, objective, eps, *, steps, step_size, schedule="constant", init="
         rms=None, on_step=None):
     """The delta, shaped like `pixels`, with |delta| <= eps and pixels + delta in [0,1], after `steps` descents.
 
-    eps, step_size: numbers above 0; or tensors that broadcast to `pixels` and are not negative, each value's own budget and
-      step. Where its eps is 0 nothing changes.
+    eps, step_size: numbers above 0; or non-negative tensors that broadcast to `pixels`, a budget and a step for each value.
+      Where eps is 0 nothing changes.
     steps 0 gives the start itself: with init "random", the noise control that every method is compared with.
     pixels: (1,C,H,W) in [0,1], native size. A grey picture has C = 1, and an objective that expands it to three,
       so that it stays grey.
     objective(x, step) -> the loss to minimise at x = pixels + delta, a scalar tensor with a graph back to x; or
-      (loss, terms), where terms is a dict of numbers or scalar tensors that only `on_step` sees, as numbers. An objective
-      that computes its gradient g itself returns loss.detach() + ((x - x.detach()) * g).sum(): a scalar with that value and
-      gradient.
+      (loss, terms), where terms is a dict of numbers or scalar tensors that only `on_step` sees, as numbers. To give a gradient
+      g of its own, an objective returns loss.detach() + ((x - x.detach()) * g).sum(), which has the loss's value.
     schedule: "constant", or "linear": from step_size at the first step down to a hundredth of it at the last.
     init: "random", uniform in the budget, drawn from `generator`, or "zero". Where the loss is a distance to the features
       of the picture itself, zero is a stationary point.
     mask: (1,1,H,W) of zeros and ones; delta is zero where it is zero.
-    rms: None steps by the sign of the gradient, as the paper does. A number above 0 bounds the root mean square of delta / eps
-      as well, after every step: a step then goes along the gradient by delta / eps, and `step_size` is its root mean square.
-      Values that matter little to the loss hardly change. Means are over the values that may change.
+    rms: None steps by the sign of the gradient, as the paper does. A number above 0 steps along the gradient by delta / eps, so
+      that values which matter little to the loss hardly change; `step_size` weighs the step, whose root mean square is 1
+      without it. After each step delta is scaled down until the root mean square of delta / eps is at most this number. Means
+      are over the values that may change.
     on_step(step, loss, terms) is called after each step with the loss before it, a float.
 
     Raises ValueError where an argument is out of range, where the first gradient is zero (nothing would change) and where
@@ -57,7 +57,7 @@ def pgd(pixels, objective, eps, *, steps, step_size, schedule="constant", init="
         direction = gradient.sign() if rms is None else _unit(gradient * whole, whole)
         delta = (delta - step_size * decay * direction).clamp(low, high)
         if rms is not None:
-            delta = delta * (rms / _rms(delta / whole.clamp(min=SMALLEST), whole)).clamp(max=1)
+            delta = within_rms(delta, whole, rms)
         moved = gradient if mask is None else gradient * mask
         finite, moves, value, *numbers = _numbers(gradient.isfinite().all(), moved.any(), loss, *terms.values())
         if not finite:
@@ -69,6 +69,11 @@ def pgd(pixels, objective, eps, *, steps, step_size, schedule="constant", init="
         if on_step:
             on_step(step, value, dict(zip(terms, numbers, strict=True)))
     return delta
+
+
+def within_rms(delta, whole, rms):
+    """delta, scaled down until the root mean square of delta / whole is at most rms; whole: the budget of each value."""
+    return delta * (rms / _rms(delta.detach() / whole.clamp(min=SMALLEST), whole)).clamp(max=1)
 
 
 def _rms(values, budget):

@@ -2,23 +2,26 @@
 
     phi_t(x, c)  =  the tapped activations of the denoiser on the noisy latent of picture x, prompt c, timestep t   (Eq. 3)
     L_t  =  ||phi_t(x_imu, c)||_1 (Eq. 5)  -  lam * MSE(phi_t(x_imu, c), phi_t(x_orig, c)) (Eq. 4)                  (Eq. 6)
-    g    =  mean over t in T of the gradient of L_t by x_imu;   delta <- clip(delta - alpha sign(g), -eps, eps)     (Eq. 7)
+    g    =  mean over t in T of the gradient of L_t by x_imu (Eq. 7);   delta <- clip(delta - alpha sign(g), -eps, eps)
 
 E is the VAE encoder's latent, eta the noise, z_t the noisy latent; `pgd.py` is the loop. A larger distance moves the features
 away from the original's (semantic mismatch), a smaller norm weakens them (perceptual degradation). The defaults depart in:
 
-- Scale (Eq. 6): the norm is divided by the original's L1 norm, the squared distance by the original's squared L2 norm and
-  multiplied by 10: at lam = 0.1 both weigh alike. The paper gives lam but no scale. "literal" is Eq. 6 as printed.
+- Scale (Eq. 6): norm and squared distance are fractions of the original's L1 norm and squared L2 norm, and the distance counts
+  tenfold, so that lam = 0.1 gives both terms the same weight. The paper gives lam but no scale.
 - Taps (Eq. 3): each tap has its own loss, and these are averaged. Eq. 3 averages activations, but their shapes differ.
-- Start: delta begins at random in the budget, not at zero, where the distance has no gradient (see `pgd.py`).
+- Start: delta is random, since at zero the distance has no gradient. Its box is budget and pixel range at once (`pgd.py`).
+
+The paper leaves open layers (here `default_taps`), timesteps (10, spread over an edit's), alpha (1/255) and guidance (none);
+instruction editors also see E(x). As printed: reduction "literal", aggregate "feature-mean", taps of one shape, init "zero".
 """
 
 import torch
 
 from .models.lean import sent
 
-REDUCTIONS, BALANCE = ("balanced", "relative", "mean", "literal"), 10            # 1 / 0.1: the distance in tenths
-AGGREGATES, NOISY, KEPT = ("loss-mean", "feature-mean"), ("paper", "deploy"), 8       # prompts whose originals stay in memory
+REDUCTIONS, AGGREGATES, NOISY = ("balanced", "relative", "literal"), ("loss-mean", "feature-mean"), ("paper", "deploy")
+BALANCE, KEPT = 10, 8                                        # factor of the distance; prompts whose originals stay in memory
 
 
 def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=None, reduction="balanced",
@@ -27,15 +30,13 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
 
     x_orig: (1,3,H,W) in [0,1], native size. contexts: one text context (1,L,C) per prompt; step n uses prompt n mod their
       number (the paper has one). timesteps: T, a count spread over what the editor visits, or the timesteps themselves.
-    reduction: "relative" (both as fractions of the original's, so that lam means the same on every editor, size and layer),
-      "balanced" (default: the same, the distance in tenths), "literal" (L1 sum and MSE mean as printed; at lam 0.1 the
-      distance is then about 1e-6 of the norm), or "mean" (both means).
+    reduction: "balanced"; "relative", the same without the factor ten; or "literal", L1 sum and MSE mean as printed: at lam 0.1
+      the distance is then about 1e-6 of the norm.
     aggregate: "loss-mean" (default) or "feature-mean", Eq. 3 to the letter, for taps of one shape.
-    noisy: "paper" noises the immunized picture's latent; "deploy" the original's, as in a real edit: an instruction
-      editor starts from pure noise, so delta reaches the denoiser through the image latent alone.
-    resample: draw new noise at every step (the same for both pictures) instead of one bank for all.
-    batch: timesteps run at once (None: all). Cost per step: one VAE encode and backward, |T| forwards and backwards of the
-      denoiser up to its last tap. Raises ValueError for unknown options and taps.
+    noisy: "paper" noises the immunized picture's latent; "deploy" the original's, so that delta reaches the denoiser of an
+      instruction editor through the image latent alone, as in a real edit, which starts from pure noise.
+    resample: draw new noise at every step (the same for both pictures) instead of one bank for all. batch: timesteps run at
+      once (None: all). Cost per step: encoder 1F 1B, denoiser |T|F |T|B up to its last tap. Raises ValueError for bad options.
     """
     for value, known, option in ((reduction, REDUCTIONS, "reduction"), (aggregate, AGGREGATES, "aggregate"),
                                  (noisy, NOISY if editor.kind == "instruct" else NOISY[:1], "noisy")):
@@ -64,7 +65,7 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
         return activations if aggregate == "loss-mean" else [torch.stack(activations).mean(0)]
 
     bank, Phi_orig = draw(), {}                              # prompt -> per batch of T, computed once
-    told, leaves = list(texts), []                           # x_imu's own: objectives/text_refinement.py changes both
+    told, leaves = list(texts), []                           # the texts for x_imu: text_refinement.py replaces them
 
     def objective(x_imu, step):
         nonlocal bank
@@ -73,20 +74,20 @@ def sifm(editor, x_orig, contexts, *, generator, lam=0.1, timesteps=10, taps=Non
         inputs = [{"t": t, "time": time, "eta": eta, "text": texts[n]}
                   for t, time, eta in zip(batches, times[n], bank, strict=True)]
         if n not in Phi_orig or resample:
-            if len(Phi_orig) == KEPT:
-                del Phi_orig[next(iter(Phi_orig))]           # the oldest makes room
+            if len(contexts) > KEPT:
+                Phi_orig.clear()                             # one of many comes back too late to be worth its memory
             with torch.no_grad():
                 Phi_orig[n] = [phi(E=E_orig, **at) for at in inputs]
         E = editor.encode(editor.resize(x_imu))
         E_imu, norm, dist = E.detach().requires_grad_(True), 0.0, 0.0
         for at, phi_orig in zip(inputs, Phi_orig[n], strict=True):
             norm_t, dist_t = (x.sum() / len(T) for x in terms(phi(E=E_imu, **at | {"text": told[n]}), phi_orig, reduction))
-            (norm_t - lam * dist_t).backward(inputs=[E_imu, *leaves])        # adds to E_imu.grad: g by E, taken to x_imu here:
+            (norm_t - lam * dist_t).backward(inputs=[E_imu, *leaves])        # adds to E_imu.grad: g by E
             norm, dist = norm + norm_t.detach(), dist + dist_t.detach()
-        loss = norm - lam * dist + ((E - E.detach()) * E_imu.grad).sum()     # its value, with that gradient: see pgd.py
+        loss = norm - lam * dist + ((E - E.detach()) * E_imu.grad).sum()     # passes g on to x_imu: see pgd.py
         return loss, {"norm": norm, "dist": dist}
 
-    def passes(steps, again=False):                          # of single pictures; again: of second evaluations of the steps
+    def passes(steps, again=False):                          # of single pictures; again: of a second evaluation of each step
         prompts = steps if resample else 0 if again else steps if len(contexts) > KEPT else min(steps, len(contexts))
         return {"encoder_forward": steps + (not again), "encoder_backward": steps,
                 "denoiser_forward": len(T) * (steps + prompts), "denoiser_backward": len(T) * steps}
@@ -102,9 +103,8 @@ def terms(phi_imu, phi_orig, reduction):
     for a, b in zip(phi_imu, phi_orig, strict=True):
         a, b = a.flatten(1), b.flatten(1)
         l1, l2 = a.abs().sum(1), (a - b).square().sum(1)
-        if reduction in ("relative", "balanced"):
-            l1, l2 = l1 / b.abs().sum(1), l2 / b.square().sum(1) * (BALANCE if reduction == "balanced" else 1)
+        if reduction == "literal":
+            pairs.append((l1, l2 / a.shape[1]))
         else:
-            l1, l2 = l1 / (a.shape[1] if reduction == "mean" else 1), l2 / a.shape[1]
-        pairs.append((l1, l2))
+            pairs.append((l1 / b.abs().sum(1), l2 / b.square().sum(1) * (BALANCE if reduction == "balanced" else 1)))
     return tuple(torch.stack(values).mean(0) for values in zip(*pairs, strict=True))

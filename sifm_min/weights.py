@@ -39,7 +39,7 @@ verify    hashes every file and compares with the published checksum, the one by
           the SHA256SUMS of its folder
 
 latents-sd1, latents-sdxl, latents-sd3, latents-flux1 and latents-flux2 are the tiny autoencoders of five latent spaces, 10 MB
-each, latents is all five; `--editor latents` uses those that are there. On a machine without a network, --weights takes a
+each, latents is all five; `--editor latents` uses those that are there, and for sd1 and sd3 else the copies that ship. On a machine without a network, --weights takes a
 folder that has them, as taesd_encoder.safetensors and taesd_decoder.safetensors, as taef2.safetensors, or as diffusers writes
 them; they are copied to HF_HOME/sifm_min/latents.
 
@@ -180,7 +180,7 @@ def _report(name, source, checkpoint, files, args):
             cli.out(f"{mark:7}  {file['sha256'] or '-' * 64}  {name}: {file['file']}")
         if file["problem"]:
             path = checkpoint.folder / file["file"]
-            remedy = f"remove {os.path.realpath(path)} and download" if checkpoint.revision else "get the folder"
+            remedy = f"remove {os.path.realpath(path)} and download" if source.hub_id else "get the folder"
             cli.fail(f"{path} {file['problem']}; {remedy} again")
     if args.json:
         cli.out(cli.to_json({"name": source.name, "source": checkpoint.source, "revision": checkpoint.revision,
@@ -222,14 +222,20 @@ def _check_latents(name, args):
         if args.action == "download" and not args.weights:
             cli.say(f"{space.command}: {space.title}, about {_size(space.size)} from {space.hub_id} at {space.revision}, "
                     f"licence: {latent_spaces.LICENCE}", quiet=args.quiet)
-        checkpoint = latent_spaces.find(space) if args.weights or args.action == "verify" else latent_spaces.fetch(space)
+        checkpoint = latent_spaces.stored(space) if args.weights or args.action == "verify" else latent_spaces.fetch(space)
         if args.weights:
             cli.say(f"{space.command}: {space.title}, copied from {args.weights}, licence: {latent_spaces.LICENCE}",
                     quiet=args.quiet)
-        checkpoint.fit()
         source = checkpoints.Source(name=space.command, licence=latent_spaces.LICENCE, hub_id=space.hub_id)
         files = verify(checkpoint, space.files if checkpoint.revision else {})
-        code = max(code, _report(space.command, source, checkpoint, files, args))
+        found = _report(space.command, source, checkpoint, files, args)
+        if found == cli.OK:
+            try:
+                latent_spaces.find(space).fit()
+            except checkpoints.Unfit as error:
+                cli.fail(f"{space.command}: {error}")
+                found = cli.UNAVAILABLE
+        code = max(code, found)
     return code
 
 
@@ -240,7 +246,11 @@ def _latents_in(folder, spaces):
         if not (names := latent_spaces.files_in(folder, space)):
             continue
         try:
-            given.append(latent_spaces.open_folder(folder, space))
+            checkpoint = latent_spaces.open_folder(folder, space)
+            if not checkpoint.recognised:
+                raise checkpoints.Unfit(f"{folder / names[-1]} is not the published {space.stem}, so it is not kept as that; "
+                                        f"`--editor latents:{folder}` takes it")
+            given.append(checkpoint)
         except checkpoints.Unfit as error:
             if len(spaces) == 1 or space.stem in names[0]:
                 raise

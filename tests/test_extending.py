@@ -267,7 +267,7 @@ class Stranger:
 
 def test_an_incomplete_editor_is_told_what_it_lacks():
     half = Half(name="half", scheduler=schedulers.load(None), defaults=Defaults(size=64))
-    for editor, says in ((half, "the editor Half lacks features, predict, encode, decode; derive it from"),
+    for editor, says in ((half, "the editor Half lacks features, predict, encode, decode, scaled; derive it from"),
                          (Stranger(), "the editor Stranger lacks kind, dtype, defaults, notice, "),
                          (3, "the editor int lacks name, kind, device, "), (Half, "the editor Half lacks name, device, ")):
         with pytest.raises(ValueError, match=re.escape(says)) as caught:

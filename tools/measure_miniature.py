@@ -3,7 +3,7 @@
     python tools/measure_miniature.py edits --editor miniature          100 samples: clean, noise, SIFM, unseen prompts
     python tools/measure_miniature.py edits --photos FOLDER             of your photographs instead of those that ship
     python tools/measure_miniature.py edits --noisy deploy              the same with another option of SIFM
-    python tools/measure_miniature.py literal --samples 10              difference of SIFM's fast step from Algorithm 1
+    python tools/measure_miniature.py plain --samples 10                difference of SIFM's fast step from plain code
     python tools/measure_miniature.py bfloat16 --samples 20             loss of SIFM with denoiser and VAE in bfloat16
 
 Results go to --work, one JSON line per sample; a run that was interrupted goes on, and --shard 0/2 and 1/2 share the work.
@@ -109,10 +109,10 @@ def share(count, total):
     return f"{count}/{total} = {100 * count / max(1, total):.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def literal(args):
+def plain(args):
     """Compare whole runs with runs of Algorithm 1 as printed."""
     editor = sifm_min.load_editor(args.editor)
-    beside(args, editor, {"fast": (editor, sifm.sifm), "literal": (editor, as_printed)})
+    beside(args, editor, {"fast": (editor, sifm.sifm), "plain": (editor, plainly)})
 
 
 def bfloat16(args):
@@ -158,8 +158,8 @@ def beside(args, attacker, runs):
     print(f"  another verdict: {sum(a != b for a, b in zip(*verdict.values(), strict=True))} of {len(losses)}")
 
 
-def as_printed(editor, x_orig, contexts, *, generator):
-    """SIFM's objective of one prompt by Algorithm 1, line by line: for each timestep an encoding, the whole denoiser, and a
+def plainly(editor, x_orig, contexts, *, generator):
+    """SIFM's objective of one prompt, the same loss without any saving: for each timestep an encoding, the whole denoiser, and a
     gradient down to the pixels; plain layers, which keep what training would need."""
     networks = (editor.denoiser, editor.vae)
     T, taps = editor.timesteps(10), editor.default_taps
@@ -193,7 +193,7 @@ def as_printed(editor, x_orig, contexts, *, generator):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("edits", "literal", "bfloat16"))
+    parser.add_argument("what", choices=("edits", "plain", "bfloat16"))
     parser.add_argument("--editor", default="miniature")
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--photos", type=Path, metavar="FOLDER", help="photographs (default: those that ship)")
@@ -207,7 +207,7 @@ def main(argv=None):
     parser.add_argument("--work", type=Path, default=Path("build/measurements"))
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    {"edits": edits, "literal": literal, "bfloat16": bfloat16}[args.what](args)
+    {"edits": edits, "plain": plain, "bfloat16": bfloat16}[args.what](args)
 
 
 if __name__ == "__main__":

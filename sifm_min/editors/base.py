@@ -1,6 +1,6 @@
 """The editor that all others derive from: sizes, encoding, plans of denoising, and the edit itself.
 
-Pictures are PIL images; `pixels` are (B,3,H,W) in [0,1]; the [-1,1] that the VAE wants exists only in this file. An *image
+Pictures are PIL images; `pixels` are (B,3,H,W) in [0,1]; `encode` and `decode` give the VAE the [-1,1] that it wants. An *image
 latent* is the mean of the VAE's posterior at a picture, unscaled, (B,C,h,w): E(x) in the formulas. InstructPix2Pix and
 UltraEdit see it beside a latent of pure noise; Stable Diffusion 3 denoises a noisy latent of the picture itself. The methods
 use every editor through the same calls, all differentiable: `encode`, `noise_latent`, `features` and `predict`, with the
@@ -24,7 +24,7 @@ from .precision import in_dtype
 from .several import send_weights
 from .text import apart, together
 
-LOWEST_TIMESTEP = 50                                         # below it the noisy latent is the picture itself
+LOWEST_TIMESTEP = 50                                         # below it a noisy latent has almost no noise
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Defaults:
 class Editor:
     """The base of all editors.
 
-    An editor of your own derives from this class and has `context`, `features`, `predict`, `tap_names` and `default_taps`;
+    An editor of your own derives from this class and defines `context`, `features`, `predict`, `tap_names` and `default_taps`;
     the rest has defaults. `check` says what is missing.
 
     vae: encodes pixels in [-1,1] to (mean, log variance), as `models.vae.AutoencoderKL` does, or to (latent,), as
-      `models.tiny_vae.AutoencoderTiny` does; None where the editor has `encode` and `decode` of its own.
+      `models.tiny_vae.AutoencoderTiny` does; None where the editor has `encode`, `decode` and `scaled` of its own.
     scheduler: of `models.schedulers`. defaults: see `Defaults`. notice: a sentence that belongs beside every result.
     checkpoint: the source of the weights, which reports name.
     kind: "instruct" where the denoiser sees the image latent beside a latent of pure noise, "img2img" where the image
@@ -132,7 +132,7 @@ class Editor:
 
     @property
     def streaming(self):
-        """True where a denoiser that can holds the weights of one block at a time: see models/first_use.py."""
+        """True if a denoiser that is able to holds one block's weights at a time: see models/first_use.py."""
         return self._streaming
 
     @streaming.setter
@@ -152,7 +152,7 @@ class Editor:
             send_weights(self.networks, torch.device("cpu"))
 
     def come(self):
-        """Have the weights on the device, if they wait in main memory."""
+        """Send the weights back to the device after `wait`."""
         if self._waiting:
             self._waiting = False
             send_weights(self.networks, self.device)
@@ -279,10 +279,10 @@ class Editor:
         """Edit pictures as the published pipeline does; PIL in, PIL out, of the input's size (lists in, list out).
 
         `steps` are denoising steps and `guidance` weighs the text (defaults: `self.defaults`); `image_guidance` weighs the
-        image latent, for instruction editors; `strength`, for img2img, is the share of the steps that is taken, and so how
-        much may change. Where guidance <= 1 or image_guidance < 1 there is no guidance, as in the pipelines. FLUX.1 takes
-        `guidance` as an input of its network; `true_guidance` > 1 is its guidance by a second pass. Every picture of a batch
-        draws from its own generator seeded with `seed`, so a batch gives what single calls give.
+        image latent, for instruction editors; `strength`, for img2img, is the share of the denoising steps that is run; a
+        larger one changes more. Where guidance <= 1 or image_guidance < 1 there is no guidance, as in the pipelines. FLUX.1
+        takes `guidance` as an input of its network; `true_guidance` > 1 is its guidance by a second pass. Every picture of a
+        batch draws from its own generator seeded with `seed`, so a batch gives what single calls give.
         """
         self.come()
         options = {"image_guidance": image_guidance, "true_guidance": true_guidance, "strength": strength}
@@ -320,6 +320,8 @@ class Editor:
     def _likely_cause(self):
         """The likely cause of an edit with infinite or undefined values, and the remedy."""
         for network, dtype, option in ((self.denoiser, self.dtype, "--dtype"), (self.vae, self.vae_dtype, "--vae-dtype")):
+            if network is None:
+                continue
             for name, weight in network.named_parameters():
                 if not weight.is_meta and not weight.isfinite().all():
                     return f"the weights hold such values, in {name} of the {type(network).__name__}; fetch them again"
@@ -410,7 +412,7 @@ def check(editor):
     """Raise ValueError, in one sentence, where an editor lacks something that methods or commands use."""
     missing = [name for name in NEEDED if not _has(editor, name)]
     if isinstance(editor, Editor) and getattr(editor, "vae", None) is None:
-        missing += [name for name in ("encode", "decode") if getattr(type(editor), name) is getattr(Editor, name)]
+        missing += [name for name in ("encode", "decode", "scaled") if getattr(type(editor), name) is getattr(Editor, name)]
     if missing:
         kind = editor if isinstance(editor, type) else type(editor)
         raise ValueError(f"the editor {kind.__name__} lacks {', '.join(missing)}; derive it from {Editor.__module__}.Editor, "

@@ -29,7 +29,7 @@ class InstructPix2Pix(Editor):
 
     def __init__(self, *, unet, vae, text_encoder, tokenizer, scheduler, name, device=None, dtype=None, defaults=None,
                  notice="", checkpoint=None):
-        weight = next(unet.parameters())                     # says both, unless it is still to be read
+        weight = next(unet.parameters())                     # its device and dtype, unless it is not read yet
         super().__init__(name=name, vae=vae, scheduler=scheduler, device=device or weight.device,
                          dtype=dtype or weight.dtype, defaults=defaults or self.DEFAULTS, notice=notice,
                          checkpoint=checkpoint)
@@ -43,7 +43,7 @@ class InstructPix2Pix(Editor):
 
     @classmethod
     def load(cls, checkpoint, *, name, device, dtype, vae_dtype, **more):
-        # The published repositories' stored sampler is not the one that anybody, their authors included, edits with.
+        # The sampler stored in the published repositories is not the one that their pipeline and their authors edit with.
         scheduler = checkpoint.parsed("scheduler/scheduler_config.json",
                                       partial(schedulers.load, ancestral=checkpoint.known in cls.KNOWN))
         if not isinstance(scheduler, schedulers.Scheduler):

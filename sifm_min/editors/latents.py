@@ -6,7 +6,7 @@ denoiser, which is not part of it, and a tiny autoencoder only approximates the 
 """
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,12 +24,18 @@ NAME = "latents"
 SIZES = (512, 1024)                                          # long sides, in pixels, that published editors work at
 NOTICE = ("Tiny autoencoders are distilled copies of the editors' own: how far this perturbation moves the full ones, and what "
           "it does to an edit, is not measured here.")
+COPIED = ("The copies that ship are copies of these: a perturbation made on one moves the published tiny autoencoder about half as "
+          f"far as one made on that, and the shift below is the copy's own; `{PROGRAM}.weights download {NAME}` fetches the "
+          "published ones.")
 REMEMBERED = 12                                              # pictures whose latents are kept for loop, report and preview
 
 
 @dataclass(frozen=True, eq=False)
 class LatentSpace:
-    """One autoencoder, its latents in the scale of the diffusion model, where each has a standard deviation near 1."""
+    """One autoencoder, its latents in the scale of the diffusion model, where each has a standard deviation near 1.
+
+    Those of FLUX.2 are scaled and shifted by channel only in its editor; a shift is over their standard deviation here.
+    """
 
     name: str
     network: torch.nn.Module
@@ -66,7 +72,8 @@ class Latents(Editor):
         self.spaces, self.device, self.loop_dtype = list(spaces), torch.device(device), loop_dtype
         self._remembered = []                                # [(pixels, latents of all spaces)]
         self.name, self.vae, self.checkpoint, self.dtype, self.defaults = NAME, None, None, torch.float32, Defaults()
-        self.notice = NOTICE if any(space.tiny for space in spaces) else ""
+        copied = any(space.name.endswith("-copy") for space in spaces)
+        self.notice = " ".join([NOTICE] * any(space.tiny for space in spaces) + [COPIED] * copied)
 
     @property
     def multiple(self):
@@ -158,11 +165,14 @@ def latent(editor, x_orig, contexts, *, generator, sizes=SIZES, spaces_per_step:
         L = - sum over spaces of log( RMS(z(x') - z(x)) / std(z(x)) )
 
     Ours. The logarithm weighs equal factors equally: in a plain sum the space whose latents are hardest to move (SD3's) would
-    be neglected. sizes: long sides at which the shift is measured, through the resize, those below the picture's own size; the
-    steps take turns. spaces_per_step: so many spaces take turns, in order; None for all in every step. Every space is encoded
-    and followed backwards for itself: the memory is that of one. Cost: encoder 1F 1B a step and space.
+    be neglected. sizes: long sides that the picture is scaled down to before it is encoded, one in each step, in turn; a
+    larger one means the picture's own size. spaces_per_step: so many spaces take turns, in order; None for all in every step.
+    Each space has its own backward pass, so the memory is that of one. Cost: encoder 1F 1B a step and space.
     """
-    frames = editor.frames(x_orig.shape[3], x_orig.shape[2], (sizes,) if isinstance(sizes, int) else sizes)
+    sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+    if not sizes:
+        raise ValueError("sizes is empty; give at least one long side in pixels")
+    frames = editor.frames(x_orig.shape[3], x_orig.shape[2], sizes)
     count = len(editor.spaces)
     some = count if spaces_per_step is None else spaces_per_step
     if not 1 <= some <= count:
@@ -187,7 +197,7 @@ def latent(editor, x_orig, contexts, *, generator, sizes=SIZES, spaces_per_step:
         return loss + ((pixels - leaf.detach()) * g).sum(), moved
 
     def first(steps):
-        """The number of the original's encodings in so many steps."""
+        """The number of the original's encodings in so many steps, at most: an editor remembers those of its last pictures."""
         return sum(min(count, some * len(range(place, steps, len(frames)))) for place in range(len(frames)))
 
     objective.passes = lambda steps: {
@@ -204,10 +214,12 @@ def is_latents(source):
 
 
 def at_hand():
-    """The items of "latents:ITEM,ITEM" on this machine: of each space the tiny autoencoder or the copy, then the editors'."""
+    """The items of "latents:ITEM,ITEM" for all that is on this machine: a tiny autoencoder or a copy for each space, and the
+    autoencoders of the downloaded editors."""
+    editors = [source for source in checkpoints.EDITORS.values()
+               if source.hub_id and checkpoints.cached(source.hub_id, source.revision, ["vae"])[1] is None]
     return [*(checkpoint.name for checkpoint in _tiny_at_hand()),
-            *(source.name for source in checkpoints.EDITORS.values()
-              if source.hub_id and checkpoints.cached(source.hub_id, source.revision, ["vae"])[1] is None)]
+            *(source.hub_id if source.name in SPACES else source.name for source in editors)]      # "sd3" is the space
 
 
 def no_space(folder=f"as {NAME}:FOLDER"):
@@ -230,17 +242,17 @@ def _tiny_at_hand():
 def load_latents(source, *, device=None, dtype=None, offline=None):
     """The `Latents` called "latents", all spaces on this machine, or "latents:ITEM,ITEM".
 
-    An item is a space (`SPACES`), the copy of one that ships (sd1-copy, sd3-copy), a folder with files of tiny autoencoders,
-    or an editor (a folder, a known name or a hub id), of which the autoencoder alone is read. Where the published tiny
-    autoencoder of a space is not on this machine, the copy stands for it, if there is one. dtype: what the encoders compute
-    in while a perturbation is sought (default: bfloat16 on a CPU with units for it, else float32). Raises `Unavailable` where a
-    space is not here.
+    An item is a space (`SPACES`), the copy of one that ships (sd1-copy, sd3-copy), a folder with files of tiny autoencoders, or
+    an editor (a folder, a hub id, a known name that is no space's), of which the autoencoder alone is read. Where the published
+    tiny autoencoder of a space is not on this machine, the copy stands for it, if there is one. dtype: what the encoders
+    compute in while a perturbation is sought (default: bfloat16 on a CPU with units for it, else float32). Raises `Unavailable`
+    where a space is not here.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     asked = str(source).partition(":")[2]
     if asked:
         items = [item.strip() for item in asked.split(",")]
-        found = [space for item in items for space in _spaces_of(item, device, offline)]
+        found = _named_apart([(item, space) for item in items for space in _spaces_of(item, device, offline)])
     else:
         found = [_tiny(checkpoint, device) for checkpoint in _tiny_at_hand()]
         if not found:
@@ -249,6 +261,13 @@ def load_latents(source, *, device=None, dtype=None, offline=None):
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{source} has the latent space {twice} twice; name each once")
     return Latents(found, device=device, loop_dtype=dtype or (torch.bfloat16 if _has_bfloat16_units(device) else torch.float32))
+
+
+def _named_apart(found):
+    """The spaces of (item, space) pairs. Where two folders have one name, the spaces are called as the items were written."""
+    names = [space.name for _, space in found]
+    return [replace(space, name=item) if names.count(space.name) > 1 and space.name not in SPACES else space
+            for item, space in found]
 
 
 def _spaces_of(item, device, offline):
@@ -268,10 +287,11 @@ def _spaces_of(item, device, offline):
     except checkpoints.Unavailable:
         raise
     except ValueError as error:
-        raise ValueError(f"latents: {item!r} is none of {', '.join(SPACES)}; as an editor, {error}") from None
+        known = [*SPACES, *(copy.name for copy in map(latent_spaces.copy_of, SPACES.values()) if copy)]
+        raise ValueError(f"latents: {item!r} is none of {', '.join(known)}; as an editor, {error}") from None
     network = load_autoencoder(checkpoint, device=device, dtype=torch.float32)
-    return [LatentSpace(folder.resolve().name if folder.exists() else item, network, checkpoint,
-                        type(network).__name__ == "AutoencoderTiny")]
+    name = folder.resolve().name if folder.exists() else item
+    return [LatentSpace(item if name in SPACES else name, network, checkpoint, type(network).__name__ == "AutoencoderTiny")]
 
 
 def _tiny(checkpoint, device):

@@ -41,7 +41,7 @@ def parser():
     add("--budget", choices=BUDGETS, default="uniform",
         help="where --eps holds: everywhere (uniform, default), or with less for smooth areas, where changes show (texture)")
     add("--preset", choices=PRESETS, default="protocol",
-        help="what holds unless told otherwise: the paper's protocol for all methods (default), or how the original of a "
+        help="what holds unless told otherwise: one protocol for all methods (default), or how the original of a "
              "baseline was run; the budget is --eps in both")
     add("--steps", type=cli.count, help="PGD iterations (protocol: 100)")
     add("--step-size", type=cli.positive, help="of one iteration, on [0,1] (protocol: 1/255)")
@@ -58,8 +58,8 @@ def parser():
     around("--flat-share", type=cli.positive, metavar="SHARE", help="its radius, of the budget's (default: 0.05)")
     around("--flat-weight", type=cli.positive, metavar="WEIGHT", help="of its penalty (default: 0.3)")
     around("--refine-text", action=argparse.BooleanOptionalAction,
-           help="TDAE's text refinement: the instruction moves against the perturbation (tdae; default: yes; sifm, "
-                "semantic-attack; default: no)")
+           help="TDAE's text refinement: the instruction moves against the perturbation (tdae; default: yes, but not "
+                "with --any-prompt; sifm, semantic-attack; default: no)")
     around("--refine-every", type=cli.count, metavar="STEPS", help="how often it does (default: 10)")
     around("--refine-rounds", type=cli.count, metavar="N", help="gradients by the text each time (default: 5)")
     around("--refine-reach", type=cli.positive, metavar="SHARE", help="how far, of the text's root mean square (default: 0.1)")
@@ -78,7 +78,7 @@ def _add_options(own):
     own("--timesteps", type=cli.timesteps,
         help="a count, or timesteps as 900,500,100 (sifm, semantic-attack, danp, tdae; default: 10)")
     own("--taps", type=cli.commas(), help="activations to perturb, comma-separated; `list` prints what there is (sifm)")
-    own("--reduction", choices=("balanced", "relative", "mean", "literal"),
+    own("--reduction", choices=("balanced", "relative", "literal"),
         help="of activations to a number (sifm; danp has balanced and literal; default: balanced)")
     own("--aggregate", choices=("loss-mean", "feature-mean"), help="of the taps (sifm; default: loss-mean)")
     own("--noisy", choices=("paper", "deploy"),
@@ -99,8 +99,6 @@ def _add_options(own):
     own("--noise-weight", type=cli.number, help="of the predicted noise (danp; default: 1)")
     own("--bins", type=cli.count, help="of the histogram of attention (danp; default: 128)")
     own("--tokens", choices=("content", "all"), help="whose attention counts: the prompt's own words, or all (danp)")
-    own("--noisiest-of", type=cli.count, metavar="N",
-        help="denoising steps of the edit whose first one counts (diffusionguard; default: 4)")
     own("--low", type=cli.count, help="the least noisy timestep that is drawn (decontext; default: 980)")
 
 
@@ -112,7 +110,7 @@ def _method(text):
 
 OPTIONS = ("lam", "timesteps", "taps", "reduction", "aggregate", "noisy", "resample", "batch", "unroll", "repeats", "content",
            "variant", "sizes", "spaces_per_step", "blocks", "low",
-           "attention_weight", "noise_weight", "bins", "tokens", "noisiest_of")
+           "attention_weight", "noise_weight", "bins", "tokens")
 NO_VALUE = ("resample",)                                     # flags that are there or not
 AROUND = {"flat": ("share", "weight"), "refine_text": ("every", "rounds", "reach")}
 

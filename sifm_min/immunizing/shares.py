@@ -181,9 +181,9 @@ def told(shares, prompts, bank, *, forget=False):
 # -- reports ---------------------------------------------------------------------------------------------------------------
 
 def drawn_text(shares, orders, step):
-    """{"prompt": the text of this step} of a run that draws texts; {} of others."""
-    share = next((share for share in shares if orders[share.name]), None)
-    return {"prompt": share.texts[orders[share.name][step]]} if share else {}
+    """{"prompt": the text of this step} of a run that draws texts, of several editors {their name: text}; {} of others."""
+    texts = {share.name: share.texts[orders[share.name][step]] for share in shares if orders[share.name]}
+    return {"prompt": texts if len(shares) > 1 else texts[shares[0].name]} if texts else {}
 
 
 def about_editors(shares, scales):

@@ -91,7 +91,8 @@ def read_bank(path, name=None):
 def drawn_order(count, steps, seed):
     """`steps` numbers below `count`, in shuffled rounds of all of them: each comes once before any comes again.
 
-    Seeded, so that a run can be repeated. A number comes again after APART others at least, or after as many as count allows.
+    Seeded, so that a run can be repeated. A number comes again after APART others at least, or, where there are few, after half
+    as many as there are.
     """
     shuffling, order = random.Random(seed), []
     apart = min(APART, count // 2)

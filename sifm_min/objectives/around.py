@@ -32,7 +32,8 @@ class Around:
     blur: float | None = None
 
     def build(self, build, method, editor, contexts, generator):
-        """build, or a function like it whose objectives refine their text; beside others, a method may have no text."""
+        """A function like build, x_orig -> objective, whose objectives refine their text; build itself where this editor's
+        method has no text to refine, as `latent` beside SIFM."""
         if not self.refine_text or ":" not in method and method not in REFINED:
             return build
         return refine_text(build, editor, contexts, generator=generator, **self.refine_text)
@@ -59,7 +60,7 @@ class Around:
     def gradients(self, objective, steps):
         """The gradient evaluations of so many steps: one each for every editor, two if flat, and those by the text.
 
-        An objective has `gradients`, (evaluations at a step, evaluations before the first), where these are not (1, 0).
+        The joint objective of several editors has `gradients`, a pair: evaluations at a step, and before the first one.
         """
         each, before = getattr(objective, "gradients", (1, 0))
         refinements = getattr(objective, "refinements", lambda steps: 0)
@@ -75,7 +76,8 @@ def choose(name, *, flat=None, refine_text=None, blur=None, any_prompt=False):
 
     flat: True, or a dict of its numbers, "share" (see flat_minima.py) and "weight". refine_text: True, or a dict of "every",
       "rounds" and "reach" (see text_refinement.py). None is the method's default: both for tdae, neither for others.
-    blur: a standard deviation in pixels, or None. any_prompt: True if every step draws its text, and none is refined.
+    blur: a standard deviation in pixels, or None. any_prompt: True if every step draws its text; then no text is refined, not
+      even by tdae.
     Raises ValueError for numbers out of range, and where an option makes no sense for the method.
     """
     if any_prompt and refine_text:

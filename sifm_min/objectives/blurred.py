@@ -6,15 +6,15 @@ arXiv 2511.00143 (NeurIPS 2025), and its released code. The original segments th
 the picture's spectrum; here the whole picture is one region, and sigma is given. The original has no bound on u. Here u is in
 the loop's box and is multiplied by a gain, so that blurred noise is as strong as noise: 1 over the Euclidean norm of the
 blur's weights, 3.5 at sigma 1. Start and steps are those of the loop; the original normalises the gradient in the L2 norm.
-The perturbation is clipped last, to budget, range and mask, and the saved file is checked as for every method. Rounding to
-8 bits adds an error of half a step at most, which is not blurred.
+The perturbation is clipped last, to budget, range and mask, and where `pgd` has an `rms`, scaled down until it keeps that too;
+the saved file is checked as for every method. Rounding to 8 bits adds an error of half a step at most, which is not blurred.
 """
 
 import math
 
 import torch
 
-from ..pgd import pgd
+from ..pgd import pgd, within_rms
 from ..purifiers.draws import blurred
 
 SIGMAS = 0.3, 16.0                                           # below it is no blur, above it hardly a picture's detail
@@ -26,14 +26,18 @@ def check_sigma(sigma):
         raise ValueError(f"blur {sigma:g}: a standard deviation from {SIGMAS[0]:g} to {SIGMAS[1]:g} pixels")
 
 
-def descend_blurred(pixels, objective, eps, *, sigma, mask=None, **loop):
+def descend_blurred(pixels, objective, eps, *, sigma, mask=None, rms=None, **loop):
     """The perturbation, as `pgd` returns it, blurred: the arguments of `pgd`, and sigma in pixels."""
+    eps = eps.to(pixels) if isinstance(eps, torch.Tensor) else eps
+    whole = (torch.zeros_like(pixels) + eps) * (1 if mask is None else mask.to(pixels))          # the budget of each value
+
     def shaped(u):
-        return blurred_delta(u, sigma, eps, pixels, mask)
+        delta = blurred_delta(u, sigma, eps, pixels, mask)
+        return delta if rms is None else within_rms(delta, whole, rms)
 
     # Around mid-grey the range of pixels does not end before the box of u does.
     grey = torch.full_like(pixels, 0.5)
-    u = pgd(grey, lambda x, step: objective(pixels + shaped(x - 0.5), step), eps, **loop)
+    u = pgd(grey, lambda x, step: objective(pixels + shaped(x - 0.5), step), eps, rms=rms, **loop)
     return shaped(u).detach()
 
 

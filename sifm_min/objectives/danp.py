@@ -23,7 +23,7 @@ def danp(editor, x_orig, contexts, *, generator, prompts, timesteps=10, attentio
     arXiv 2512.14333; no code was released. Targets the denoiser, by way of the encoder. T is fixed; eta is new at every step
     and timestep. One pass over x' gives maps and prediction; one over x, without gradient, gives those of the original.
     L need not fall from step to step: M is made anew from the maps of x' each time, so its threshold jumps as they change.
-    The attention falls, against the rest of the map, where that of x is high.
+    What falls is the share of attention at the places where that of x is high.
     timesteps: T, as in `sifm` (the paper has 10). attention_weight, noise_weight: l_daa and l_nba (1 and 1). bins: of the
       histogram (128).
     reduction: the paper does not print the scale of L_nba. "balanced" (default, ours) divides L_daa by || Att ||_2^2 of x and

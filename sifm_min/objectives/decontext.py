@@ -14,7 +14,9 @@ def decontext(editor, x_orig, contexts, *, generator, blocks=None, low=LOW):
         L     = mean over blocks l of rho_l(E(x'), eta, t, c);   t uniform in [low, 1000), eta fresh, no picture in z_t
 
     arXiv 2512.16625 ("DeContext"), and its released code for FLUX.1 Kontext, which holds the picture in bfloat16 and truncates
-    it to 8 bits; neither is reproduced. Targets the denoiser's attention, by way of the encoder.
+    it to 8 bits; neither is reproduced. It draws each prompt from 59 and has guidance 3.5 and pictures of 512 pixels; here the
+    prompts given take turns (`any_prompt` draws), and guidance and size are the editor's own. Targets the denoiser's attention,
+    by way of the encoder.
     blocks: how many single blocks, from the first one; None: those of `editor.context_blocks` (on Kontext the first 26 of
       38, as in the code; on klein the double blocks and the same share of the single ones, which is ours).
     low: the least noisy timestep. Later blocks do not run.

@@ -37,7 +37,7 @@ def flatten(objective, *, generators, radius, weight=WEIGHT, mask=None):
         here, terms, g = evaluated(x, step)
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)
-        way = g if mask is None else g * mask
+        way = g if mask is None else g * mask.to(g)
         length = way.norm()
         s = torch.where(length > 0, -way / length, torch.zeros_like(way))
         there, _, g_there = evaluated(x + radius * s, step)

@@ -1,4 +1,4 @@
-"""TDAE: the instruction moves against the perturbation, which so learns to withstand other wordings; and TDAE as a whole.
+"""TDAE: the instruction moves so that the loss rises, and the perturbation has to work for that wording too; TDAE as a whole.
 
     every S steps: d = 0;  M times  d <- clip(d + step sign(gradient of J(x', c + d) by d), -reach, reach)
     until the next time the immunized picture is seen with c + d; the original with c
@@ -7,7 +7,8 @@ arXiv 2512.14341, where L = -J grows as the edit is disturbed, and d descends L.
 Stable Diffusion 3 and FLUX.1 the pooled text stays as it is (ours). The paper prints none of the four numbers. Here S = 10,
 M = 5, reach = 0.1 of the states' root mean square, because text encoders differ several-fold in scale, and step = reach / 4.
 With several prompts each has its own d, made anew every S of its own turns. All evaluations of a step have the same draws.
-In float16 the gradients of several batches of timesteps are not on one scale.
+In float16 the gradients of several batches of timesteps are not on one scale, so the sign of their sum, and with it the result,
+may depend on how many timesteps run at once.
 """
 
 from ..baselines import semantic_attack
@@ -100,7 +101,7 @@ def tdae(editor, x_orig, contexts, *, generator, prompts, content=None, timestep
 
     arXiv 2512.14341 (TPAMI); no code was released. It is put around other methods; the Semantic Attack is one of those that the
     paper reports on both of its editors. Around another method: that method with the options flat and refine_text, which this
-    one has unless they are switched off.
+    one has unless they are switched off; with any_prompt, which moves no text, it has flat alone.
     content, timesteps, batch: of `semantic_attack`. Cost: encoder 2F 2B, denoiser 2|T|F 2|T|B, and half a step (M / S) for the
     text. native: a zero start.
     """
