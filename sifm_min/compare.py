@@ -49,8 +49,8 @@ def _parser():
         help="of LPIPS' network: torchvision's .pth, or safetensors (default: what `weights download` has fetched)")
     add("--latents", action="store_true", help="measure the shift of the latents too, in every space on this machine")
     add("--spaces", type=cli.commas(), metavar="LIST",
-        help="the same in these spaces: sd1, sdxl, sd3, flux1, flux2, sd1-copy, sd3-copy, an editor's name or hub id (sd3 is the "
-             "space), or a folder of an editor or of tiny autoencoders")
+        help="the same in these spaces: sd1, sdxl, sd3, flux1, flux2, sd1-copy, sd3-copy, an editor's name or hub id (sd3 "
+             "is the space), or a folder of an editor or of tiny autoencoders")
     parser.shared("device")
     return parser
 

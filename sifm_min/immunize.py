@@ -76,8 +76,8 @@ def immunize(image, editor, prompts=(), *, method=None, eps=0.03, budget="unifor
     mask: the path of a picture of the same size; only where it is bright is the picture perturbed.
     robust: True makes the loss an expectation over what pictures meet on their way: every step draws nothing, a JPEG, a resize
       or a blur, and the method sees both pictures after it (see `purifiers`); "cleaner" draws AdverseCleaner as well.
-    any_prompt: True draws the text of every step from the prompts, 64 general instructions and the empty prompt, every
-      text once before any comes again; or the path of a text file with instructions of one's own, or a `Bank` (`instructions.bank`).
+    any_prompt: True draws the text of every step from the prompts, 64 general instructions and the empty prompt, every text
+      once before any comes again; or the path of a text file with instructions of one's own, or a `Bank` (`instructions.bank`).
     flat, refine_text: TDAE's flat minima and text refinement, True or a dict of their numbers; None: the method's default.
       blur: BlurGuard's blur of the perturbation, a standard deviation in pixels. All three: see `objectives.around`.
     memory: "fast", "low", or "auto", which gives way where memory ends and warns (see `memory.plans`); the result is the

@@ -38,10 +38,11 @@ download  says licence and size, fetches what is missing (files that are complet
 verify    hashes every file and compares with the published checksum, the one by which the cache knows the file, and
           the SHA256SUMS of its folder
 
-latents-sd1, latents-sdxl, latents-sd3, latents-flux1 and latents-flux2 are the tiny autoencoders of five latent spaces, 10 MB
-each, latents is all five; `--editor latents` uses those that are there, and for sd1 and sd3 else the copies that ship. On a machine without a network, --weights takes a
-folder that has them, as taesd_encoder.safetensors and taesd_decoder.safetensors, as taef2.safetensors, or as diffusers writes
-them; they are copied to HF_HOME/sifm_min/latents.
+latents-sd1, latents-sdxl, latents-sd3, latents-flux1 and latents-flux2 are the tiny autoencoders of five latent spaces,
+10 MB each, latents is all five; `--editor latents` uses those that are there, and for sd1 and sd3 else the copies that
+ship. On a machine without a network, --weights takes a folder that has them, as taesd_encoder.safetensors and
+taesd_decoder.safetensors, as taef2.safetensors, or as diffusers writes them; they are copied to
+HF_HOME/sifm_min/latents.
 
 lpips-alex, lpips-vgg and lpips-squeeze are the backbones of the metric LPIPS, lpips is all three; `compare` uses alex.
 torchvision's file is fetched, its convolutions are kept (alex: 10 of 244 MB), in HF_HOME/sifm_min/lpips, and it is
@@ -254,7 +255,7 @@ def _latents_in(folder, spaces):
         except checkpoints.Unfit as error:
             if len(spaces) == 1 or space.stem in names[0]:
                 raise
-            unfit = error                                    # files whose names do not say which space they are of
+            unfit = unfit or error                           # files whose names do not say which space they are of
     if not given:
         raise unfit or Unavailable(latent_spaces.absence(folder, spaces[0]))
     return given

@@ -120,14 +120,17 @@ def test_robust_runs_draw_texts_too(tiny, own):
 
 @pytest.mark.parametrize("texts", [5, 12])
 def test_original_features_of_eight_texts_are_kept(tiny, texts, monkeypatch):
-    """SIFM computes the original's features once for each of few texts, and at every step where there are many."""
+    """SIFM computes the original's features once for each of few texts, and at every step where there are many.
+
+    In the order of a bank, in which a text may come again after few others.
+    """
     calls, real = [], tiny.features
     monkeypatch.setattr(tiny, "features", lambda *args, **how: calls.append(torch.is_grad_enabled()) or real(*args, **how))
     contexts = tiny.contexts([f"word {number}" for number in range(texts)])
     x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     objective = sifm.sifm(tiny, x, contexts, generator=torch.Generator().manual_seed(0), timesteps=1)
-    for step in range(24):
-        objective((x + 0.01).requires_grad_(), step)
+    for step, place in enumerate(drawn_order(texts, 24, 1)):
+        objective((x + 0.01).requires_grad_(), step * texts + place)
     computed = calls.count(False)
     assert computed == (5 if texts == 5 else 24) and objective.passes(24)["denoiser_forward"] == 24 + computed
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_sd3
 from PIL import Image
 from test_latent_spaces import home, network, write_authors  # noqa: F401 (home is a fixture)
 from test_latents import photo, shift_by_hand
@@ -60,6 +61,17 @@ def test_every_space_at_hand_is_measured(run, spaces):
         assert found["shift"] == pytest.approx(shift_by_hand(space, after, before), rel=1e-3)
         assert found["noise"] == pytest.approx(shift_by_hand(space, noisy, before), rel=1e-3)
         assert found["ratio"] == pytest.approx(found["shift"] / found["noise"]) and found["budget_steps"] == 5
+
+
+def test_the_editor_sd3_is_told_from_the_space_sd3(run, tmp_path):
+    """Whoever has downloaded both has both in the table."""
+    write_authors(SPACES["sd3"].kept, SPACES["sd3"], network(SPACES["sd3"]))
+    known = EDITORS["sd3"]
+    tiny_sd3.write(Path(hub.cache()) / f"models--{known.hub_id.replace('/', '--')}" / "snapshots" / known.revision)
+    save_pair()
+    code, out, err = run("--latents", "a.png", "b.png", "--json", "--metrics", "linf")
+    assert code == cli.OK, err
+    assert [found["space"] for found in json.loads(out)["shifts"]] == ["sd3", known.hub_id]
 
 
 def test_spaces_selects_and_text_has_a_line_for_each(run, spaces):

@@ -96,6 +96,19 @@ def test_a_step_reads_the_device_once_and_copies_nothing(method, gpu, tiny_folde
     assert seen[1:] == [(1, {})] * 3, seen
 
 
+@pytest.mark.parametrize("options", [{"method": "tdae", "timesteps": 1, "budget": "texture"}, {"blur": 1.0, "timesteps": 1},
+                                     {"timesteps": 1, "budget": "texture", "editors": 2}], ids=str)
+def test_mask_and_texture_budget_meet_the_picture_on_its_device(options, gpu, tiny_folder, tmp_path):
+    """Both are read on the CPU."""
+    mask = Image.new("L", picture().size)
+    mask.paste(255, (0, 0, 20, 32))
+    mask.save(tmp_path / "mask.png")
+    options = dict(options)
+    editors = [sifm_min.load_editor(tiny_folder, device="cuda", dtype=torch.float32) for _ in range(options.pop("editors", 1))]
+    result = sifm_min.immunize(picture(), editors, "make it night", steps=2, mask=tmp_path / "mask.png", **options)
+    assert result.report["linf_steps"] > 0
+
+
 @pytest.mark.slow
 def test_a_step_of_sifm_sends_nothing_new(gpu):
     editor = sifm_min.load_editor("miniature-sd3", device="cuda", dtype=torch.float32)

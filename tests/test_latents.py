@@ -22,6 +22,7 @@ from sifm_min.models.checkpoints import Unavailable
 from sifm_min.models.latent_spaces import SPACES
 
 NAMES = ("sd1", "sd3")
+SHIPPED = latent_spaces.COPIES
 
 
 def photo(width, height, seed=0):
@@ -188,6 +189,8 @@ def test_methods_with_a_denoiser_are_refused(method, editor):
 def test_other_mistakes_are_sentences(editor, folder, run):
     with pytest.raises(ValueError, match="editshield released needs a denoiser"):
         sifm_min.immunize(photo(32, 32), editor, method="editshield", variant="released")
+    with pytest.raises(ValueError, match="sizes is empty"):
+        sifm_min.immunize(photo(32, 32), editor, sizes=())
     with pytest.raises(ValueError, match="has encoders and no denoiser, so it neither edits"):
         editor.edit(photo(32, 32), "a hat")
     with pytest.raises(ValueError, match="latent is for editors without a denoiser"):
@@ -199,6 +202,36 @@ def test_other_mistakes_are_sentences(editor, folder, run):
         assert code == 2 and out == "" and err.count("\n") == 1 and "denoiser" in err, err
     code, _, err = run(immunize, "--editor", f"latents:{folder}", "-o", "out")
     assert code == 2 and "give at least one picture or folder and -o DIR" in err
+
+
+@pytest.mark.slow
+def test_every_encoder_of_several_is_in_the_report(folder):
+    editors = [load_editor(f"latents:{folder / SPACES[name].stem}", device="cpu") for name in place_apart(folder)]
+    report = sifm_min.immunize(photo(32, 32), editors, steps=2).report
+    assert [found["space"] for found in report["shifts"]] == [space.name for one in editors for space in one.spaces]
+
+
+def place_apart(folder):
+    """The names of the spaces of a folder, each of which has a folder of its own inside then."""
+    for name in NAMES:
+        inner = folder / SPACES[name].stem
+        inner.mkdir(exist_ok=True)
+        for half in ("encoder", "decoder"):
+            shutil.copy(folder / f"{SPACES[name].stem}_{half}.safetensors", inner)
+    return NAMES
+
+
+@pytest.mark.slow
+def test_a_measurement_that_fails_does_not_lose_the_picture(folder, run, monkeypatch):
+    def short(*args, **options):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("sifm_min.editors.shifts.measure_shifts", short)
+    photo(32, 32).save("a.png")
+    code, out, _ = run(immunize, "a.png", "--editor", f"latents:{folder}", "-o", "out", "--steps", "2", "--no-preview")
+    report = json.loads(Path("out/a.json").read_text())
+    assert code == cli.OK and Path("out/a_immunized.png").exists() and "shifts" not in report
+    assert report["measures_absent"].startswith("out of memory") and "shifts were not measured: out of memory" in out
 
 
 # ----------------------------------------------------------------------------------------------------------- the command
@@ -304,6 +337,25 @@ def test_an_editors_autoencoder_is_a_space(folder, tiny_folder, monkeypatch):
     result = sifm_min.immunize(photo(32, 32), editor, steps=2)
     assert [found["space"] for found in result.report["shifts"]] == ["sd1", tiny_folder.name, "miniature"]
     assert not any(file.startswith(f"{tiny_folder.name}/unet") for file in result.report["editor"]["weights"])
+
+
+def test_two_folders_of_one_name_are_called_as_they_were_written(tiny_folder, tmp_path):
+    for place in ("a", "b"):
+        shutil.copytree(tiny_folder / "vae", tmp_path / place / "main" / "vae")
+        shutil.copytree(tiny_folder / "vae", tmp_path / place / "sd1" / "vae")
+    names = [str(tmp_path / place / "main") for place in ("a", "b")]
+    assert [space.name for space in load_editor(f"latents:{','.join(names)}", device="cpu").spaces] == names
+    with pytest.raises(ValueError, match="twice; name each once"):
+        load_editor(f"latents:{names[0]},{names[0]}", device="cpu")
+    (space,) = load_editor(f"latents:{tmp_path / 'a' / 'sd1'}", device="cpu").spaces     # not the published space
+    assert space.name == str(tmp_path / "a" / "sd1")
+
+
+def test_copies_say_that_they_are_copies():
+    shutil.copytree(SHIPPED / "sd1", latent_spaces.COPIES / "sd1")
+    copy, folder = (load_editor(f"latents:{item}", device="cpu") for item in ("sd1-copy", latent_spaces.COPIES / "sd1"))
+    assert "copies of these" in copy.notice and "download latents" in copy.notice
+    assert folder.spaces[0].name == str(latent_spaces.COPIES / "sd1")                    # and not sd1, the published one
 
 
 def test_latents_are_scaled_and_shifted_as_the_config_says(tiny_folder, tmp_path):

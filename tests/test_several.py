@@ -169,6 +169,24 @@ def test_robust_and_texture_go_with_several(tiny, sd3, monkeypatch):
     assert norms == [2]                                      # of scales where steps go along the gradient
 
 
+def test_scales_are_of_whole_steps_whatever_the_schedule(tiny, sd3):
+    """A schedule that falls would be over before the measured steps are."""
+    scales = [[editor["scale"] for editor in sifm_min.immunize(smooth(40, 30), [tiny, sd3], PROMPT, schedule=schedule, steps=4,
+                                                               timesteps=1).report["editors"]]
+              for schedule in ("constant", "linear")]
+    assert scales[0] == scales[1]
+
+
+def test_report_has_the_text_of_every_editor(tiny, sd3, tmp_path):
+    """An img2img editor is told descriptions, and draws from as many texts as differ for it."""
+    own = tmp_path / "mine.txt"
+    own.write_text("make it red\nadd a lake\ta lake\nmake it night\tnight\n")
+    report = sifm_min.immunize(smooth(40, 30), [tiny, sd3], PROMPT, any_prompt=own, steps=5, timesteps=1).report
+    names = [editor["called"] for editor in report["editors"]]
+    texts = [{step["prompt"][name] for step in report["loss"]} for name in names]
+    assert texts == [{PROMPT, "make it red", "add a lake", ""}, {PROMPT, "make it red", "a lake", "night", ""}]
+
+
 def test_grey_picture_within_a_mask(tiny, sd3, tmp_path):
     mask = np.zeros((30, 40), np.uint8)
     mask[:, :20] = 255

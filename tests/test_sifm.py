@@ -77,8 +77,6 @@ class Paper:
         norm = dist = 0.0
         for phi_imu, phi_orig in zip(self.phi(x_imu, t, x_orig), Phi_orig, strict=True):
             l1, mse = phi_imu.abs().sum(), torch.nn.functional.mse_loss(phi_imu, phi_orig)
-            if self.reduction == "mean":
-                l1 = phi_imu.abs().mean()
             if self.reduction in ("relative", "balanced"):
                 l1, mse = l1 / phi_orig.abs().sum(), (phi_imu - phi_orig).norm() ** 2 / phi_orig.norm() ** 2
             if self.reduction == "balanced":
@@ -377,7 +375,7 @@ def test_weights_get_no_gradient(editor, contexts, x_orig):
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 WRONG = {
-    "reduction": ({"reduction": "median"}, "reduction 'median': choose one of balanced, relative, mean, literal"),
+    "reduction": ({"reduction": "median"}, "reduction 'median': choose one of balanced, relative, literal"),
     "aggregate": ({"aggregate": "sum"}, "aggregate 'sum'"),
     "noisy": ({"noisy": "both"}, "noisy 'both'"),
     "tap": ({"taps": ["mid_block", "mid_blok"]}, "mid_blok"),

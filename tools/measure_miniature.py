@@ -159,7 +159,7 @@ def beside(args, attacker, runs):
 
 
 def plainly(editor, x_orig, contexts, *, generator):
-    """SIFM's objective of one prompt, the same loss without any saving: for each timestep an encoding, the whole denoiser, and a
+    """SIFM's objective of one prompt, the same loss in plain code: for each timestep an encoding, the whole denoiser, and a
     gradient down to the pixels; plain layers, which keep what training would need."""
     networks = (editor.denoiser, editor.vae)
     T, taps = editor.timesteps(10), editor.default_taps

@@ -19,19 +19,18 @@ def diffusionguard(editor, x_orig, contexts, *, generator):
       at every step for masks to come; instruction editors and img2img have no mask.
     By img2img z_T is the latent of x', noised as far as the editor's strength says. On editors of rectified flow (ours) the
       velocity takes the place of eps_t: at sigma 1 the noise that it implies is eta, without a gradient.
-    Cost: encoder 1F 1B, denoiser 1F 1B. native: 800 iterations of 0.00196 from zero. Raises ValueError for img2img of strength
-      1, where z_T has nothing of the picture.
+    Cost: encoder 1F 1B, denoiser 1F 1B. native: 800 iterations of 0.00196 from zero. Raises ValueError where img2img starts at
+      pure noise, because z_T then has nothing of the picture.
     """
-    if editor.kind == "img2img" and editor.defaults.strength >= 1:
-        raise ValueError("diffusionguard looks at the start of an edit, which by img2img at strength 1 is pure noise and has "
-                         "nothing of the picture: give a smaller strength")
+    plan = editor.plan_at(*editor.resize(x_orig).shape[2:])
     texts = [editor.prepare_text(context) for context in contexts]
     flow = isinstance(editor.scheduler, FlowScheduler)
+    if flow and editor.kind == "img2img" and plan.timesteps[0] >= editor.scheduler.config.num_train_timesteps:
+        raise ValueError("diffusionguard looks at the start of an edit, which by img2img of this strength and number of steps "
+                         "is pure noise and has nothing of the picture: give a smaller strength")
 
     def objective(x_imu, step):
-        pixels = editor.resize(x_imu)
-        E = editor.encode(pixels)
-        plan = editor.plan_at(*pixels.shape[2:])
+        E = editor.encode(editor.resize(x_imu))
         eta = sent(torch.randn(editor.scaled(E).shape, generator=generator), E.device, E.dtype)
         z_T, t = plan.scale_input(editor.first_latent(E, eta, plan), 0), plan.timesteps[:1]
         prediction = editor.predict(E, z_T, t, texts[step % len(texts)]).to(E)

@@ -12,7 +12,7 @@ from PIL import Image
 
 import sifm_min
 from sifm_min import cli, images, immunize, metrics
-from sifm_min.objectives.blurred import blurred_delta
+from sifm_min.objectives.blurred import blurred_delta, descend_blurred
 
 PROMPT = "make it night"
 
@@ -107,6 +107,19 @@ def test_box_holds_on_the_saved_file_with_everything_on(mode, loaded_once, tiny_
     assert after.mode == mode and (used <= limit).all() and used.max() >= 3 and not used[mask == 0].any()
     report = json.loads(Path("out/a.json").read_text())
     assert report["values_beyond_budget"] == 0 and report["options"]["blur"] == 1.5
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_texture_budget_bounds_the_blurred_perturbation(masked):
+    """An even u is not weakened by the blur, and then made stronger: without the bound each value would reach its budget."""
+    pixels, eps = torch.full((1, 3, 24, 24), 0.5), torch.full((1, 3, 24, 24), 0.03)
+    eps[..., :12] = 0.01
+    mask = None if not masked else (torch.arange(24) < 16).float().expand(1, 1, 24, 24)
+    delta = descend_blurred(pixels, lambda x, step: x.sum(), eps, sigma=1.0, mask=mask, rms=0.5, steps=20, step_size=eps / 7,
+                            init="zero")
+    share = (delta / eps)[..., :16] if masked else delta / eps
+    assert share.square().mean().sqrt().item() == pytest.approx(0.5, rel=1e-4)
+    assert not masked or not delta[..., 16:].any()
 
 
 def test_a_file_beyond_its_box_is_not_written(loaded_once, tiny_folder, monkeypatch, capsys):

@@ -144,14 +144,15 @@ def test_passes_of_both_evaluations_are_counted(method, options, robust, tiny, m
 
 
 def test_flat_with_purifiers_has_one_purifier_in_a_step(tiny, monkeypatch):
-    """The second evaluation is of the same function: by hand, the loss of a step is J + 0.3 |z| at its two places."""
+    """The second evaluation is of the same function: the loss of a step is J + 0.3 |z|, by hand at its two places."""
     from sifm_min.purifiers.draws import Draws
-    seen = []
+    seen, losses = [], []
 
     def method(editor, x_orig, contexts, *, generator):
         def objective(x_imu, step):
             seen.append(x_imu.detach())
-            return (x_imu - x_orig).square().sum() + 10 * x_imu.sum()
+            losses.append((x_imu - x_orig).square().sum() + 10 * x_imu.sum())
+            return losses[-1]
         return objective
 
     pictures = []
@@ -165,4 +166,6 @@ def test_flat_with_purifiers_has_one_purifier_in_a_step(tiny, monkeypatch):
         assert entry["purifier"] == str(purify)
         for i in (2 * step, 2 * step + 1):
             assert torch.equal(seen[i], purify(pictures[i]))
+        here, there = (loss.item() for loss in losses[2 * step:2 * step + 2])
+        assert entry["loss"] == pytest.approx(here + 0.3 * abs(here - there), rel=1e-5) != pytest.approx(here, rel=1e-5)
     assert len(seen) == 6

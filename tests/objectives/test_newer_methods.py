@@ -1,5 +1,8 @@
 """The direction of DANP, DiffusionGuard and TDAE: within 20 steps they go where their papers say, on noise not optimised."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 from photographs import smooth
@@ -20,7 +23,9 @@ def seeded(seed):
 
 @pytest.fixture(scope="module", params=["InstructPix2Pix", "SD3", "UltraEdit", "FLUX.1 Kontext"])
 def editor(request, tiny_folders):
-    return sifm_min.load_editor(tiny_folders[request.param], device="cpu")
+    loaded = sifm_min.load_editor(tiny_folders[request.param], device="cpu")
+    loaded.defaults = replace(loaded.defaults, steps=5)      # of which img2img at strength 0.6 leaves out the first two
+    return loaded
 
 
 def made(editor, method, x_orig, seed, options):
@@ -71,6 +76,18 @@ def test_danp_moves_attention_and_prediction(options, editor):
     assert moved[1] > (1.2 if not options else 1) * moved[0]
 
 
+def test_diffusionguard_refuses_a_start_without_the_picture(editor):
+    """By img2img; in other editors the picture enters beside the noise."""
+    before = editor.defaults
+    editor.defaults = replace(before, strength=1.0)
+    try:
+        with (pytest.raises(ValueError, match="pure noise and has nothing of the picture") if editor.kind == "img2img"
+              else nullcontext()):
+            sifm_min.METHODS["diffusionguard"](editor, torch.zeros(1, 3, 16, 16), [], generator=None)
+    finally:
+        editor.defaults = before
+
+
 @torch.no_grad()
 def test_diffusionguard_enlarges_the_first_prediction(editor):
     """The norm of the denoiser's prediction at the first step of an edit grows, on average over noise.
@@ -80,7 +97,7 @@ def test_diffusionguard_enlarges_the_first_prediction(editor):
     x_orig = images.to_pixels(smooth(editor.working_size, editor.working_size))
     with torch.enable_grad():
         pictures = start_and_end(editor, "diffusionguard", x_orig, {})
-    plan, context, norms = editor.plan_at(*x_orig.shape[2:], 4), editor.contexts([PROMPT])[0], []
+    plan, context, norms = editor.plan_at(*x_orig.shape[2:]), editor.contexts([PROMPT])[0], []
     for E in map(editor.encode, pictures):
         etas = torch.randn((24, 1, *E.shape[1:]), generator=seeded(99))
         norms.append(sum(editor.predict(E, plan.scale_input(editor.first_latent(E, eta, plan), 0), plan.timesteps[:1], context)
