@@ -129,7 +129,7 @@ def test_original_features_of_eight_texts_are_kept(tiny, texts, monkeypatch):
     contexts = tiny.contexts([f"word {number}" for number in range(texts)])
     x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     objective = sifm.sifm(tiny, x, contexts, generator=torch.Generator().manual_seed(0), timesteps=1)
-    for step, place in enumerate(drawn_order(texts, 24, 1)):
+    for step, place in enumerate(drawn_order(texts, 24, 2)):
         objective((x + 0.01).requires_grad_(), step * texts + place)
     computed = calls.count(False)
     assert computed == (5 if texts == 5 else 24) and objective.passes(24)["denoiser_forward"] == 24 + computed
