@@ -83,6 +83,8 @@ def test_training_resumes_and_what_ships_loads_in_diffusers(command, tmp_path, c
 def test_training_goes_on_from_a_copy(command, tmp_path):
     command("train", "--encoder-steps", 1, "--decoder-steps", 1)
     command("export")
+    with pytest.raises(SystemExit, match="is of a run with --start None: remove it, or choose another --work"):
+        command("train", "--encoder-steps", 2, "--start", latent_spaces.COPIES / "sd3")
     copied = latent_spaces.open_copy(latent_spaces.COPIES / "sd3", SPACES["sd3"]).network(dtype=torch.float32).state_dict()
     for half in ("encoder", "decoder"):
         (tmp_path / "work" / f"sd3-{half}.pt").unlink()
@@ -92,6 +94,7 @@ def test_training_goes_on_from_a_copy(command, tmp_path):
 
 
 def test_figures_of_a_copy_that_equals_its_teacher(command, tmp_path, monkeypatch):
+    open_copy = latent_spaces.open_copy
     monkeypatch.setattr(latent_spaces, "open_copy",
                         lambda folder, space: latent_spaces.open_folder(tmp_path / "weights", space))
     command("train", "--encoder-steps", 1, "--decoder-steps", 1)
@@ -109,6 +112,13 @@ def test_figures_of_a_copy_that_equals_its_teacher(command, tmp_path, monkeypatc
     latent_spaces.COPIES.mkdir()
     command("card")
     text = (latent_spaces.COPIES / "README.md").read_text()
+    command("measure", "--images", 1, "--size", 24, "--steps", 2)
+    rows = [json.loads(line) for line in (tmp_path / "work" / "sd3-measured.jsonl").read_text().splitlines()]
+    assert [row["photograph"] for row in rows] == ["p3", "p4", "p5", "p3"]               # of another size: measured anew
+    monkeypatch.setattr(latent_spaces, "open_copy", open_copy)
+    command("export")
+    with pytest.raises(SystemExit, match="is of an earlier copy of sd3: measure this one first"):
+        command("card")
     assert "Trained for 1 steps of 3 pairs (encoder) and 1 of 3 crops (decoder) in the last run. 3 photographs." in text
     assert "| made on ours: the teacher's shift over its white box | at least .70 | 1.00 |" in text
 

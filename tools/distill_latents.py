@@ -40,7 +40,9 @@ from sifm_min import images, metrics  # noqa: E402
 from sifm_min.editors.latents import Latents, LatentSpace, latent  # noqa: E402
 from sifm_min.editors.shifts import shift  # noqa: E402
 from sifm_min.files import writing  # noqa: E402
+from sifm_min.files.ledger import Ledger, read_rows  # noqa: E402
 from sifm_min.models import latent_spaces  # noqa: E402
+from sifm_min.models.checkpoints import sha256  # noqa: E402
 from sifm_min.models.latent_spaces import SPACES  # noqa: E402
 from sifm_min.models.tiny_vae import AutoencoderTiny, TinyVAEConfig  # noqa: E402
 from sifm_min.pgd import pgd  # noqa: E402
@@ -130,12 +132,15 @@ class Pairs:
 class Run:
     """A network in training, with its optimiser; the learning rate warms up and falls to zero along a cosine."""
 
-    def __init__(self, path, network, steps, extra=None):
+    def __init__(self, path, network, steps, extra=None, start=None):
         self.path, self.network, self.steps, self.extra, self.step = path, network, steps, extra, 0
+        self.start = None if start is None else str(start)
         self.optimiser = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.0)
         self.saved, self.errors = time.monotonic(), {}
         if path.exists():
             state = torch.load(path, weights_only=True)
+            if state.get("start") != self.start:
+                raise SystemExit(f"{path} is of a run with --start {state.get('start')}: remove it, or choose another --work")
             network.load_state_dict(state["network"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.step = state["step"]
@@ -161,7 +166,8 @@ class Run:
 
     def save(self):
         kept = {"kept": self.extra.kept, "count": self.extra.count} if self.extra is not None else {}
-        state = {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict(), "step": self.step, **kept}
+        state = {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict(), "step": self.step,
+                 "start": self.start, **kept}
         save(state, self.path)
         self.saved = time.monotonic()
 
@@ -190,7 +196,7 @@ def train(args):
 
 def train_encoder(args, pupil, teacher, pictures):
     pairs = Pairs(pictures, teacher)
-    run = Run(args.work / f"{args.space}-encoder.pt", pupil, args.encoder_steps, pairs)
+    run = Run(args.work / f"{args.space}-encoder.pt", pupil, args.encoder_steps, pairs, args.start)
     rng = np.random.default_rng((args.seed, run.step))
     generator = torch.Generator().manual_seed(args.seed + run.step)
     with torch.no_grad():
@@ -207,7 +213,7 @@ def train_encoder(args, pupil, teacher, pictures):
 
 def train_decoder(args, network, pictures):
     network.encoder.requires_grad_(False)
-    run = Run(args.work / f"{args.space}-decoder.pt", network.decoder, args.decoder_steps)
+    run = Run(args.work / f"{args.space}-decoder.pt", network.decoder, args.decoder_steps, start=args.start)
     rng = np.random.default_rng((args.seed, 1, run.step))
     while run.step < run.steps:
         x = torch.stack([crop(pictures, rng) for _ in range(BATCH)])
@@ -242,21 +248,26 @@ def export(args):
     writing.write(latent_spaces.COPIES / "ATTRIBUTIONS.jsonl", lines, overwrite=True)
 
 
+def hashes(checkpoint):
+    return {file: sha256(checkpoint.folder / file) for file in checkpoint.files}
+
+
 def measure(args):
     """Measure a copy beside its teacher on evaluation photographs; one line a photograph in the working folder."""
     torch.set_num_threads(args.threads)
-    teacher = LatentSpace("teacher", teacher_of(args), latent_spaces.open_folder(args.weights, SPACES[args.space]), True)
-    pupil = latent_spaces.open_copy(latent_spaces.COPIES / args.space, SPACES[args.space])
-    pupil = LatentSpace("pupil", pupil.network(dtype=torch.float32), pupil, True)
+    given = latent_spaces.open_folder(args.weights, SPACES[args.space])
+    teacher = LatentSpace("teacher", teacher_of(args), given, True)
+    copy = latent_spaces.open_copy(latent_spaces.COPIES / args.space, SPACES[args.space])
+    pupil = LatentSpace("pupil", copy.network(dtype=torch.float32), copy, True)
+    of = {"copy": hashes(copy), "teacher": hashes(given), "size": args.size, "steps": args.steps}
     writing.make_folder(args.work)
-    journal = args.work / f"{args.space}-measured.jsonl"
-    done = journal.read_text().splitlines() if journal.exists() else []
-    chosen = in_turn(licences(args.photos, "evaluate"))[:args.images]
-    for row in chosen[len(done):]:
-        found = measured(args, teacher, pupil, Image.open(args.photos / row["file"]).convert("RGB"))
-        with journal.open("a") as file:
-            file.write(json.dumps({"photograph": row["id"]} | found) + "\n")
-        say(f"{args.space} {row['id']}: {found}")
+    with Ledger(args.work / f"{args.space}-measured.jsonl") as journal:
+        done = {row["photograph"] for row in journal.rows if row["of"] == of}
+        for row in in_turn(licences(args.photos, "evaluate"))[:args.images]:
+            if row["id"] not in done:
+                found = measured(args, teacher, pupil, Image.open(args.photos / row["file"]).convert("RGB"))
+                journal.append({"photograph": row["id"], "of": of, **found})
+                say(f"{args.space} {row['id']}: {found}")
 
 
 def measured(args, teacher, pupil, picture):
@@ -342,7 +353,11 @@ def card(args):
         journal = args.work / f"{space}-measured.jsonl"
         if not journal.exists():
             continue
-        rows = [json.loads(line) for line in journal.read_text().splitlines()]
+        rows = list(read_rows(journal))
+        of = rows[-1]["of"]
+        if of["copy"] != hashes(latent_spaces.open_copy(latent_spaces.COPIES / space, SPACES[space])):
+            raise SystemExit(f"{journal} is of an earlier copy of {space}: measure this one first")
+        rows = [row for row in rows if row["of"] == of]
         lines = [f"| {what} | {aim} | {interval([of(row) for row in rows])} |" for what, aim, of in AIMS]
         shifts = [f"| {made} | " + " | ".join(interval([row[f"{source}, {space_}, {purifier}"] for row in rows])
                                              for space_ in ("teacher", "pupil") for purifier in ("none", "JPEG 75")) + " |"
