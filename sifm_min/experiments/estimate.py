@@ -78,11 +78,19 @@ def _immunization(plan, editors, case, arm, **_):
     steps = arm["settings"].get("steps", 1)
     around = choose(arm["method"], **{name: arm["settings"].get(name) for name in ("flat", "refine_text", "blur")},
                     any_prompt=arm.get("texts") == "any")
-    every = around.refine_text["every"] if around.refine_text else steps
     editor, texts, more = asked_of(plan, editors, case.record, arm)
+    plain, later = refinements(around, len(texts), steps)
     return timed(lambda on_step: immunize(
         case.read(), editor, texts, method=arm["method"], eps=plan["eps"], seed=plan["seed"], on_step=on_step,
-        **arm["settings"], **more), steps, like_first=-(-steps // every))
+        **arm["settings"], **more), steps, plain, later)
+
+
+def refinements(around, texts, steps):
+    """(the first steps that refine their text, what is refined after them, in the time of so many steps)."""
+    if not around.refine_text:
+        return 0, 0.0
+    turns = [-(-len(range(n, steps, texts)) // around.refine_text["every"]) - 1 for n in range(min(texts, steps))]
+    return len(turns), sum(turns) * around.refine_text["rounds"] / (2 if around.flat else 1)
 
 
 def _edit(plan, editors, case, arm, **_):
@@ -122,16 +130,18 @@ def _verdict(plan, editors, case, arm, *, judges, **_):
     return time.perf_counter() - started
 
 
-def timed(work, steps, like_first=1):
-    """The seconds that work(on_step) takes with this number of steps, from its first three steps at most.
+def timed(work, steps, apart=0, later=0.0):
+    """The seconds that work(on_step) takes with this number of steps, from a few of them.
 
-    like_first: the number of steps that take as long as the first one, which may compute something for several steps.
+    The first step may also compute something for all. apart: so many of the first steps, at least two, do more than others.
+    later: what others do more, in the time of so many steps.
     """
+    apart = min(max(apart, 2), steps - 1)
     stamps = [time.perf_counter()]
 
     def on_step(*_):
         stamps.append(time.perf_counter())
-        if len(stamps) > min(3, steps):
+        if len(stamps) > apart + 1:
             raise _Enough
     try:
         work(on_step)
@@ -139,8 +149,8 @@ def timed(work, steps, like_first=1):
         pass
     else:                                                    # fewer steps than expected: that was the whole
         return time.perf_counter() - stamps[0]
-    first, each = stamps[1] - stamps[0], stamps[-1] - stamps[-2]
-    return first * like_first + each * (steps - like_first)
+    each = stamps[-1] - stamps[-2]
+    return stamps[apart] - stamps[0] + each * (steps - apart + later)
 
 
 class Clock:

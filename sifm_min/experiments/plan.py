@@ -78,9 +78,10 @@ def sources_of(arm):
 
 
 def work_of(arm):
-    """The method of an arm with what makes it another work: several editors, or purifiers."""
+    """The method of an arm with what makes it another work: several editors, purifiers, or several texts."""
     return arm["method"] and arm["method"] + "".join(
-        [f" for {' and '.join(sources_of(arm))}"] * ("sources" in arm) + [", robust"] * bool(arm["options"].get("robust")))
+        [f" for {' and '.join(sources_of(arm))}"] * ("sources" in arm) + [", robust"] * bool(arm["options"].get("robust"))
+        + [{"five": ", five prompts", "any": ", any prompt"}.get(arm.get("texts"), "")])
 
 
 def arm_label(arm):

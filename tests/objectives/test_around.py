@@ -101,22 +101,25 @@ def test_plan_gives_each_method_what_it_can_have():
 
 
 def test_estimate_counts_every_refinement(monkeypatch):
-    """First steps of 1.5 s every 10 steps and 1 s between: 30 steps are 31.5 s."""
+    """A set-up of 7 s, steps of 1 s, each 10th of a text with five more gradients, of 0.5 s in a flat run."""
     now = [0.0]
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: now[0])
 
     def work(on_step):
-        for step in range(30):
-            now[0] += 1.5 if step % 10 == 0 else 1.0
+        now[0] += 7
+        for step in range(STEPS):
+            now[0] += 3.5 if step // texts % 10 == 0 else 1.0
+            taken.append(step)
             on_step(step, 0.0, {})
 
-    assert estimate.timed(work, 30, like_first=3) == pytest.approx(31.5)
-    seen = []
-    monkeypatch.setattr(estimate, "asked_of", lambda *given: (None, [], {}))
-    monkeypatch.setattr(estimate, "timed", lambda work, steps, like_first: seen.append((steps, like_first)))
-    for method, options in (("sifm", {}), ("tdae", {}), ("sifm", {"refine_text": {"every": 4}})):
-        estimate._immunization({}, {}, argparse.Namespace(record={}), {"method": method, "settings": {"steps": 30, **options}})
-    assert seen == [(30, 1), (30, 3), (30, 8)]
+    for STEPS, texts in ((30, 1), (100, 5), (4, 5), (1, 1)):
+        taken = []
+        around = choose("tdae")
+        found = estimate.timed(work, STEPS, *estimate.refinements(around, texts, STEPS))
+        refined = sum(step // texts % 10 == 0 for step in range(STEPS))
+        assert found == pytest.approx(7 + STEPS + 2.5 * refined) and len(taken) <= texts + 2
+    assert estimate.refinements(choose("sifm"), 5, 100) == (0, 0.0)
+    assert estimate.refinements(choose("sifm", refine_text={"every": 4}), 1, 30) == (1, 7 * 5)
 
 
 def test_evaluate_says_which_methods_go_without(monkeypatch, capsys):
