@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass
 
 from ..judging.agreement import consistency
-from . import comparison, gains
+from . import comparison, findings, gains
 from .figures import (
     DISTANCES,
     NAMES,
@@ -79,6 +79,8 @@ def tables(group, people=()):
         else:
             made.append(_main(title, arms, by_arm, paired, beside, notes))
             made.append(_behind(f"{title}: what stands behind the ISR", arms, by_arm, judges))
+        if beyond := findings.beyond_noise(cells, judges, [arm["name"] for arm in arms]):
+            made.append(findings.table(Table, f"{title}: beyond noise, by finding", beyond))
         if gained := gains.gains(cells, judges, arms, by_arm):
             made.append(gains.table(Table, f"{title}: what each gains", gained))
         if any(pair.result for pair in paired.values()):

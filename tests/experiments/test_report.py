@@ -32,7 +32,7 @@ def rows(table):
 
 
 def test_the_table_equals_a_computation_by_hand(small):
-    main, behind, _ = tables.tables(small)
+    main, behind, *_ = tables.tables(small)
     assert [heading for _, heading in main.columns] == ["Method", "PSNR ↓", "SSIM ↓", "VIFp ↓", "FSIM ↓", "LPIPS ↑", "ISR ↑",
                                                       "p vs SIFM"]
     low, high = (100 * bound for bound in wilson(3, 4))
@@ -55,7 +55,7 @@ def test_the_table_equals_a_computation_by_hand(small):
 
 def test_unseen_prompts_are_clustered_by_picture():
     cells = [cell("sifm", f"p{i}", i < 2, f"unseen-{k}") for i in range(4) for k in range(5)]
-    main, _ = tables.tables(group(cells))
+    main, *_ = tables.tables(group(cells))
     expected = success_rate(by_arm(figures.records(cells, JUDGES)), "sifm").isr
     assert "bootstrap over 4 images" in expected.note
     assert rows(main)["SIFM"][-2] == f"50% [{100 * expected.low:.0f}, {100 * expected.high:.0f}]" != "50% [30, 70]"
@@ -63,14 +63,14 @@ def test_unseen_prompts_are_clustered_by_picture():
 
 def test_failed_steps_count_against_coverage():
     cells = [cell("sifm", "p0", True), cell("sifm", "p1", True, failed="out of memory", judges=None, edited=None)]
-    main, behind = tables.tables(group(cells))
+    main, behind, *_ = tables.tables(group(cells))
     assert rows(main)["SIFM"][-2].startswith("100%") and rows(behind)["SIFM"][2] == "1 of 2"
     assert rows(behind)["SIFM"][6] == "50 to 100%" and any("1 edits failed: out of memory" in note for note in main.notes)
 
 
 def test_report_before_any_verdict():
     cells = [cell("sifm", "p0", True, judges=None)]
-    main, behind = tables.tables(group(cells))
+    main, behind, *_ = tables.tables(group(cells))
     assert rows(main)["SIFM"][-1] == "-" and behind.rows == [] and "nobody yet" in main.notes[0]
 
 
@@ -93,7 +93,7 @@ def test_formats(small):
     assert float(ours["psnr"]) == 14.0 and float(ours["isr"]) == 0.75 and float(theirs["isr"]) == 0.83
     assert (ours["seconds"], ours["obeyed"], ours["splits"]) == ("3.0", "0", "1")
     latex = formats.latex(made)
-    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 3
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 4
     assert r"\multicolumn{7}{c}{Original prompt}" in latex and r"75\% [" in latex and r"PSNR $\downarrow$" in latex
     body = latex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
     assert {line.count(" & ") for line in body} == {7}
