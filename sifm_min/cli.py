@@ -15,12 +15,14 @@ Weights that cannot be had end the run (3). Importing this file loads neither to
 
 import argparse
 import contextlib
+import datetime
 import errno
 import os
 import re
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from fractions import Fraction
@@ -331,9 +333,31 @@ def run_command(body, parser, argv=None):
         nonlocal debug
         args = parser.parse_args(argv)
         debug = args.debug
-        return body(args)
+        code = body(args) or OK
+        _meet_ranks(os.environ, code)
+        return code
 
     return guard(parsed, debug=lambda: debug)
+
+
+def _meet_ranks(environment, code):
+    """Under torchrun: where a picture failed here, wait until the other processes have done theirs.
+
+    torchrun stops all processes as soon as one ends with an error, and would do so again at every new start.
+    """
+    if rank(environment)[1] == 1 or "TORCHELASTIC_RUN_ID" not in environment:
+        return
+    from torch.distributed import TCPStore
+    try:
+        store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False,
+                         timeout=datetime.timedelta(seconds=30))
+        done = f"sifm_min {environment['TORCHELASTIC_RUN_ID']} {environment.get('TORCHELASTIC_RESTART_COUNT')}"
+        arrived = store.add(done, 1)
+        while code == SOME_FAILED and arrived < rank(environment)[1]:
+            time.sleep(1)
+            arrived = store.add(done, 0)
+    except (KeyError, ValueError, RuntimeError):             # a launcher without this store, or one that has ended
+        return
 
 
 def guard(body, *, debug=lambda: False):

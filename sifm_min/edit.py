@@ -3,7 +3,7 @@
 from . import cli
 from .files import reports, writing
 from .files.weight_digests import hash_weights
-from .immunize import editor_of, find, question, set_strength, tell_skipped
+from .immunize import EDITS, editor_of, find, question, set_strength, tell_skipped
 
 EXAMPLES = """examples:
   %(prog)s photo.png --prompt "make her a witch" -o out
@@ -12,9 +12,6 @@ EXAMPLES = """examples:
 writes NAME_edited.png per picture, with the picture's size, transparency and colour profile, and NAME_edited.json, which
 says how it was made. A folder resumes where it stopped. Exit codes: 0 all done, 1 some pictures failed, 2 usage,
 3 weights unavailable, 130 or 143 interrupted."""
-
-
-OUTPUTS = ("_edited.png", "_edited.json")
 
 
 def _parser():
@@ -38,7 +35,7 @@ def _body(args):
     from . import images
     from .models.checkpoints import Unfit
 
-    pictures, left_out = find(args.pictures, args.output, OUTPUTS)
+    pictures, left_out = find(args.pictures, args.output, EDITS)
     editor = editor_of(args)
     set_strength([editor], args.strength)
     if fault := editor.plan(args.steps).fault:
@@ -49,7 +46,7 @@ def _body(args):
     cli.say_editor(editor, quiet=args.quiet)
 
     def one(path):
-        target, report_path = (args.output / f"{path.stem}{ending}" for ending in OUTPUTS)
+        target, report_path = (args.output / f"{path.stem}{ending}" for ending in EDITS)
         asked = question(path, editor, args)
         before = reports.earlier(report_path, asked, [target], overwrite=args.overwrite)
         if before and target.exists():

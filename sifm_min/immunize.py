@@ -7,6 +7,7 @@ holds on the 8-bit picture that is saved. `python -m sifm_min.immunize` does it 
 
 import argparse
 import inspect
+import json
 import math
 import os
 import platform
@@ -20,6 +21,7 @@ from pathlib import Path
 from . import cli, methods
 from .files import listing as listing_of
 from .files import reports, writing
+from .files.digests import digest
 from .files.weight_digests import hash_weights
 from .immunizing import flags
 from .immunizing.flags import each_of, given, parser
@@ -256,7 +258,8 @@ sys.modules[__name__].__signature__ = inspect.signature(immunize)
 
 # -- the command ---------------------------------------------------------------------------------------------------------
 
-OUTPUTS = ("_immunized.png", "_preview.png", ".json")
+OUTPUTS, EDITS = ("_immunized.png", "_preview.png", ".json"), ("_edited.png", "_edited.json")        # of immunize and edit
+RESULTS = 2                                                  # of both; raised when code changes them
 
 
 def _body(args):
@@ -268,6 +271,9 @@ def _body(args):
     encoders = [re.match("latents(:|$)", source) is not None for source in sources]
     listing, latents = args.taps == ["list"], all(encoders)
     args.method = args.method or ("latent" if latents else "sifm")
+    if not listing and not args.pictures and isinstance(args.any_prompt, Path):
+        raise ValueError(f"--any-prompt took {args.any_prompt} for its FILE, and no picture is left; put it behind the "
+                         "pictures")
     if not listing and not (args.pictures and (args.prompt or args.any_prompt or latents) and args.output):
         prompt = "" if latents else ", --prompt TEXT"
         raise ValueError(f"give at least one picture or folder{prompt} and -o DIR (--help shows examples)")
@@ -327,7 +333,11 @@ def _of_each(args, sources):
         raise ValueError("--revision is of one hub repository, and several editors are given: fetch it with `python -m "
                          f"{__package__}.weights download ID --revision {args.revision}`, and give --editor the folder that "
                          "this prints")
-    return [{"editor": source, "components": args.components if Path(source).is_file() else None} for source in sources]
+    single = [Path(source).expanduser().is_file() for source in sources]
+    if args.components is not None and not any(single):
+        raise ValueError("--components is for an editor that is a single file, and none of these is one")
+    return [{"editor": source, "components": args.components if file else None}
+            for source, file in zip(sources, single, strict=True)]
 
 
 def editor_of(args):
@@ -358,7 +368,12 @@ def find(names, output, endings):
     endings: of the results, that of the report last. Results of earlier runs are left out of folders. Raises ValueError
     where two pictures would write one file, or one picture would be overwritten by the result of another.
     """
-    listing = listing_of.list_pictures(names, lambda path: reports.is_result(path, endings[:-1], endings[-1]))
+    def made(path):
+        """A result of either command; immunized pictures are there to be edited."""
+        known = any(reports.is_result(path, each[:-1], each[-1]) for each in (OUTPUTS, EDITS))
+        return known and not (endings == EDITS and path.name.endswith(OUTPUTS[0]))
+
+    listing = listing_of.list_pictures(names, made)
     stems = {}
     for path in listing.pictures:
         other = stems.setdefault(path.stem, path)
@@ -396,6 +411,8 @@ def _immunize_file(path, editor, args, steps, each):
         immunized, limit = result.image, local_budget(picture, args.eps, args.budget)
         report = {"finished": True, "asked": asked, "results": [immunized_path.name, preview_path.name], "picture": str(path),
                   "immunized": immunized_path.name, **result.report}
+        if args.overwrite:                                   # else the preview of another question would pass for this one's
+            preview_path.unlink(missing_ok=True)
         reports.write_results(
             report_path, lambda finished: cli.to_json(report | {"finished": finished}, indent=1) + "\n",
             {immunized_path: lambda path: images.write_checked(path, immunized, picture, limit, overwrite=True)},
@@ -419,7 +436,8 @@ def question(path, editor, args):
     """All that decides the result: the bytes of picture, mask and weights, and every option, as text."""
     from .models.checkpoints import sha256
     irrelevant = {"pictures", "output", "overwrite", "json", "quiet", "debug", "device", "memory", "no_preview", "any_prompt"}
-    values = {key: str(value) for key, value in vars(args).items() if key not in irrelevant and value != []}
+    values = {key: str(value) for key, value in vars(args).items()       # a flag that is not given may be of a later version
+              if key not in irrelevant and value is not None and value is not False and value != []}
     if not path.is_file():                                   # hashing a device would never end
         raise ValueError(f"{path}: no such file")
     method, mask, bank = (getattr(args, name, None) for name in ("method", "mask", "any_prompt"))
@@ -428,8 +446,18 @@ def question(path, editor, args):
         values["sources"] = [sha256(Path(source)) for source in own]
     if bank:
         values["any_prompt"] = bank.digest
-    weights = [one.provenance()["weights"] for one in editors]
-    return {**values, "sha256": sha256(path), "mask": mask and sha256(mask), "weights": weights if weights[1:] else weights[0]}
+    about = [one.provenance() for one in editors]
+    weights = [one["weights"] for one in about]
+    settings = [[one["scheduler"], one["defaults"], *(checkpoint.configuration() for checkpoint in _checkpoints(editor))]
+                for one, editor in zip(about, editors, strict=True)]
+    return {**values, "results": RESULTS, "sha256": sha256(path), **({"mask": sha256(mask)} if mask else {}),
+            "settings": digest(json.loads(cli.to_json(settings))), "weights": weights if weights[1:] else weights[0]}
+
+
+def _checkpoints(editor):
+    """The files of an editor; of encoders alone, those of each space."""
+    own = getattr(editor, "checkpoint", None)
+    return [own] if own else [space.checkpoint for space in getattr(editor, "spaces", ())]
 
 
 def _shifts(report):

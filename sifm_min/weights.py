@@ -342,7 +342,16 @@ def _body(args):
         disable_progress_bars()
         logging.set_verbosity_error()                        # its remarks on retries are remarks too
     check = {**dict.fromkeys(LPIPS, _check_lpips), **dict.fromkeys(LATENTS, _check_latents)}
-    return max([check.get(name, _check)(name, args) for name in args.names])
+    codes = []
+    for name in args.names:
+        try:
+            codes.append(check.get(name, _check)(name, args))
+        except Unavailable as error:                         # the others are worked on all the same
+            if len(args.names) == 1:
+                raise
+            cli.fail(f"{name}: {cli.sentence(error)}")
+            codes.append(cli.UNAVAILABLE)
+    return max(codes)
 
 
 def _parser():

@@ -1,9 +1,12 @@
 """Folders as users have them: nothing is passed over in silence, nothing is lost, and each run knows what is its own."""
 
+import argparse
 import errno
+import hashlib
 import importlib.machinery
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +17,7 @@ import pytest
 from photographs import photo
 
 from sifm_min import cli, compare, edit, images
-from sifm_min.files import listing, reports, writing
+from sifm_min.files import ledger, listing, reports, weight_digests, writing
 from sifm_min.immunizing import previews
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -315,6 +318,123 @@ def test_error_that_follows_from_a_signal_is_no_error(capsys):
     assert cli.guard(converted) == 143 and cli.guard(swallowed) == 130
     assert capsys.readouterr().err == "error: interrupted; what is finished is whole\n" * 2
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_preview_of_another_question_does_not_count_as_done(run, monkeypatch):
+    """--overwrite, stopped before its preview."""
+    photo("a.png")
+    assert run("a.png") == cli.OK
+    before = Path("out/a_preview.png").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(previews, "write_preview", lambda *args: None)
+        assert run("a.png", "--seed", "3", "--overwrite") == cli.OK
+    assert not Path("out/a_preview.png").exists()
+    assert run("a.png", "--seed", "3") == cli.OK and Path("out/a_preview.png").read_bytes() != before
+
+
+def test_each_command_leaves_out_the_results_of_both(run, tiny_folder, capsys):
+    photo("in/a.png")
+    assert run("in", "-o", "in") == cli.OK
+
+    def edited(folder):
+        return edit.main([folder, "--prompt", "x", "--editor", str(tiny_folder), "-o", folder, "--quiet"])
+
+    assert edited("in") == cli.OK
+    assert made("in") == sorted(["a.json", "a.png", "a_edited.json", "a_edited.png", "a_immunized.png", "a_preview.png",
+                                 "a_immunized_edited.json", "a_immunized_edited.png"])        # no edit of the preview
+    before = made("in")
+    capsys.readouterr()
+    assert run("in", "-o", "in") == cli.OK and made("in") == before
+    assert "a.png: done before, skipped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["scheduler/scheduler_config.json", "tokenizer/vocab.json", "model_index.json"])
+def test_a_changed_config_is_another_editor(run, tiny_folder, change, tmp_path, capsys):
+    folder = tmp_path / "editor"
+    shutil.copytree(tiny_folder, folder)
+    photo("a.png")
+    assert run("a.png", "--editor", str(folder), "--no-preview") == cli.OK
+    with (folder / change).open("a") as file:
+        file.write(" \n")
+    assert run("a.png", "--editor", str(folder), "--no-preview") == cli.SOME_FAILED
+    assert "from another picture or other options" in capsys.readouterr().err
+
+
+def test_a_flag_that_is_not_given_is_no_part_of_the_question(run, monkeypatch, capsys):
+    """So that a later version, with more flags, goes on."""
+    photo("a.png")
+    assert run("a.png", "--no-preview") == cli.OK
+    question = immunize_module.question
+    monkeypatch.setattr(immunize_module, "question", lambda path, editor, args: question(
+        path, editor, argparse.Namespace(**vars(args), later=None, another=False, more=[])))
+    assert run("a.png", "--no-preview") == cli.OK and "done before, skipped" in capsys.readouterr().err
+
+
+def test_too_long_a_name_is_told_before_the_work(run, monkeypatch, capsys):
+    photo(f"{'n' * 246}.png")
+    monkeypatch.setattr(immunize_module, "immunize", lambda *args, **options: pytest.fail("it was immunized"))
+    assert run(f"{'n' * 246}.png", "--overwrite") == cli.SOME_FAILED
+    assert "ame too long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "says"), [
+    (["--any-prompt", "in"], "--any-prompt took in for its FILE, and no picture is left; put it behind the pictures"),
+    (["in", "--any-prompt", ""], "--any-prompt: the name is empty"),
+    (["in", "--option", "1:steps=3"], "has no option steps"),
+    (["in", "--editor", "miniature", "--components", "sd3"], "--components is for an editor that is a single file")])
+def test_flags_that_were_taken_in_silence_are_refused(argv, says, run, capsys):
+    photo("in/a.png")
+    argv = ["--editor", "latents", *argv] if "--components" in argv else argv
+    assert run(*argv) == cli.USAGE
+    err = capsys.readouterr().err
+    assert says in err and "Traceback" not in err
+
+
+def test_an_option_of_the_first_editor_wins_over_that_of_all(run):
+    photo("a.png")
+    assert run("a.png", "--method", "sifm", "--timesteps", "1", "--lam", "0.5", "--option", "1:lam=0.2",
+               "--no-preview") == cli.OK
+    assert json.loads(Path("out/a.json").read_text())["options"]["lam"] == 0.2
+
+
+def test_a_default_that_json_does_not_know_is_written_as_text(run, monkeypatch):
+    photo("a.png")
+    monkeypatch.syspath_prepend(".")
+    Path("own.py").write_text("import torch\ndef away(editor, x_orig, contexts, *, generator, dtype=torch.float32):\n"
+                              "    return lambda x, step: -(editor.encode(editor.resize(x))).square().mean()\n")
+    assert run("a.png", "--method", "own:away", "--no-preview") == cli.OK
+    assert json.loads(Path("out/a.json").read_text())["options"]["dtype"] == "torch.float32"
+
+
+def test_a_file_system_without_locks_is_told(run, tmp_path, monkeypatch):
+    """The digests of weights do without."""
+    def no_lock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_lock)
+    with pytest.raises(ValueError, match=r"steps.jsonl: this file system has no locks \(No locks available\)") as caught, (
+            ledger.Ledger(tmp_path / "steps.jsonl")):
+        pass
+    assert not isinstance(caught.value, ledger.Busy)
+    monkeypatch.setattr(weight_digests, "LARGE", 0)
+    (tmp_path / "w").write_bytes(b"weights")
+    assert weight_digests.Digests(tmp_path)(tmp_path / "w") == hashlib.sha256(b"weights").hexdigest()
+
+
+@pytest.mark.slow
+def test_torchrun_does_all_pictures_though_one_fails(tiny_folder, tmp_path):
+    """torchrun stops the other processes when one has ended with an error: that one waits for them."""
+    for i in range(6):
+        photo(tmp_path / f"in/{i}.png", seed=i)
+    for i in (0, 2, 4):                                      # the share of rank 0, which ends at once
+        (tmp_path / f"in/{i}.png").write_text("damaged")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sifm_min.immunize",
+         "in", "--prompt", "x", "--editor", str(tiny_folder), "--steps", "20", "--timesteps", "2", "--no-preview", "-o", "out"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=300)
+    assert done.returncode == 1 and "3 failed" in done.stderr, done.stderr[-2000:]
+    assert made(tmp_path / "out") == sorted(f"{i}{end}" for i in (1, 3, 5) for end in (".json", "_immunized.png"))
 
 
 def test_disk_errors_name_the_folder(tmp_path):

@@ -217,13 +217,13 @@ def test_prompts_take_turns(run, tiny, monkeypatch):
 def test_options_reach_the_objective(run, tiny):
     photo("a.png")
     assert run("a.png", "--no-preview", "--lambda", "1/4", "--timesteps", "700,30", "--taps", "mid_block,conv_in",
-               "--reduction", "mean", "--noisy", "deploy", "--resample", "--batch", "1", "--schedule", "linear", "--init",
+               "--reduction", "literal", "--noisy", "deploy", "--resample", "--batch", "1", "--schedule", "linear", "--init",
                "zero", "--step-size", "2/255") == cli.OK
     given = {"eps": 0.03, "budget": "uniform", "steps": 2, "seed": 0, "mask": None, "robust": False,
              **NOTHING_AROUND}
     assert report()["options"] == given | {
         "lam": 0.25, "timesteps": [700, 30],
-        "taps": ["mid_block", "conv_in"], "reduction": "mean", "aggregate": "loss-mean", "noisy": "deploy", "resample": True,
+        "taps": ["mid_block", "conv_in"], "reduction": "literal", "aggregate": "loss-mean", "noisy": "deploy", "resample": True,
         "batch": 1, "schedule": "linear", "init": "zero", "step_size": 2 / 255}
     [first, second] = report()["loss"]
     assert first["dist"] == 0 < second["dist"]               # from a zero start the distance begins at zero
@@ -701,7 +701,8 @@ def test_another_picture_or_other_weights_are_another_run(run, tiny, monkeypatch
     photo("a.png")
     assert run("a.png", "--no-preview") == cli.OK
     with monkeypatch.context() as patched:
-        patched.setattr(tiny, "checkpoint", type("Other", (), {"hashes": lambda self, digest=None: {"unet": "0" * 64}})())
+        patched.setattr(tiny, "checkpoint", type("Other", (), {"hashes": lambda self, digest=None: {"unet": "0" * 64},
+                                                                "configuration": tiny.checkpoint.configuration})())
         assert run("a.png", "--no-preview") == cli.SOME_FAILED
     photo("a.png", seed=1)
     assert run("a.png", "--no-preview") == cli.SOME_FAILED

@@ -18,6 +18,7 @@ from ..files.digests import digest, picture_sha256
 from ..files.ledger import Ledger
 from ..judging.answers import Answers
 
+NEEDED = ("suite", "version", "seed", "eps", "given", "preset", "edit", "prompts", "editors", "judge")     # of every plan
 REMEMBERED = 24                                              # decoded pictures of a journal: the edits of two arms
 
 
@@ -44,7 +45,11 @@ class Folder:
         paths = sorted((self.path / "plans").glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
         if not paths:
             raise ValueError(f"{self.path}: holds no results; `evaluate run SUITE -o {self.path}` makes them")
-        return [summary.load(path) for path in paths]
+        plans = [(path, summary.load(path) or {}) for path in paths]
+        for path, plan in plans:
+            if lacking := [key for key in NEEDED if key not in plan]:
+                raise ValueError(f"{path}: has no {lacking[0]}, so it is no plan that this version knows; remove it")
+        return [plan for _, plan in plans]
 
     def journal(self, sha256):
         """The path of a picture's journal."""

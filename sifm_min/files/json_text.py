@@ -42,7 +42,8 @@ def read_object(path, absent=None):
 
 
 def to_json(record, indent=None):
-    """JSON text; numbers that JSON does not have become the strings "inf", "-inf" and "nan", and paths their names."""
+    """JSON text; numbers that JSON does not have become the strings "inf", "-inf" and "nan", and other objects
+    their text."""
     def plain(value):
         if isinstance(value, dict):
             return {str(key): plain(item) for key, item in value.items()}
@@ -51,4 +52,4 @@ def to_json(record, indent=None):
         if isinstance(value, float) and not math.isfinite(value):
             return str(float(value))
         return str(value) if isinstance(value, Path) else value
-    return json.dumps(plain(record), indent=indent)
+    return json.dumps(plain(record), indent=indent, default=str)

@@ -15,6 +15,8 @@ import os
 import threading
 from pathlib import Path
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)    # of network file systems without a lock service
+
 
 class Busy(ValueError):
     """Another run writes into this ledger."""
@@ -103,7 +105,10 @@ def _locked(path, shown):
     file, holder = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), ""
     try:
         _lock(file)
-    except OSError:
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            os.close(file)
+            raise ValueError(f"{shown}: this file system has no locks ({error.strerror}); choose a folder elsewhere") from None
         with contextlib.suppress(OSError):
             holder = os.read(file, 20).decode("ascii", "replace").strip()
         os.close(file)

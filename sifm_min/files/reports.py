@@ -16,7 +16,7 @@ def read_report(path):
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         return report if isinstance(report, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -31,7 +31,8 @@ def is_result(path, endings, report_ending):
     for ending in (*endings, report_ending):
         if path.name.endswith(ending):
             report = read_report(path.with_name(path.name.removesuffix(ending) + report_ending))
-            return "asked" in report and (path.name in report.get("results", ()) or ending == report_ending)
+            results = report.get("results")
+            return "asked" in report and (ending == report_ending or isinstance(results, list) and path.name in results)
     return False
 
 
@@ -41,12 +42,13 @@ def earlier(report_path, asked, outputs, *, overwrite):
     outputs: every path that the work may write. Raises ValueError where one of them exists from another question and
     `overwrite` is not set.
     """
+    existing = [path for path in (*outputs, report_path) if path.exists()]               # raises for a name that is too long
     if overwrite:
         return None
     report = read_report(report_path)
     if report.get("asked") == asked:
         return report if report.get("finished") else None
-    if existing := [path for path in (*outputs, report_path) if path.exists()]:
+    if existing:
         raise ValueError(f"{existing[0]} exists, from another picture or other options; "
                          "add --overwrite or choose another folder")
     return None

@@ -37,8 +37,13 @@ class Digests:
         status = os.stat(file)
         if status.st_size < LARGE:
             return sha256(file)
-        name, state = os.path.realpath(file), [status.st_size, status.st_mtime_ns]
         writing.make_folder(self.path.parent)
+        try:
+            return self._kept(file, os.path.realpath(file), [status.st_size, status.st_mtime_ns])
+        except OSError:                                      # no lock here, or a file of another user: it only saves time
+            return sha256(file)
+
+    def _kept(self, file, name, state):
         with self.path.open("a+", encoding="utf-8") as kept:
             if fcntl:
                 fcntl.flock(kept, fcntl.LOCK_EX)             # released when the file is closed

@@ -28,7 +28,7 @@ def parser():
     add = made.add_argument
     add("pictures", nargs="*", type=cli.path, metavar="PICTURE-OR-FOLDER")
     add("--prompt", action="append", type=cli.prompt, help="the edit to defeat; several take turns")
-    add("--any-prompt", nargs="?", const=True, metavar="FILE",
+    add("--any-prompt", nargs="?", const=True, type=cli.path, metavar="FILE",
         help="defeat edits in general: each step draws its text from 64 general instructions (or those of a text file, one a "
              "line), the empty one, and --prompt, if given")
     add("-o", "--output", type=cli.path, metavar="DIR", help="where results go (created if absent)")

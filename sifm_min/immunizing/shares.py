@@ -88,7 +88,9 @@ def shares_of(group, method, preset, each, arguments):
     asked = method or ("sifm" if group.needs_prompt else SUBSTITUTE)
     if len(group.editors) == 1:
         name, function = methods.find_method(asked)
-        loop, options = settings(function, preset, **arguments, **(each or [{}])[0])
+        own = dict((each or [{}])[0] or {})
+        _check_own(own, 1)
+        loop, options = settings(function, preset, **arguments | {key: own[key] for key in own if key != "prompts"})
         return name, loop, [Share("", group.editors[0], name, function, options)]
     encoders = [getattr(editor, "kind", None) == "encoders" for editor in group.editors]
     words = [(own or {}).get("prompts", ()) for own in each or [{}] * len(encoders)]
@@ -126,13 +128,18 @@ def shared_settings(asked, encoders, preset, each, **arguments):
             settings(function, preset, **{key: options[key]})            # the sentence that says what it has
     found = []
     for number, ((label, own), particular) in enumerate(zip(chosen, each, strict=True), 1):
-        if wrong := [key for key in particular if key in methods.TAKEN]:
-            raise ValueError(f"{wrong[0]} is the same for all editors, so it cannot be given for editor {number} alone")
+        _check_own(particular, number)
         particular = {key: value for key, value in particular.items() if key != "prompts"}
         known = {key: value for key, value in options.items() if own is function or key in options_of(own)}
         native = preset if own is function else "protocol"
         found.append((label, own, settings(own, native, **known | particular)[1]))
     return settings(function, preset, **loop, **_needed(chosen, found, function))[0], found
+
+
+def _check_own(options, number):
+    """Raise ValueError where one editor's own options hold one of the run."""
+    if wrong := [key for key in options if key in methods.TAKEN]:
+        raise ValueError(f"{wrong[0]} is the same for all editors, so it cannot be given for editor {number} alone")
 
 
 def own_method(asked, encoders, place):
