@@ -120,6 +120,7 @@ def _run(args):
     from . import images, metrics, miniature
     from .experiments import plan, workers
     from .experiments.store import Folder
+    from .miniature import deciding
 
     methods = _methods(args)
     around = _around(args, methods)
@@ -146,7 +147,8 @@ def _run(args):
         preset=args.preset,
         edit={key: value for key, value in edit.items() if value is not None},
         prompts=suites.PROMPTS.get(args.suite, ("original",)), lpips=about_lpips,
-        judge={"kind": "panel", **panel.record()} if panel else {"kind": "oracle", "judges": list(miniature.judges)},
+        judge={"kind": "panel", **panel.record()} if panel else
+              {"kind": "oracle", "judges": list(miniature.judges), "sha256": deciding.identity()},
         bank=suites.bank(args.any_prompt, world=panel is None) if args.suite == "unseen" else None)
     images.budget(args.eps)
     folder = Folder(args.output)

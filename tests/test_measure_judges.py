@@ -64,6 +64,25 @@ def test_a_later_run_applies_the_thresholds_of_the_day(command, monkeypatch):
     assert "recogniser    mismatch 100 [34, 100], degraded 100 [34, 100], obeyed 0" in command("judges")
 
 
+def test_a_list_says_which_photographs(command, tmp_path):
+    (tmp_path / "list.jsonl").write_text("".join(
+        json.dumps({"id": f"p{i}", "file": f"{i}.png", "category": "people"}) + "\n" for i in (3, 0)))
+    command("judges", "--list", str(tmp_path / "list.jsonl"))
+    assert [row["photograph"] for row in rows(command.work / "judges-train-64.jsonl")] == ["p3", "p0"]
+
+
+def test_rows_of_another_run_are_passed_over_and_a_cut_line_is_made_again(command, monkeypatch, tiny_folder):
+    command("judges", "--samples", "1")
+    path = command.work / "judges-train-64.jsonl"
+    assert "2 samples" in command("judges") and "1 samples" in command("judges", "--samples", "1")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert "2 samples" in command("judges") and len(rows(path)) == 2
+    assert "1 samples" in command("judges", "--samples", "1", "--skip", "1") and len(rows(path)) == 3
+    for seed in ("1", "1", "2"):
+        command("edits", "--samples", "1", "--editor", str(tiny_folder), "--edit-seed", seed)
+    assert len(rows(command.work / f"edits-{tiny_folder.name}-train-64.jsonl")) == 2
+
+
 def test_verdicts_of_kept_measures_are_the_judges_own(command):
     sample = tool.pictures.draw_sample(smooth(90, 90, seed=8), 1, size=64)
     for edited in (sample.target, sample.image, images.to_image(fidelity.autoencoded(sample.target))):

@@ -131,6 +131,27 @@ def test_instruct_pix2pix_ships_as_diffusers_has_it(small, tmp_path):
         assert difference(editor.edit(smooth(64, 64), prompt, seed=0), picture).max() <= 1
 
 
+def test_stages_out_of_order_are_one_sentence(small, tmp_path):
+    with pytest.raises(SystemExit, match="has no text.pt: the stage text comes first"):
+        small(tool, "unet", "--steps", 1)
+    small(tool, "text")
+    with pytest.raises(SystemExit, match="has no pairs of 64 pixels yet: the stage data makes them"):
+        small(tool, "unet", "--steps", 1)
+
+
+def test_export_teaches_nothing_and_pairs_of_dropped_kinds_are_passed_over(small, tmp_path, monkeypatch):
+    work = small(tool, "data", "text", "unet", "--steps", 1)
+    before = (work / "text.pt").read_bytes()
+    small(tool, "export", "--text-steps", 9)
+    assert (work / "text.pt").read_bytes() == before
+    chunk = next((work / "chunks").glob("*.pt"))
+    made = torch.load(chunk, weights_only=True)
+    made["asked"][0] = ("mirrored", "")
+    torch.save(made, chunk)
+    pool = pairs.read_pools(work)[made["size"]]
+    assert sum(map(len, pool.by_kind)) == len(pool.asked) - 1 and (pool.asked == pairs.GONE).sum() == 1
+
+
 def test_ultraedit_ships_as_its_authors_have_it(small, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("transformers")

@@ -113,6 +113,11 @@ def test_download_says_licence_and_size_fetches_and_verifies(hub, weights_main, 
     assert len(record["files"]) == 12 and all(file["ok"] for file in record["files"])
 
 
+def test_an_unavailable_name_does_not_stop_the_others(hub, weights_main, shipped):  # noqa: F811
+    code, out, err = weights_main("verify", "instruct-pix2pix", shipped)
+    assert code == 3 and "error: instruct-pix2pix: " in err and f"{shipped}: " in err and "none damaged" in err
+
+
 @pytest.mark.slow
 def test_stable_diffusion_3_with_and_without_t5(hub, weights_main, monkeypatch):  # noqa: F811
     source = EDITORS["sd3"]

@@ -77,8 +77,10 @@ def world(args):
     from sifm_min import miniature
     from sifm_min.miniature import photographs
 
-    found = photographs.of_folder(args.photos) if args.photos else photographs.shipped()
-    sources = {photograph.name: {key: value for key in ("title", "author", "source", "licence")
+    if args.list and not args.photos:
+        raise ValueError("--list is of the files in --photos")
+    found = photographs.of_folder(args.photos, notes=args.list) if args.photos else photographs.shipped()
+    sources = {photograph.name: {key: value for key in ("title", "author", "source", "place", "licence", "sha256")
                                  if (value := getattr(photograph, key))} for photograph in found}
     items = []
     for index, sample in enumerate(miniature.samples(args.n, args.seed, pictures=found, wordings=args.wordings)):
@@ -684,6 +686,8 @@ def main(argv=None):
     command.add_argument("--seed", type=cli.seed, default=0)
     command.add_argument("--photos", type=cli.path, metavar="FOLDER",
                          help="photographs; LICENSES.jsonl there may say which (default: those that ship)")
+    command.add_argument("--list", type=cli.path, metavar="FILE",
+                         help="the photographs of --photos to take, such as tools/evaluation.jsonl")
     command.add_argument("--wordings", choices=("held-out", "train"), default="held-out",
                          help="phrases that the miniatures were never trained on, or those that they were")
     command.set_defaults(run=world)

@@ -10,7 +10,6 @@ to what is there. Shares have their 95 % Wilson interval.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -24,16 +23,21 @@ import photosets  # noqa: E402
 import sifm_min  # noqa: E402
 from sifm_min import images  # noqa: E402
 from sifm_min.files import contact_sheet  # noqa: E402
+from sifm_min.files.digests import digest, picture_sha256  # noqa: E402
+from sifm_min.files.ledger import Ledger  # noqa: E402
+from sifm_min.files.weight_digests import hash_weights  # noqa: E402
 from sifm_min.judging.intervals import wilson  # noqa: E402
 from sifm_min.miniature import deciding, fidelity, pictures, recogniser, thresholds  # noqa: E402
 from sifm_min.miniature.verdict import Verdict  # noqa: E402
+from sifm_min.models import latent_spaces  # noqa: E402
+from sifm_min.models.checkpoints import sha256  # noqa: E402
 
 STRENGTHS = (0.5, 1, 2)                                      # of the limits in damages.py
 
 
 def drawn(args):
     """(name, sample) of so many samples, the categories in turn; the same samples for every run."""
-    rows = photosets.in_turn(photosets.marked(args.photos, args.use))
+    rows = photosets.in_turn(photosets.listed(args.list) if args.list else photosets.marked(args.photos, args.use))
     for i in range(args.samples):
         row = rows[(i + args.skip) % len(rows)]
         yield row["id"], pictures.draw_sample(args.photos / row["file"], f"judges {i}", size=args.size)
@@ -73,40 +77,51 @@ def arms(sample, seed):
     return found
 
 
+def key_of(args, sample, *more):
+    """The key of a row: what was measured, by which judges' networks. Thresholds are applied later."""
+    return digest([[picture_sha256(picture) for picture in (sample.image, sample.target)], sample.prompt, args.size,
+                   sha256(recogniser.WEIGHTS), sha256(latent_spaces.COPIES / "sd1" / latent_spaces.WEIGHTS), *more])
+
+
 def judges(args):
     """Print the share that each judge calls mismatch and damaged, arm by arm."""
-    path = args.work / f"judges-{args.use}-{args.size}.jsonl"
-    done = {json.loads(line)["index"] for line in path.read_text().splitlines()} if path.exists() else set()
-    for index, (name, sample) in enumerate(drawn(args)):
-        if index not in done:
-            row = {"index": index, "photograph": name, "kind": sample.kind, "option": sample.option,
-                   "arms": {arm: measured(sample, picture) for arm, picture in arms(sample, index).items()}}
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-    summarise([json.loads(line) for line in path.read_text().splitlines()])
+    rows = []
+    with Ledger(args.work / f"judges-{args.use}-{args.size}.jsonl") as ledger:
+        done = {row.get("key"): row for row in ledger.rows}
+        for index, (name, sample) in enumerate(drawn(args)):
+            key = key_of(args, sample, index, STRENGTHS)
+            if key not in done:
+                done[key] = {"key": key, "index": index, "photograph": name, "kind": sample.kind, "option": sample.option,
+                             "arms": {arm: measured(sample, picture) for arm, picture in arms(sample, index).items()}}
+                ledger.append(done[key])
+            rows.append(done[key])
+    summarise(rows)
 
 
 def edits(args):
     """Print what the judges say of clean edits and of the noise control's, how often they agree, and make contact sheets."""
     editor = sifm_min.load_editor(args.editor)
+    hash_weights(editor, args.work)
+    about, rows = editor.provenance(), []
     path = args.work / f"edits-{Path(args.editor).name}-{args.use}-{args.size}.jsonl"
-    done = {json.loads(line)["index"] for line in path.read_text().splitlines()} if path.exists() else set()
-    for index, (name, sample) in enumerate(drawn(args)):
-        if index in done:
-            continue
-        noisy = sifm_min.immunize(sample.image, editor, sample.prompt, method="noise").image
-        outputs = editor.edit([sample.image, noisy], [sample.prompt] * 2, seed=args.edit_seed)
-        found = {"clean": measured(sample, outputs[0]), "noise": measured(sample, outputs[1])}
-        row = {"index": index, "photograph": name, "kind": sample.kind, "option": sample.option, "prompt": sample.prompt,
-               "arms": found}
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if args.sheets:
-            columns = [(f"source: {sample.prompt}", sample.image), ("exact target", sample.target),
-                       ("autoencoded", images.to_image(fidelity.autoencoded(sample.target))),
-                       *((caption(arm, found[arm]), output) for arm, output in zip(("clean", "noise"), outputs, strict=True))]
-            contact_sheet.sheet(columns).save(args.work / f"{path.stem}-{index:03}.png")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    with Ledger(path) as ledger:
+        done = {row.get("key"): row for row in ledger.rows}
+        for index, (name, sample) in enumerate(drawn(args)):
+            key = key_of(args, sample, about["weights"], about["defaults"], args.edit_seed)
+            if key not in done:
+                noisy = sifm_min.immunize(sample.image, editor, sample.prompt, method="noise").image
+                outputs = editor.edit([sample.image, noisy], [sample.prompt] * 2, seed=args.edit_seed)
+                found = {"clean": measured(sample, outputs[0]), "noise": measured(sample, outputs[1])}
+                done[key] = {"key": key, "index": index, "photograph": name, "kind": sample.kind, "option": sample.option,
+                             "prompt": sample.prompt, "arms": found}
+                ledger.append(done[key])
+                if args.sheets:
+                    columns = [(f"source: {sample.prompt}", sample.image), ("exact target", sample.target),
+                               ("autoencoded", images.to_image(fidelity.autoencoded(sample.target))),
+                               *((caption(arm, found[arm]), output)
+                                 for arm, output in zip(("clean", "noise"), outputs, strict=True))]
+                    contact_sheet.sheet(columns).save(args.work / f"{path.stem}-{index:03}.png")
+            rows.append(done[key])
     summarise(rows)
     for row in rows:
         if not all(v.obeyed for v in verdicts(row["arms"]["clean"]).values()):
@@ -147,6 +162,8 @@ def main(argv=None):
     parser.add_argument("what", choices=("judges", "edits"))
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--use", choices=("train", "evaluate"), default="train")
+    parser.add_argument("--list", type=Path, metavar="FILE",
+                        help="the photographs to take in place of those for --use, such as tools/evaluation.jsonl")
     parser.add_argument("--samples", type=int, default=30)
     parser.add_argument("--skip", type=int, default=0, help="photographs to pass over at the start")
     parser.add_argument("--size", type=int, default=256)

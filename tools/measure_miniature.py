@@ -12,7 +12,6 @@ Mismatch and damage are those that both judges find. `tools/measure_judges.py` m
 """
 
 import argparse
-import json
 import sys
 import time
 from collections import defaultdict
@@ -23,32 +22,37 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sifm_min  # noqa: E402
 from sifm_min import images, miniature, pgd, sifm  # noqa: E402
+from sifm_min.files.digests import digest, picture_sha256  # noqa: E402
+from sifm_min.files.ledger import Ledger, read_rows  # noqa: E402
+from sifm_min.files.weight_digests import hash_weights  # noqa: E402
 from sifm_min.judging.intervals import wilson  # noqa: E402
+from sifm_min.miniature import deciding, photographs  # noqa: E402
 from sifm_min.miniature.verdict import Verdict  # noqa: E402
 
 
 def edits(args):
     editor = sifm_min.load_editor(args.editor)
-    photos, noisy = args.photos.name if args.photos else "", "" if args.noisy == "default" else args.noisy
-    name = "-".join(filter(None, (Path(args.editor).name, photos, noisy, str(args.edit_seed))))
     args.work.mkdir(parents=True, exist_ok=True)
+    hash_weights(editor, args.work)
+    about = editor.provenance()
     part, parts = (int(p) for p in args.shard.split("/"))
-    path = args.work / f"{name}-{args.samples}-{args.seed}-{part}of{parts}.jsonl"
-    done = {json.loads(line)["index"] for line in path.read_text().splitlines()} if path.exists() else set()
     samples = drawn(args)
-    for index in range(part, len(samples), parts):
-        if index not in done:
-            record = {"index": index, **measure(editor, samples[index], args)}
-            with path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-    files = sorted(args.work.glob(f"{name}-{args.samples}-{args.seed}-*of{parts}.jsonl"))
-    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    summarise(name, records)
+    keys = [digest([[picture_sha256(one.image) for one in (sample, *sample.unseen)], sample.prompt, sample.unseen_prompts,
+                    about["weights"], about["defaults"], deciding.identity(), args.steps, args.edit_seed, args.noisy])
+            for sample in samples]                           # what decides a row; rows of other runs are passed over
+    with Ledger(args.work / f"edits-{part}of{parts}.jsonl") as ledger:
+        done = {row["key"] for row in ledger.rows}
+        for index in range(part, len(samples), parts):
+            if keys[index] not in done:
+                ledger.append({"key": keys[index], **measure(editor, samples[index], args)})
+    known = {row["key"]: row for file in sorted(args.work.glob("edits-*of*.jsonl")) for row in read_rows(file)}
+    summarise(args.editor, [known[key] for key in keys if key in known])
 
 
 def drawn(args):
-    """The samples: of the photographs that ship, or of a folder's."""
-    return miniature.samples(args.samples, args.seed, pictures=args.photos)
+    """The samples: of the photographs that ship, or of a folder's, or of those of a list."""
+    found = photographs.of_folder(args.photos, notes=args.list) if args.photos else None
+    return miniature.samples(args.samples, args.seed, pictures=found)
 
 
 def measure(editor, sample, args):
@@ -197,6 +201,7 @@ def main(argv=None):
     parser.add_argument("--editor", default="miniature")
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--photos", type=Path, metavar="FOLDER", help="photographs (default: those that ship)")
+    parser.add_argument("--list", type=Path, metavar="FILE", help="the photographs to take, such as tools/evaluation.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--edit-seed", type=int, default=1,

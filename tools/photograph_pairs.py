@@ -26,6 +26,7 @@ HELD = 16                                                    # of so many photog
 SIZES, CROPS = (128, 256), (32, 12)                          # of crops, in pixels, and their number in a chunk
 EDITS = 6                                                    # targets of each crop
 SMALLEST = 0.6                                               # side of a crop, at least, over the photograph's shorter side
+GONE = -1                                                    # in place of a pair's kind and option that are no more
 ASKED = [(kind, option) for kind in KINDS.values() for option in kind.options]
 
 
@@ -141,9 +142,9 @@ def read_pools(work):
     for size, some in chunks.items():
         starts = np.cumsum([0, *(len(chunk["sources"]) for chunk in some)])
         joined = {name: torch.cat([chunk[name] for chunk in some]) for name in ("sources", "targets")}
-        joined["asked"] = torch.tensor([places[pair] for chunk in some for pair in chunk["asked"]])
+        joined["asked"] = torch.tensor([places.get(pair, GONE) for chunk in some for pair in chunk["asked"]])
         of = torch.cat([chunk["of"] + int(start) for chunk, start in zip(some, starts, strict=False)])
-        kind = kinds[joined["asked"]]
+        kind = torch.where(joined["asked"] == GONE, GONE, kinds[joined["asked"]])
         by_kind = [rows.numpy() for k in range(len(names)) if len(rows := (kind == k).nonzero()[:, 0])]
         pools[size] = Pool(of=of, by_kind=by_kind, **joined)
     return pools

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from photograph_pairs import ASKED
 from torch import nn
 from train_bpe import train_bpe, write
-from training_run import Run, say
+from training_run import Run, say, trained
 
 from sifm_min.models.clip import CLIPText, CLIPTextConfig
 from sifm_min.models.clip_tokenizer import CLIPTokenizer
@@ -91,6 +91,13 @@ def shortened(ids, texts, rng, dropped=DROPPED):
             row.fill_(texts.end)
             row[:len(kept) + 1] = torch.tensor([texts.start, *kept])
     return ids
+
+
+def taught(work, configs):
+    """The text networks that `teach` has taught, frozen; SystemExit where it has not."""
+    if not (work / "text.pt").exists():
+        raise SystemExit(f"{work} has no text.pt: the stage text comes first")
+    return trained(work / "text.pt", Taught(TextNetworks(configs, work)))
 
 
 def teach(work, configs, steps):

@@ -16,6 +16,11 @@ def marked(folder, use):
     return [row for row in rows if row.get("use", "evaluate") == use]
 
 
+def listed(path):
+    """The lines, as dicts, of a list of photographs such as evaluation.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def in_turn(rows):
     """The lines with their categories in turn, in the order in which these first stand."""
     by_category = {}

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from photograph_pairs import SIZES, make_chunks, read_pools
-from photograph_words import contexts, teach
+from photograph_words import contexts, taught, teach
 from training_run import Run, say, trained
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -61,17 +61,19 @@ def text(args):
     teach(args.work, [TEXT], args.text_steps)
 
 
-def batches(work, taught, step, large_steps=LARGE_STEPS):
+def batches(work, texts, step, large_steps=LARGE_STEPS):
     """Yield (sources, targets, rows of the contexts, contexts, rng) for the steps from `step` on.
 
     Now and then, by `DROPS`, a text or a picture is left out: guidance needs predictions without them.
     """
-    words, rng = contexts(work, taught), np.random.default_rng((1, step))
+    words, rng = contexts(work, texts), np.random.default_rng((1, step))
     count, pools = 0, {}
     while True:
         if step % 50 == 0 or not pools:
             here = len(list((work / "chunks").glob("*.pt")))
             count, pools = (here, read_pools(work)) if here > count else (count, pools)
+            if SIZES[0] not in pools:
+                raise SystemExit(f"{work} has no pairs of {SIZES[0]} pixels yet: the stage data makes them")
         large = step % large_steps == large_steps - 1 and SIZES[1] in pools
         sources, targets, places = pools[SIZES[large]].draw(BATCH[large], rng)
         rows, drop = words.draw(places, rng), torch.from_numpy(rng.random(len(places)))
@@ -98,11 +100,11 @@ def new_unet():
 
 def unet(args):
     """The denoiser: predict v of the target's latent from the noisy latent, the source's latent and the instruction."""
-    taught = teach(args.work, [TEXT], args.text_steps)
+    texts = taught(args.work, [TEXT])
     run = Run(args.work / "unet.pt", new_unet().to(args.device), rate=RATE, steps=args.steps, minutes=args.minutes)
     say(f"unet: {sum(p.numel() for p in run.network.parameters()) / 1e6:.2f} million parameters")
     generator, share = torch.Generator().manual_seed(run.step), alphas_cumprod()
-    drawn = batches(args.work, taught, run.step)
+    drawn = batches(args.work, texts, run.step)
     while not run.done:
         sources, targets, rows, words, rng = next(drawn)
         t = (1000 * levels(len(targets), rng)).long().clamp(max=999)
@@ -117,7 +119,7 @@ def unet(args):
 
 def export(args):
     """The editor in the published layout, weights in fp16, the autoencoder's files as they are."""
-    taught = teach(args.work, [TEXT], args.text_steps)
+    texts = taught(args.work, [TEXT]).texts
     network = trained(args.work / "unet.pt", new_unet())
     parts = {"scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
              "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
@@ -127,7 +129,7 @@ def export(args):
                 {"requires_safety_checker": False})
     write_json(args.out / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_network(args.out / "unet", "diffusion_pytorch_model", UNET, network)
-    write_network(args.out / "text_encoder", "model", taught.texts.configs[0], taught.texts.networks[0])
+    write_network(args.out / "text_encoder", "model", texts.configs[0], texts.networks[0])
     copy_folders(args, "tokenizer", "vae")
     write_hashes(args.out)
 

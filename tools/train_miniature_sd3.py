@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import train_miniature as first
 from photograph_pairs import SIZES, make_chunks
-from photograph_words import teach
+from photograph_words import taught, teach
 from torch import nn
 from training_run import Run, say, trained
 
@@ -66,10 +66,10 @@ def positions(network, stride):
 
 def mmdit(args):
     """Rectified flow: predict noise less latent at (1 - sigma) latent + sigma noise, given the source and the instruction."""
-    taught = teach(args.work, TEXTS, args.text_steps)
+    texts = taught(args.work, TEXTS)
     run = Run(args.work / "mmdit.pt", new_mmdit().to(args.device), rate=first.RATE, steps=args.steps, minutes=args.minutes)
     say(f"mmdit: {sum(p.numel() for p in run.network.parameters()) / 1e6:.2f} million parameters")
-    generator, drawn = torch.Generator().manual_seed(run.step), first.batches(args.work, taught, run.step, LARGE_STEPS)
+    generator, drawn = torch.Generator().manual_seed(run.step), first.batches(args.work, texts, run.step, LARGE_STEPS)
     tables = {size: positions(run.network, SIZES[1] / size).to(args.device) for size in SIZES}
     while not run.done:
         sources, targets, rows, words, rng = next(drawn)
@@ -83,16 +83,16 @@ def mmdit(args):
 
 def export(args):
     """The editor in the published layout, weights in fp16, the autoencoder's files as they are; without T5."""
-    taught = teach(args.work, TEXTS, args.text_steps)
+    texts = taught(args.work, TEXTS).texts
     network = trained(args.work / "mmdit.pt", new_mmdit())
     parts = {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
              "transformer": ["diffusers", "SD3Transformer2DModel"], "vae": ["diffusers", "AutoencoderTiny"],
              "text_encoder_3": [None, None], "tokenizer_3": [None, None], "feature_extractor": [None, None],
              "image_encoder": [None, None]}
-    for i, config, texts in zip(("", "_2"), taught.texts.configs, taught.texts.networks, strict=True):
+    for i, config, one in zip(("", "_2"), texts.configs, texts.networks, strict=True):
         parts |= {f"text_encoder{i}": ["transformers", "CLIPTextModelWithProjection"],
                   f"tokenizer{i}": ["transformers", "CLIPTokenizer"]}
-        first.write_network(args.out / f"text_encoder{i}", "model", config, texts)
+        first.write_network(args.out / f"text_encoder{i}", "model", config, one)
         first.copy_folders(args, "tokenizer", to=f"tokenizer{i}")
     first.write_index(args, "StableDiffusion3InstructPix2PixPipeline", parts,
                       {"image_guidance": args.image_guidance, "text_length": 0}, {})

@@ -35,7 +35,7 @@ class Run:
         self.optimiser = torch.optim.AdamW(self.trained.values(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.step, self.before, self.loss = 0, 0.0, None
         if path.exists():
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, weights_only=True, map_location=next(network.parameters()).device)
             network.load_state_dict(state["network"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.average, self.step, self.before = state["average"], state["step"], state["seconds"]
@@ -97,4 +97,4 @@ def with_average(network, average):
 
 def trained(path, network):
     """The network with the averaged weights of a checkpoint, frozen."""
-    return with_average(network, torch.load(path, weights_only=True)["average"])
+    return with_average(network, torch.load(path, weights_only=True, map_location="cpu")["average"])

@@ -164,9 +164,12 @@ def words(plan, editor, prompt):
 
 
 def bank_of(plan, case):
-    """The `Bank` of a plan for a picture (the record of a Case), without the prompts that this picture is edited with."""
+    """The `Bank` of a plan for a picture (the record of a Case), without the prompts that this picture is edited with, and
+    without other words for the same edits of the miniature."""
+    from ..miniature.kinds import KINDS
     bank = Bank(plan["bank"]["name"], tuple(Instruction(**one) for one in plan["bank"]["instructions"]))
-    return bank.without([prompt[kind] for prompt in case["prompts"] for kind in ("instruct", "img2img") if prompt.get(kind)])
+    own = [prompt[kind] for prompt in case["prompts"] for kind in ("instruct", "img2img") if prompt.get(kind)]
+    return bank.without([*own, *(phrase for kind, option in case.get("edits", ()) for phrase in KINDS[kind].phrases(option))])
 
 
 def texts_of(plan, case, arm):

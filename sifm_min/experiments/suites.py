@@ -101,7 +101,8 @@ def _world_case(case_id, sample):
     samples = {"original": sample} | {f"unseen-{i}": unseen for i, unseen in enumerate(sample.unseen, 1)}
     prompts = [{"id": name, "type": name.split("-")[0], "instruct": s.prompt, "img2img": None,
                 "truth": picture_sha256(s.target)} for name, s in samples.items()]
-    record = {"id": case_id, "category": sample.category, "prompts": prompts, "sha256": picture_sha256(sample.image)}
+    record = {"id": case_id, "category": sample.category, "prompts": prompts, "sha256": picture_sha256(sample.image),
+              "edits": [[s.kind, s.option] for s in samples.values()]}
     return Case(record, lambda: sample.image, samples)
 
 
@@ -121,6 +122,7 @@ def manifest_cases(path, kinds, *, oracles, count=None):
             if oracles:
                 sample = item.sample()
                 samples = dict(zip(names, (sample, *sample.unseen), strict=False))
+                record["edits"] = [[s.kind, s.option] for s in samples.values()]
             by_kind = {kind: item.prompts(kind) for kind in {"instruct", *kinds}}
             for name, texts in zip(names, zip(*by_kind.values(), strict=True), strict=True):
                 record["prompts"].append({

@@ -10,11 +10,21 @@ recogniser (`recogniser.py`): a small network that names the edit and scores dam
 `thresholds.py` has every threshold and says what they were fixed on.
 """
 
+from ..files.digests import digest
+from ..models import latent_spaces
+from ..models.checkpoints import sha256
+from . import recogniser, thresholds
 from .fidelity import exact_oracle
 from .recogniser import recognise
 from .verdict import Verdict
 
 judges = {"exact oracle": exact_oracle, "recogniser": recognise}
+
+
+def identity():
+    """One SHA-256 of all that decides a verdict beside the code: thresholds, recogniser, and the oracle's autoencoder."""
+    values = {name: value for name, value in vars(thresholds).items() if name.isupper()}
+    return digest([values, sha256(recogniser.WEIGHTS), sha256(latent_spaces.COPIES / "sd1" / latent_spaces.WEIGHTS)])
 
 
 def judge(sample, edited, editor=None):

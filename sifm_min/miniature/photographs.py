@@ -25,7 +25,8 @@ class Photograph:
     """A picture's file and its origin.
 
     name: the file's path inside its collection, such as "people/person-0001.jpg". category: one of CATEGORIES, or
-    "photograph". title, author, source, licence: text, or None where the collection does not say.
+    "photograph". title, author, source (a place that holds many), place (the path there), licence, sha256 (of the file): text,
+    or None where the collection does not say.
     """
 
     name: str
@@ -34,7 +35,9 @@ class Photograph:
     title: str | None = None
     author: str | None = None
     source: str | None = None
+    place: str | None = None
     licence: str | None = None
+    sha256: str | None = None
 
     def read(self):
         """The picture, PIL RGB, upright; raises ValueError, one sentence that names the file."""
@@ -50,8 +53,8 @@ def of_folder(folder, use="evaluate", notes=None):
     """The photographs of a folder, as a list of `Photograph`.
 
     A LICENSES.jsonl in the folder has one JSON object a line: "file" (a path in the folder), "category", and optionally
-    "title", "author", "source", "licence" and "use" ("train" or "evaluate"; without it, "evaluate"). Only the lines for
-    this use are taken; use=None takes all. notes: another file of such lines to read in its place, as
+    "title", "author", "source", "path", "licence", "sha256" and "use" ("train" or "evaluate"; without it, "evaluate"). Only the
+    lines for this use are taken; use=None takes all. notes: another file of such lines to read in its place, as
     tools/evaluation.jsonl. Without any, these are the pictures directly in the folder, by name, of the category
     "photograph".
 
@@ -97,5 +100,5 @@ def _of_line(folder, line, where):
         raise ValueError(f"{where}: {name} is outside the folder")
     if not path.is_file():
         raise ValueError(f"{where}: there is no file {path}")
-    told = {key: row.get(key) for key in ("title", "author", "source", "licence")}
-    return Photograph(name, path, category, **told), row.get("use", "evaluate")
+    told = {key: row.get(key) for key in ("title", "author", "source", "licence", "sha256")}
+    return Photograph(name, path, category, place=row.get("path"), **told), row.get("use", "evaluate")

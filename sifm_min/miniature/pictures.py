@@ -98,8 +98,10 @@ def draw_sample(photograph, seed, *, size=None, wordings="held-out"):
 def sample_with(image, instructions, category, photograph):
     """The sample of a PIL picture, RGB, with stated instructions: (kind, option, prompt), the original one first.
 
-    Raises ValueError for an instruction that there is not.
+    Raises ValueError for an instruction that there is not, and for sides that the judges' autoencoder cannot take.
     """
+    if image.width % 8 or image.height % 8:
+        raise ValueError(f"a sample of {image.width}x{image.height} pixels: give sides that are multiples of 8")
     pixels, made = np.asarray(image, np.float32) / 255, []
     for kind, option, prompt in instructions:
         if kind not in KINDS or option not in KINDS[kind].options:

@@ -524,6 +524,10 @@ def test_an_editor_that_is_no_miniature_needs_a_manifest(run, capsys, loaded, mo
 def test_a_folder_without_results(tmp_path, capsys):
     assert evaluate.main(["table", str(tmp_path)]) == cli.USAGE
     assert "holds no results" in capsys.readouterr().err
+    Path("out/plans").mkdir(parents=True)
+    Path("out/plans/x.json").write_text("{}")
+    assert evaluate.main(["table", "out"]) == cli.USAGE
+    assert "x.json: has no suite, so it is no plan that this version knows; remove it" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------- other suites

@@ -12,6 +12,7 @@ from sifm_min import cli, evaluate
 from sifm_min.editors.latents import load_latents
 from sifm_min.experiments import charts, comparison, gains, plan, results, runner, suites, tables
 from sifm_min.judging.paired import mcnemar
+from sifm_min.miniature.kinds import KINDS
 
 
 def by_hand(names, successes, **rest):
@@ -161,9 +162,11 @@ def test_unseen_compares_one_five_and_any_prompt(run, asked, tmp_path, capsys): 
     edited = {prompt["instruct"] for prompt in case["prompts"]}
     one, five, drawn = [(prompts, options.get("any_prompt")) for _, prompts, options, _ in asked if options["method"] == "sds"]
     assert one == ([case["prompts"][0]["instruct"]], None) == (five[0][:1], five[1]) and len(set(five[0])) == 5
-    assert not set(five[0][1:]) & edited                     # what is unseen stays unseen
+    edited |= {phrase for kind, option in case["edits"] for phrase in KINDS[kind].phrases(option)}
+    assert not set(five[0][1:]) & edited                     # what is unseen stays unseen, in other words too
     texts = set(drawn[1].texts("instruct"))
-    assert drawn[0] == one[0] and len(texts) > 20 and not texts & edited and set(five[0][1:]) < texts
+    everything = suites.bank(world=True).texts("instruct")
+    assert drawn[0] == one[0] and len(texts) == len(everything) - 6 and not texts & edited and set(five[0][1:]) < texts
     assert planned["bank"]["name"] == "miniature" and "Unseen prompts" in (told := table(capsys))
     assert "SDS(-) (any prompt)" in told or "(any prompt)" in told
     bank = tmp_path / "bank.txt"
