@@ -15,14 +15,12 @@ Weights that cannot be had end the run (3). Importing this file loads neither to
 
 import argparse
 import contextlib
-import datetime
 import errno
 import os
 import re
 import signal
 import sys
 import threading
-import time
 import traceback
 import warnings
 from fractions import Fraction
@@ -32,6 +30,7 @@ from unicodedata import category
 from . import PROGRAM, memory
 from .files.json_text import to_json
 from .files.listing import EARLIER
+from .files.ranks import meet
 from .models.sources import EDITORS
 
 OK, SOME_FAILED, USAGE, UNAVAILABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
@@ -232,17 +231,6 @@ def _device_of_rank(asked, environment):
     return f"cuda:{int(local) % cards}"
 
 
-def rank(environment):
-    """(index, count) of this process among those that torchrun started, as it says in their environment; else (0, 1)."""
-    if "WORLD_SIZE" not in environment:
-        return 0, 1
-    index, count = environment.get("RANK", ""), environment["WORLD_SIZE"]
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise ValueError(f"RANK {index!r} of WORLD_SIZE {count!r} is no share of the work: leave both to torchrun, or "
-                         "unset them")
-    return int(index), int(count)
-
-
 # ------------------------------------------------------------------------------------------------ results and remarks
 
 def out(text):
@@ -334,30 +322,10 @@ def run_command(body, parser, argv=None):
         args = parser.parse_args(argv)
         debug = args.debug
         code = body(args) or OK
-        _meet_ranks(os.environ, code)
+        meet(os.environ, wait=code == SOME_FAILED)
         return code
 
     return guard(parsed, debug=lambda: debug)
-
-
-def _meet_ranks(environment, code):
-    """Under torchrun: where a picture failed here, wait until the other processes have done theirs.
-
-    torchrun stops all processes as soon as one ends with an error, and would do so again at every new start.
-    """
-    if rank(environment)[1] == 1 or "TORCHELASTIC_RUN_ID" not in environment:
-        return
-    from torch.distributed import TCPStore
-    try:
-        store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False,
-                         timeout=datetime.timedelta(seconds=30))
-        done = f"sifm_min {environment['TORCHELASTIC_RUN_ID']} {environment.get('TORCHELASTIC_RESTART_COUNT')}"
-        arrived = store.add(done, 1)
-        while code == SOME_FAILED and arrived < rank(environment)[1]:
-            time.sleep(1)
-            arrived = store.add(done, 0)
-    except (KeyError, ValueError, RuntimeError):             # a launcher without this store, or one that has ended
-        return
 
 
 def guard(body, *, debug=lambda: False):

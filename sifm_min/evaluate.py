@@ -148,7 +148,7 @@ def _run(args):
         edit={key: value for key, value in edit.items() if value is not None},
         prompts=suites.PROMPTS.get(args.suite, ("original",)), lpips=about_lpips,
         judge={"kind": "panel", **panel.record()} if panel else
-              {"kind": "oracle", "judges": list(miniature.judges), "sha256": deciding.identity()},
+              {"kind": "oracle", "judges": list(miniature.judges), "sha256": deciding.sha256_of_judges()},
         bank=suites.bank(args.any_prompt, world=panel is None) if args.suite == "unseen" else None)
     images.budget(args.eps)
     folder = Folder(args.output)

@@ -22,6 +22,7 @@ from . import cli, methods
 from .files import listing as listing_of
 from .files import reports, writing
 from .files.digests import digest
+from .files.ranks import rank
 from .files.weight_digests import hash_weights
 from .immunizing import flags
 from .immunizing.flags import each_of, given, parser
@@ -282,7 +283,7 @@ def _body(args):
         shared_settings(args.method, encoders, args.preset, each, **arguments)
         choose(methods.find_method(args.method)[0], **flags.around(args), any_prompt=bool(args.any_prompt))
         pictures, left_out = find(args.pictures, args.output, OUTPUTS)
-        index, count = cli.rank(os.environ)
+        index, count = rank(os.environ)
         pictures, left_out = pictures[index::count], {} if index else left_out
         if args.any_prompt:
             args.any_prompt = find_bank(args.any_prompt)

@@ -71,7 +71,7 @@ def test_a_list_says_which_photographs(command, tmp_path):
     assert [row["photograph"] for row in rows(command.work / "judges-train-64.jsonl")] == ["p3", "p0"]
 
 
-def test_rows_of_another_run_are_passed_over_and_a_cut_line_is_made_again(command, monkeypatch, tiny_folder):
+def test_rows_of_another_run_and_cut_lines_are_passed_over(command, monkeypatch, tiny_folder):
     command("judges", "--samples", "1")
     path = command.work / "judges-train-64.jsonl"
     assert "2 samples" in command("judges") and "1 samples" in command("judges", "--samples", "1")

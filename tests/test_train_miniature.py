@@ -139,7 +139,7 @@ def test_stages_out_of_order_are_one_sentence(small, tmp_path):
         small(tool, "unet", "--steps", 1)
 
 
-def test_export_teaches_nothing_and_pairs_of_dropped_kinds_are_passed_over(small, tmp_path, monkeypatch):
+def test_export_teaches_nothing_and_dropped_kinds_are_no_pairs(small, tmp_path, monkeypatch):
     work = small(tool, "data", "text", "unet", "--steps", 1)
     before = (work / "text.pt").read_bytes()
     small(tool, "export", "--text-steps", 9)

@@ -38,7 +38,7 @@ def edits(args):
     part, parts = (int(p) for p in args.shard.split("/"))
     samples = drawn(args)
     keys = [digest([[picture_sha256(one.image) for one in (sample, *sample.unseen)], sample.prompt, sample.unseen_prompts,
-                    about["weights"], about["defaults"], deciding.identity(), args.steps, args.edit_seed, args.noisy])
+                    about["weights"], about["defaults"], deciding.sha256_of_judges(), args.steps, args.edit_seed, args.noisy])
             for sample in samples]                           # what decides a row; rows of other runs are passed over
     with Ledger(args.work / f"edits-{part}of{parts}.jsonl") as ledger:
         done = {row["key"] for row in ledger.rows}

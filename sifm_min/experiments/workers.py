@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from .. import cli
 from ..files.ledger import Busy
+from ..files.ranks import rank
 from .plan import editing
 
 PACKAGE = __package__.rpartition(".")[0]                     # sifm_min, or the name under which it was vendored
@@ -16,8 +16,8 @@ PACKAGE = __package__.rpartition(".")[0]                     # sifm_min, or the 
 
 def share_of_work(shard, environment):
     """(index, count) of this process among all that share the work: --shard, and within it the ranks of torchrun."""
-    (index, count), (rank, size) = shard, cli.rank(environment)
-    return index * size + rank, count * size
+    (index, count), (place, size) = shard, rank(environment)
+    return index * size + place, count * size
 
 
 def carry_out(runner, cases, remark=None, finished=None):

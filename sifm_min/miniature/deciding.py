@@ -21,7 +21,7 @@ from .verdict import Verdict
 judges = {"exact oracle": exact_oracle, "recogniser": recognise}
 
 
-def identity():
+def sha256_of_judges():
     """One SHA-256 of all that decides a verdict beside the code: thresholds, recogniser, and the oracle's autoencoder."""
     values = {name: value for name, value in vars(thresholds).items() if name.isupper()}
     return digest([values, sha256(recogniser.WEIGHTS), sha256(latent_spaces.COPIES / "sd1" / latent_spaces.WEIGHTS)])

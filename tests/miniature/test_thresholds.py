@@ -11,7 +11,7 @@ def test_the_thresholds_are_those_that_were_fixed():
                       "STRUCTURE": 0.15, "CONTRAST": 0.38, "ASKED": 0.10, "DAMAGED": 0.50}
 
 
-def test_the_judges_networks_are_those_that_the_thresholds_were_fixed_on():
+def test_the_networks_are_those_the_thresholds_were_fixed_on():
     """A verdict of the oracle depends on the copy of the latent space, and one of the recogniser on its weights."""
     assert sha256(latent_spaces.COPIES / "sd1" / latent_spaces.WEIGHTS) == (
         "1901af167704620f0a7c5db46319b8d541efa8f96ee285a65a1532d455b28018")
@@ -21,10 +21,10 @@ def test_the_judges_networks_are_those_that_the_thresholds_were_fixed_on():
 
 def test_another_threshold_or_network_is_another_judge(monkeypatch, tmp_path):
     """So that no run keeps the verdicts of another."""
-    before = deciding.identity()
+    before = deciding.sha256_of_judges()
     with monkeypatch.context() as patched:
         patched.setattr(thresholds, "DAMAGED", 0.6)
-        assert deciding.identity() != before
+        assert deciding.sha256_of_judges() != before
     (tmp_path / "w").write_bytes(b"other")
     monkeypatch.setattr(recogniser, "WEIGHTS", tmp_path / "w")
-    assert deciding.identity() != before
+    assert deciding.sha256_of_judges() != before
