@@ -75,8 +75,8 @@ def assert_same(ours, oracle):
 
 
 def assert_other(one, other):
-    """Plainly another picture."""
-    assert difference(one, other).mean() > 2, difference(one, other).mean()
+    """Plainly another picture: equal ones differ by one step of 255 at the most, anywhere."""
+    assert difference(one, other).mean() > 1 and difference(one, other).max() > 4, difference(one, other).mean()
 
 
 # ----------------------------------------------------------------------------------------------------------- the oracle

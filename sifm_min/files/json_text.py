@@ -42,8 +42,7 @@ def read_object(path, absent=None):
 
 
 def to_json(record, indent=None):
-    """JSON text; numbers that JSON does not have become the strings "inf", "-inf" and "nan", and other objects
-    their text."""
+    """JSON text; numbers that JSON does not have become the strings "inf", "-inf" and "nan", and paths their names."""
     def plain(value):
         if isinstance(value, dict):
             return {str(key): plain(item) for key, item in value.items()}
@@ -52,4 +51,4 @@ def to_json(record, indent=None):
         if isinstance(value, float) and not math.isfinite(value):
             return str(float(value))
         return str(value) if isinstance(value, Path) else value
-    return json.dumps(plain(record), indent=indent, default=str)
+    return json.dumps(plain(record), indent=indent)

@@ -217,8 +217,9 @@ def spelled_out(share):
     """The method's options with its defaults filled in, as plain values."""
     parameters = methods.parameters_of(share.function)
     values = {key: parameters[key].default for key in options_of(share.function)} | share.options
-    if share.method not in METHODS.HOMES:
-        return values
+    if share.method not in METHODS.HOMES:                    # whose values may be of any kind
+        plain = str | int | float | list | tuple | dict | None
+        return {key: value if isinstance(value, plain) else str(value) for key, value in values.items()}
     if "taps" in values:
         values["taps"] = list(values["taps"] or share.editor.default_taps)
     if isinstance(values.get("timesteps"), int):

@@ -31,8 +31,8 @@ def load_records(folder):
     about = load(folder / "run.json")
     if about is None:
         raise ValueError(f"{folder}: is no folder of verdicts; `run` and `import-ratings` make one")
-    if lacking := [key for key in ("kind", "panel", "results") if key not in about and about.get("state") != "running"]:
-        raise ValueError(f"{folder / 'run.json'}: has no {lacking[0]}, so it is not a file of a run of this version")
+    if "kind" not in about:
+        raise ValueError(f"{folder / 'run.json'}: does not say whether people or models judged, so it is not a file of a run")
     if about.get("state") == "running":
         raise ValueError(f"{folder}: its run has not ended; run the same command again, it goes on from there")
     try:
