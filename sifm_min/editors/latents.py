@@ -25,8 +25,8 @@ SIZES = (512, 1024)                                          # long sides, in pi
 NOTICE = ("Tiny autoencoders are distilled copies of the editors' own: how far this perturbation moves the full ones, and what "
           "it does to an edit, is not measured here.")
 COPIED = ("The copies that ship are copies of these: a perturbation made on one moves the published autoencoder about half "
-          f"as far as one made on that, and the shift below is the copy's own; `{PROGRAM}.weights download {NAME}` fetches "
-          "the published ones.")
+          f"as far as one made on that, and the shifts told here are the copies' own; `{PROGRAM}.weights download {NAME}` "
+          "fetches the published ones.")
 REMEMBERED = 12                                              # pictures whose latents are kept for loop, report and preview
 
 
