@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
@@ -183,16 +184,14 @@ class Checkpoint:
         self.folder, self.source, self.revision, self.files = folder, source, revision, tuple(files)
         self.known = known and known.name
         self.components = tuple(dict.fromkeys(file.split("/")[0] for file in self.files))
-        self._configuration = None
         self._hashes = {}                           # weight file of a checked network -> its SHA-256, None until computed
 
+    @cached_property
     def configuration(self):
-        """One SHA-256 of all files that are not weights, such as configs and tokenizers; computed once."""
-        if self._configuration is None:
-            small = [file for file in dict.fromkeys((MAIN, *self.files)) if not is_weights(file) and self.path(file).is_file()]
-            told = "".join(f"{sha256(self.path(file))}  {file}\n" for file in sorted(small))
-            self._configuration = hashlib.sha256(told.encode()).hexdigest()
-        return self._configuration
+        """One SHA-256 of all files that are not weights, such as configs and tokenizers."""
+        small = {file for file in (MAIN, *self.files) if not is_weights(file) and self.path(file).is_file()}
+        told = "".join(f"{sha256(self.path(file))}  {file}\n" for file in sorted(small))
+        return hashlib.sha256(told.encode()).hexdigest()
 
     @property
     def index(self):

@@ -138,11 +138,12 @@ class TinyCheckpoint(Checkpoint):
                 continue
             with safe_open(file, framework="pt") as opened:
                 found = opened.get_tensor(stored).float().flatten().tolist()
-            of, channels = other_space(half, found, self.space), self.space.channels
-            known.append(_is_marked(half, found, self.space))
-            if of or half == "encoder" and len(found) != channels:
-                of = f"of {of.stem}, which is the latent space of {of.title}" if of else f"of {len(found)} channels"
-                raise Unfit(f"{file} is the file {of}; {self.space.stem} has {channels} channels and is of "
+            marked = next((space for space in SPACES.values() if _is_marked(half, found, space)), None)
+            known.append(marked is self.space)
+            other = None if marked is self.space else marked
+            if other or half == "encoder" and len(found) != self.space.channels:
+                of = f"of {other.stem}, which is the latent space of {other.title}" if other else f"of {len(found)} channels"
+                raise Unfit(f"{file} is the file {of}; {self.space.stem} has {self.space.channels} channels and is of "
                             f"{self.space.title}: give the right file, or fetch it with download {self.space.command}")
         self.recognised = bool(known) and all(known)
 
@@ -151,13 +152,6 @@ class TinyCheckpoint(Checkpoint):
         found = [(int(match[1]), file, stored) for file, places in self._places.items() for stored, (place,) in places.items()
                  if (match := re.fullmatch(rf"{half}\.layers\.(\d+)\.bias", place.name))]
         return max(found)[1:] if found else (None, None)
-
-
-def other_space(half, biases, space):
-    """The space, another than this one, that these biases of a half's last layer belong to; None if there is none."""
-    if _is_marked(half, biases, space):
-        return None
-    return next((other for other in SPACES.values() if _is_marked(half, biases, other)), None)
 
 
 def _is_marked(half, biases, space):

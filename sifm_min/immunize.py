@@ -449,7 +449,7 @@ def question(path, editor, args):
         values["any_prompt"] = bank.digest
     about = [one.provenance() for one in editors]
     weights = [one["weights"] for one in about]
-    settings = [[one["scheduler"], one["defaults"], *(checkpoint.configuration() for checkpoint in _checkpoints(editor))]
+    settings = [[one["scheduler"], one["defaults"], *(checkpoint.configuration for checkpoint in _checkpoints(editor))]
                 for one, editor in zip(about, editors, strict=True)]
     return {**values, "results": RESULTS, "sha256": sha256(path), **({"mask": sha256(mask)} if mask else {}),
             "settings": digest(json.loads(cli.to_json(settings))), "weights": weights if weights[1:] else weights[0]}

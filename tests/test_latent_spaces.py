@@ -171,6 +171,12 @@ def test_group_takes_what_a_folder_has(tmp_path, weights_main):  # noqa: F811
         assert code in (2, 3) and words in err and err.count("\n") == 1 and out == ""
 
 
+def authors_file(folder, name, half):
+    """The bytes of another space's file, written beside."""
+    space = SPACES[name]
+    return (write_authors(folder / "other", space, network(space)) / f"{space.stem}_{half}.safetensors").read_bytes()
+
+
 def spoil(folder, how):
     """Spoil the files of sd1 in a folder; the words of the refusal."""
     encoder, decoder = (folder / f"taesd_{half}.safetensors" for half in ("encoder", "decoder"))
@@ -178,12 +184,10 @@ def spoil(folder, how):
         encoder.write_bytes(encoder.read_bytes()[:-100])
         return "cut short or damaged"
     if how == "of sdxl":
-        write_authors(folder.parent / "other", SPACES["sdxl"], network(SPACES["sdxl"]))
-        encoder.write_bytes((folder.parent / "other" / "taesdxl_encoder.safetensors").read_bytes())
+        encoder.write_bytes(authors_file(folder.parent, "sdxl", "encoder"))
         return "is the file of taesdxl, which is the latent space of Stable Diffusion XL; taesd has 4 channels"
     if how == "of sd3":
-        write_authors(folder.parent / "other", SPACES["sd3"], network(SPACES["sd3"]))
-        encoder.write_bytes((folder.parent / "other" / "taesd3_encoder.safetensors").read_bytes())
+        encoder.write_bytes(authors_file(folder.parent, "sd3", "encoder"))
         return "is the file of taesd3"
     if how == "of 5 channels":
         state = load_file(encoder)
@@ -195,8 +199,7 @@ def spoil(folder, how):
         decoder.write_bytes(kept)
         return "is the file of 3 channels"
     if how == "decoder of sdxl":
-        write_authors(folder.parent / "other", SPACES["sdxl"], network(SPACES["sdxl"]))
-        decoder.write_bytes((folder.parent / "other" / "taesdxl_decoder.safetensors").read_bytes())
+        decoder.write_bytes(authors_file(folder.parent, "sdxl", "decoder"))
         return "taesd_decoder.safetensors is the file of taesdxl"
     if how == "of none":
         state = load_file(encoder)

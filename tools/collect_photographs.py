@@ -21,7 +21,6 @@ Exit codes: 0 all as listed, 1 something differs or is missing, 2 usage.
 import argparse
 import hashlib
 import io
-import json
 import subprocess
 import sys
 import tarfile
@@ -31,7 +30,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
+from photosets import read_rows  # noqa: E402
+
 from sifm_min import cli, images  # noqa: E402
 from sifm_min.files import colour, writing  # noqa: E402
 from sifm_min.files.digests import bits_apart, difference_hash  # noqa: E402
@@ -45,11 +46,6 @@ FETCH = {
     "pypi": ("{name}-*.whl", ["pip", "download", "--no-deps", "--only-binary", ":all:", "-d", ".", "{name}=={version}"]),
     "debian": ("{name}_*.deb", ["apt-get", "download", "{name}={version}"]),
 }
-
-
-def read_rows(path):
-    """The lines of a JSONL file, as dicts."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------------ from the packages

@@ -29,15 +29,13 @@ from sifm_min.files.weight_digests import hash_weights  # noqa: E402
 from sifm_min.judging.intervals import wilson  # noqa: E402
 from sifm_min.miniature import deciding, fidelity, pictures, recogniser, thresholds  # noqa: E402
 from sifm_min.miniature.verdict import Verdict  # noqa: E402
-from sifm_min.models import latent_spaces  # noqa: E402
-from sifm_min.models.checkpoints import sha256  # noqa: E402
 
 STRENGTHS = (0.5, 1, 2)                                      # of the limits in damages.py
 
 
 def drawn(args):
     """(name, sample) of so many samples, the categories in turn; the same samples for every run."""
-    rows = photosets.in_turn(photosets.listed(args.list) if args.list else photosets.marked(args.photos, args.use))
+    rows = photosets.in_turn(photosets.read_rows(args.list) if args.list else photosets.marked(args.photos, args.use))
     for i in range(args.samples):
         row = rows[(i + args.skip) % len(rows)]
         yield row["id"], pictures.draw_sample(args.photos / row["file"], f"judges {i}", size=args.size)
@@ -77,19 +75,18 @@ def arms(sample, seed):
     return found
 
 
-def key_of(args, sample, *more):
-    """The key of a row: what was measured, by which judges' networks. Thresholds are applied later."""
-    return digest([[picture_sha256(picture) for picture in (sample.image, sample.target)], sample.prompt, args.size,
-                   sha256(recogniser.WEIGHTS), sha256(latent_spaces.COPIES / "sd1" / latent_spaces.WEIGHTS), *more])
+def key_of(sample, *more):
+    """The key of a row: what was measured, and by what. Thresholds are applied later."""
+    return digest([[picture_sha256(picture) for picture in (sample.image, sample.target)], sample.prompt, *more])
 
 
 def judges(args):
     """Print the share that each judge calls mismatch and damaged, arm by arm."""
-    rows = []
+    rows, networks = [], deciding.sha256_of_networks()
     with Ledger(args.work / f"judges-{args.use}-{args.size}.jsonl") as ledger:
         done = {row.get("key"): row for row in ledger.rows}
         for index, (name, sample) in enumerate(drawn(args)):
-            key = key_of(args, sample, index, STRENGTHS)
+            key = key_of(sample, networks, index, STRENGTHS)
             if key not in done:
                 done[key] = {"key": key, "index": index, "photograph": name, "kind": sample.kind, "option": sample.option,
                              "arms": {arm: measured(sample, picture) for arm, picture in arms(sample, index).items()}}
@@ -102,12 +99,12 @@ def edits(args):
     """Print what the judges say of clean edits and of the noise control's, how often they agree, and make contact sheets."""
     editor = sifm_min.load_editor(args.editor)
     hash_weights(editor, args.work)
-    about, rows = editor.provenance(), []
+    about, rows, networks = editor.provenance(), [], deciding.sha256_of_networks()
     path = args.work / f"edits-{Path(args.editor).name}-{args.use}-{args.size}.jsonl"
     with Ledger(path) as ledger:
         done = {row.get("key"): row for row in ledger.rows}
         for index, (name, sample) in enumerate(drawn(args)):
-            key = key_of(args, sample, about["weights"], about["defaults"], args.edit_seed)
+            key = key_of(sample, networks, about["weights"], about["defaults"], args.edit_seed)
             if key not in done:
                 noisy = sifm_min.immunize(sample.image, editor, sample.prompt, method="noise").image
                 outputs = editor.edit([sample.image, noisy], [sample.prompt] * 2, seed=args.edit_seed)

@@ -34,11 +34,11 @@ def edits(args):
     editor = sifm_min.load_editor(args.editor)
     args.work.mkdir(parents=True, exist_ok=True)
     hash_weights(editor, args.work)
-    about = editor.provenance()
+    about, judges = editor.provenance(), deciding.sha256_of_judges()
     part, parts = (int(p) for p in args.shard.split("/"))
     samples = drawn(args)
     keys = [digest([[picture_sha256(one.image) for one in (sample, *sample.unseen)], sample.prompt, sample.unseen_prompts,
-                    about["weights"], about["defaults"], deciding.sha256_of_judges(), args.steps, args.edit_seed, args.noisy])
+                    about["weights"], about["defaults"], judges, args.steps, args.edit_seed, args.noisy])
             for sample in samples]                           # what decides a row; rows of other runs are passed over
     with Ledger(args.work / f"edits-{part}of{parts}.jsonl") as ledger:
         done = {row["key"] for row in ledger.rows}
@@ -114,7 +114,7 @@ def share(count, total):
 
 
 def plain(args):
-    """Compare whole runs with runs of Algorithm 1 as printed."""
+    """Compare whole runs with runs of the same loss in plain code."""
     editor = sifm_min.load_editor(args.editor)
     beside(args, editor, {"fast": (editor, sifm.sifm), "plain": (editor, plainly)})
 

@@ -12,12 +12,11 @@ def marked(folder, use):
     notes = folder / "LICENSES.jsonl"
     if not notes.is_file():
         return None
-    rows = map(json.loads, notes.read_text(encoding="utf-8").splitlines())
-    return [row for row in rows if row.get("use", "evaluate") == use]
+    return [row for row in read_rows(notes) if row.get("use", "evaluate") == use]
 
 
-def listed(path):
-    """The lines, as dicts, of a list of photographs such as evaluation.jsonl."""
+def read_rows(path):
+    """The lines, as dicts, of a JSONL file such as evaluation.jsonl."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

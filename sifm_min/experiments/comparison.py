@@ -69,14 +69,20 @@ def against(cells, judges, references):
         judged = judged_by_arm(cells, judges, prompts)
         for arm, reference in references.items():
             if arm in judged:
-                paired[arm, prompts] = _paired(judged, arm, reference)
+                paired[arm, prompts] = pair(judged, arm, reference)
+    return corrected(paired)
+
+
+def corrected(paired):
+    """The same dict of Paireds, with p corrected by Holm's method over those that have one."""
+    paired = dict(paired)
     places = [place for place, pair in paired.items() if pair.result and not pair.note]
     for place, p in zip(places, holm([paired[place].result.p for place in places]), strict=True):
         paired[place] = dataclasses.replace(paired[place], p_holm=p, comparisons=len(places))
     return paired
 
 
-def _paired(judged, arm, reference):
+def pair(judged, arm, reference):
     """The uncorrected Paired of an arm; a comparison with too few pictures has its result, and a note in place of p."""
     if arm == reference:
         return Paired(0, REFERENCE)

@@ -19,6 +19,7 @@ from ..methods import METHODS, PROTOCOL, options_of, settings
 STEPS = {"immunize": 2, "attack": 2, "edit": 1, "metrics": 1, "lpips": 1, "verdict": 1, "shift": 1}
 PIXEL_METRICS = ("psnr", "ssim", "vifp", "fsim")
 CONTROL, NOISE = "control", "noise"
+SHARED = ("suite", "version", "seed", "eps", "given", "preset", "edit", "prompts")         # by the plans of one table
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,8 @@ def _settings(arm, given, preset):
 
 def group_key(plan):
     """The key of the table that a plan belongs to: all of the plan but its pictures, arms and seeds."""
-    shared = ("suite", "version", "seed", "eps", "given", "preset", "edit", "prompts")
     editors = {name: about["identity"] for name, about in plan["editors"].items()}
-    return digest([{name: plan[name] for name in shared}, editors, plan["judge"], *([plan["bank"]] if "bank" in plan else [])])
+    return digest([{name: plan[name] for name in SHARED}, editors, plan["judge"], *([plan["bank"]] if "bank" in plan else [])])
 
 
 def prompts_of(plan, case):

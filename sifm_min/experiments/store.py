@@ -17,8 +17,8 @@ from ..files import ledger, writing
 from ..files.digests import digest, picture_sha256
 from ..files.ledger import Ledger
 from ..judging.answers import Answers
+from .plan import SHARED
 
-NEEDED = ("suite", "version", "seed", "eps", "given", "preset", "edit", "prompts", "editors", "judge")     # of every plan
 REMEMBERED = 24                                              # decoded pictures of a journal: the edits of two arms
 
 
@@ -47,7 +47,7 @@ class Folder:
             raise ValueError(f"{self.path}: holds no results; `evaluate run SUITE -o {self.path}` makes them")
         plans = [(path, summary.load(path) or {}) for path in paths]
         for path, plan in plans:
-            if lacking := [key for key in NEEDED if key not in plan]:
+            if lacking := [key for key in (*SHARED, "editors", "judge") if key not in plan]:
                 raise ValueError(f"{path}: has no {lacking[0]}, so it is no plan that this version knows; remove it")
         return [plan for _, plan in plans]
 

@@ -21,8 +21,7 @@ def meet(environment, *, wait):
     torchrun stops all processes as soon as one ends with an error, and would do so again at every new start: one with an error
     has to wait.
     """
-    count = rank(environment)[1]
-    if count == 1 or "TORCHELASTIC_RUN_ID" not in environment:
+    if "TORCHELASTIC_RUN_ID" not in environment or (count := rank(environment)[1]) == 1:
         return
     from torch.distributed import TCPStore
     try:

@@ -5,10 +5,10 @@
 
 w is a pixel's step over the largest, and zero outside a mask. Where the loop steps by the sign of the gradient, the norm is the
 sum of magnitudes; where it steps along the gradient (`rms` of `pgd`), the Euclidean norm. With `blur` it is that of the
-gradient by the picture, before the blur. A step made for editor i alone lowers
-L_i, to first order, in proportion to this norm: in units of s_i each editor alone gains as much, and none outweighs the others.
-The value of a loss is no such scale: SIFM's passes through zero, and those of SDS and MIST say little about their gradients.
-The gradient on the picture is all that the editors share: each has its graph for itself, one after the other.
+gradient by the picture, before the blur. A step made for editor i alone lowers L_i, to first order, in proportion to this norm:
+in units of s_i each editor alone gains as much, and none outweighs the others. The value of a loss is no such scale: SIFM's
+passes through zero, and those of SDS and MIST say little about their gradients. The gradient on the picture is all that the
+editors share: each has its graph for itself, one after the other.
 """
 
 import torch

@@ -24,7 +24,12 @@ judges = {"exact oracle": exact_oracle, "recogniser": recognise}
 def sha256_of_judges():
     """One SHA-256 of all that decides a verdict beside the code: thresholds, recogniser, and the oracle's autoencoder."""
     values = {name: value for name, value in vars(thresholds).items() if name.isupper()}
-    return digest([values, sha256(recogniser.WEIGHTS), sha256(latent_spaces.COPIES / "sd1" / latent_spaces.WEIGHTS)])
+    return digest([values, *sha256_of_networks()])
+
+
+def sha256_of_networks():
+    """The SHA-256 of the two networks that verdicts depend on, the recogniser and the oracle's autoencoder."""
+    return [sha256(recogniser.WEIGHTS), sha256(latent_spaces.COPIES / "sd1" / latent_spaces.WEIGHTS)]
 
 
 def judge(sample, edited, editor=None):

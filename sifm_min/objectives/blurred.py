@@ -28,8 +28,8 @@ def check_sigma(sigma):
 
 def descend_blurred(pixels, objective, eps, *, sigma, mask=None, rms=None, **loop):
     """The perturbation, as `pgd` returns it, blurred: the arguments of `pgd`, and sigma in pixels."""
-    eps = eps.to(pixels) if isinstance(eps, torch.Tensor) else eps
-    whole = (torch.zeros_like(pixels) + eps) * (1 if mask is None else mask.to(pixels))          # the budget of each value
+    whole = torch.as_tensor(eps, dtype=pixels.dtype, device=pixels.device).expand(pixels.shape)      # the budget of each value
+    whole = whole if mask is None else whole * mask.to(pixels)
 
     def shaped(u):
         delta = blurred_delta(u, sigma, eps, pixels, mask)
