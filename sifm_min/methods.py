@@ -21,7 +21,7 @@ class _Methods(Mapping):
         ("photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack", "sds", "mist", "ace", "noise"),
         "baselines") | {
             "danp": "objectives.danp", "diffusionguard": "objectives.diffusionguard", "tdae": "objectives.text_refinement",
-            "latent": "editors.latents", "decontext": "objectives.decontext"}
+            "sifm-output": "objectives.sifm_output", "latent": "editors.latents", "decontext": "objectives.decontext"}
 
     def __getitem__(self, name):
         if name in self.HOMES:

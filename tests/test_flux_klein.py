@@ -177,7 +177,7 @@ def test_words_stand_between_the_chats_tokens(folders):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sifm", "photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack",
-                                    "sds", "mist", "ace", "danp", "diffusionguard", "tdae", "decontext"])
+                                    "sds", "mist", "ace", "danp", "diffusionguard", "tdae", "sifm-output", "decontext"])
 def test_every_method_runs(method, folders):
     _, folder, _ = folders()
     editor = load_editor(folder, device="cpu")

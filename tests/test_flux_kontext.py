@@ -213,7 +213,7 @@ def test_text_encoders_are_gone_before_the_transformer_is_read(folders):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sifm", "photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack",
-                                    "sds", "mist", "ace", "danp", "diffusionguard", "tdae", "decontext"])
+                                    "sds", "mist", "ace", "danp", "diffusionguard", "tdae", "sifm-output", "decontext"])
 def test_every_method_runs(method, folders):
     _, _, editor = folders()
     editor.defaults = replace(editor.defaults, size=32, steps=2)

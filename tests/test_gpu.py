@@ -23,7 +23,8 @@ from sifm_min.models import checkpoints
 
 METHODS = {"sifm": {"timesteps": 2}, "photoguard-encoder": {}, "photoguard-diffusion": {"unroll": 2, "resample": False},
            "editshield": {}, "semantic-attack": {"timesteps": 2}, "sds": {}, "mist": {}, "ace": {},
-           "danp": {"timesteps": 2}, "diffusionguard": {}, "tdae": {"timesteps": 2}}
+           "danp": {"timesteps": 2}, "diffusionguard": {}, "tdae": {"timesteps": 2},
+           "sifm-output": {"timesteps": 2}}
 
 
 @pytest.fixture

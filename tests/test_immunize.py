@@ -39,7 +39,7 @@ PROMPT = "make it night"
 FEW = ("--steps", "2", "--timesteps", "2")
 ENDS = ("_immunized.png", "_preview.png", ".json")
 METHODS = ("sifm", "photoguard-encoder", "photoguard-diffusion", "editshield", "semantic-attack", "sds", "mist", "ace",
-           "noise", "danp", "diffusionguard", "tdae", "latent", "decontext")
+           "noise", "danp", "diffusionguard", "tdae", "sifm-output", "latent", "decontext")
 
 
 NOTHING_AROUND = {"flat": False, "refine_text": False, "blur": False}

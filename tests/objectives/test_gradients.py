@@ -14,7 +14,8 @@ PROMPT, SIZE = "make it night", (20, 24)                     # (height, width), 
 KINDS = ["InstructPix2Pix", "SD3", "UltraEdit", "FLUX.1 Kontext"]
 FORMS = {"danp": ("danp", {"timesteps": 2}),
          "danp as printed": ("danp", {"timesteps": 2, "reduction": "literal", "tokens": "all", "batch": 1}),
-         "diffusionguard": ("diffusionguard", {}), "tdae": ("tdae", {"timesteps": 2})}
+         "diffusionguard": ("diffusionguard", {}), "tdae": ("tdae", {"timesteps": 2}),
+         "sifm-output": ("sifm-output", {"timesteps": 2})}
 
 
 @pytest.fixture(scope="module", params=KINDS)
