@@ -1,4 +1,4 @@
-"""The direction of DANP, DiffusionGuard and TDAE: within 20 steps they go where their papers say, on noise not optimised."""
+"""The direction of DANP, DiffusionGuard, TDAE and SIFM at the output: within 20 steps they go where their papers say, on noise not optimised."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -122,3 +122,27 @@ def test_tdae_lowers_the_attention_to_the_words(editor):
     clean, *maps = (sum(one.sum(0) for one in seen(editor, x, etas)[0]) for x in (x_orig, *pictures))
     start, end = (one[clean > clean.mean()].mean() for one in maps)
     assert end < start and objective.refinements(20) == 10
+
+
+@torch.no_grad()
+def test_sifm_at_the_output_moves_the_prediction(editor):
+    """What the denoiser predicts in an edit goes away from the original's, on average over noise."""
+    x_orig = images.to_pixels(smooth(editor.working_size, editor.working_size))
+    with torch.enable_grad():
+        pictures = start_and_end(editor, "sifm-output", x_orig, {})
+    etas = torch.randn((8, 1, *editor.encode(x_orig).shape[1:]), generator=seeded(98))
+    clean, *others = (seen(editor, x, etas)[1] for x in (x_orig, *pictures))
+    start, end = (sum((one - origin).norm() for one, origin in zip(other, clean, strict=True)) for other in others)
+    assert end > 1.2 * start
+
+
+def test_sifm_at_the_output_is_sifm_with_its_choices(editor):
+    """Loss and gradient are those of SIFM with the stated tap, weight, noise and timesteps."""
+    x_orig = images.to_pixels(smooth(editor.working_size, editor.working_size))
+    found = []
+    for method, options in (("sifm-output", {}), ("sifm", {
+            "taps": ["out"], "lam": 1000.0, "timesteps": 4, "noisy": "paper" if editor.kind == "img2img" else "deploy"})):
+        x = (x_orig + 0.01).clamp(0, 1).requires_grad_()
+        loss, terms = made(editor, method, x_orig, 7, options)(x, 0)
+        found.append((loss.detach(), *terms.values(), *torch.autograd.grad(loss, x)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True)) and found[0][2] > 0
