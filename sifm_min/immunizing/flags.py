@@ -59,7 +59,7 @@ def parser():
     around("--flat-weight", type=cli.positive, metavar="WEIGHT", help="of its penalty (default: 0.3)")
     around("--refine-text", action=argparse.BooleanOptionalAction,
            help="TDAE's text refinement: the instruction moves against the perturbation (tdae; default: yes, but not "
-                "with --any-prompt; sifm, semantic-attack; default: no)")
+                "with --any-prompt; sifm, sifm-output, semantic-attack; default: no)")
     around("--refine-every", type=cli.count, metavar="STEPS", help="how often it does (default: 10)")
     around("--refine-rounds", type=cli.count, metavar="N", help="gradients by the text each time (default: 5)")
     around("--refine-reach", type=cli.positive, metavar="SHARE", help="how far, of the text's root mean square (default: 0.1)")
