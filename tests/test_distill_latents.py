@@ -68,6 +68,7 @@ def test_training_resumes_and_what_ships_loads_in_diffusers(command, tmp_path, c
     assert any((first[name] != tensor).any() for name, tensor in state(tmp_path, "encoder")["network"].items())
     command("export")
     folder = latent_spaces.COPIES / "sd3"
+    assert json.loads((folder / tool.TRAINING).read_text()) == {"encoder": 4, "decoder": 2}
     ours = latent_spaces.open_copy(folder, SPACES["sd3"]).network(dtype=torch.float32)
     peer = diffusers.AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32)
     pixels = torch.rand(1, 3, 32, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -105,11 +106,12 @@ def test_figures_of_a_copy_that_equals_its_teacher(command, tmp_path, monkeypatc
     for row in rows:
         assert row["latent error"] < 1e-3 and row["correlation"] > 0.9999
         assert row["PSNR teacher"] == pytest.approx(row["PSNR pupil"])
-        for made in ("noise", "teacher", "pupil"):
+        for made in tool.MADE:
             for purifier in ("none", "JPEG 75"):
                 assert row[f"{made}, teacher, {purifier}"] == pytest.approx(row[f"{made}, pupil, {purifier}"])
         assert row["teacher, teacher, none"] > row["noise, teacher, none"]
-    latent_spaces.COPIES.mkdir()
+    (latent_spaces.COPIES / "sd3").mkdir(parents=True)
+    (latent_spaces.COPIES / "sd3" / tool.TRAINING).write_text('{"encoder": 1, "decoder": 1}')
     command("card")
     text = (latent_spaces.COPIES / "README.md").read_text()
     command("measure", "--images", 1, "--size", 24, "--steps", 2)

@@ -37,6 +37,7 @@ from photosets import in_turn, interval, marked, middle_square  # noqa: E402
 from training_run import save, say  # noqa: E402
 
 from sifm_min import images, metrics  # noqa: E402
+from sifm_min.baselines import photoguard_encoder  # noqa: E402
 from sifm_min.editors.latents import Latents, LatentSpace, latent  # noqa: E402
 from sifm_min.editors.shifts import shift  # noqa: E402
 from sifm_min.files import writing  # noqa: E402
@@ -56,6 +57,7 @@ CROP, REGIONS = 96, (96, 320)                                # pixels of a crop;
 BATCH, FRESH, KEPT = 8, 2, 3000                              # pairs a step; new ones among them; pairs kept for later steps
 KINDS = ("teacher", "noise", "teacher", "pupil")             # where the perturbations of new pairs come from, in turn
 RATE, WARM_UP, PLAIN, WEIGHT = 2e-3, 100, 0.25, 2.0          # learning rate; its first steps; the share of steps with w = 0; w
+TRAINING = "training.json"                                   # in a copy's folder: the steps of its halves, for the card
 SAVE_EVERY = 300                                             # seconds between two checkpoints
 
 
@@ -228,10 +230,11 @@ def train_decoder(args, network, pictures):
 
 def export(args):
     """Write the trained copy to models/latents, in diffusers' layout, and the attributions of the photographs."""
-    network = AutoencoderTiny(pupil_config(args.space))
+    network, steps = AutoencoderTiny(pupil_config(args.space)), {}
     for half in latent_spaces.HALVES:
         state = torch.load(args.work / f"{args.space}-{half}.pt", weights_only=True)
         getattr(network, half).load_state_dict(state["network"])
+        steps[half] = state["step"]
         say(f"{args.space}: {half} of {state['step']} steps")
     folder = latent_spaces.COPIES / args.space
     writing.make_folder(folder)
@@ -242,6 +245,7 @@ def export(args):
               "upsample_fn": "nearest", "encoder_block_out_channels": [64] * 4, "decoder_block_out_channels": [64] * 4,
               **{name: list(counts) for name, counts in BLOCKS.items()}}
     writing.write(folder / latent_spaces.CONFIG, json.dumps(config, indent=2) + "\n", overwrite=True)
+    writing.write(folder / TRAINING, json.dumps(steps) + "\n", overwrite=True)
     kept = ("source", "path", "title", "author", "licence")
     rows = [{key: row[key] for key in kept} for row in licences(args.photos, "train")]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -288,8 +292,8 @@ def measured(args, teacher, pupil, picture):
         for name, picture_of in decoded.items():
             figures[f"PSNR {name}"] = metrics.psnr(picture_of.clamp(0, 1), pixels).item()
     jpeg = ATTACKS["jpeg-75"]
-    for made in ("noise", "teacher", "pupil"):
-        changed = protected(args, Latents([spaces.get(made, teacher)]), picture, 0 if made == "noise" else args.steps)
+    for made in MADE:
+        changed = protected(args, Latents([spaces.get(made.split()[0], teacher)]), picture, made)
         for purifier, clean, noisy in (("none", picture, changed), ("JPEG 75", jpeg(picture), jpeg(changed))):
             for space in spaces:
                 figures[f"{made}, {space}, {purifier}"] = shift(of(space, images.to_pixels(noisy)),
@@ -297,14 +301,21 @@ def measured(args, teacher, pupil, picture):
     return figures
 
 
-def protected(args, editor, picture, steps):
-    """The picture after `steps` of the method `latent`, on 8 bits; 0 steps: uniform noise."""
+def protected(args, editor, picture, made):
+    """The picture with one of the perturbations of `MADE`, on 8 bits; the editor has the autoencoder that it is made on."""
     pixels, generator = images.to_pixels(picture), torch.Generator().manual_seed(0)
-    objective = latent(editor, pixels, [None], generator=generator, sizes=args.size)
-    delta = pgd(pixels, objective, EPS, steps=steps, step_size=2 / 255, schedule="linear", generator=generator)
+    if made.endswith("to zero"):
+        objective = photoguard_encoder(editor, pixels, [None], generator=generator)
+    else:
+        objective = latent(editor, pixels, [None], generator=generator, sizes=args.size)
+    delta = pgd(pixels, objective, EPS, steps=0 if made == "noise" else args.steps, step_size=2 / 255, schedule="linear",
+                generator=generator)
     return images.to_image(on_8_bits(pixels, delta))
 
 
+# The perturbations, each with its row of the card: made on one of the two, to move its latent away or to zero.
+MADE = {"noise": "uniform noise", "teacher": "encoder-max on the teacher", "pupil": "encoder-max on ours",
+        "teacher to zero": "to zero on the teacher", "pupil to zero": "to zero on ours"}
 AIMS = [                                                     # (what, aim, a function of a photograph's figures)
     ("latent error / standard deviation", "at most .25", lambda f: f["latent error"]),
     ("correlation of the latents", "at least .97", lambda f: f["correlation"]),
@@ -340,8 +351,9 @@ uses a copy where its teacher is not on the machine (`python -m sifm_min.weights
 - **Training and figures**: `tools/distill_latents.py`, whose header has the loss and the commands.
 
 Below: evaluation photographs that were not trained on, their middle squares at 256 pixels, a budget of 7/255, attacks of
-60 steps (`encoder-max`, method `latent`). A shift is the RMS of a latent's change over the standard deviation of the
-latent. Means over photographs; brackets: their 95 % intervals by a bootstrap over photographs.
+60 steps: `encoder-max`, the method `latent`, and `to zero`, the method `photoguard-encoder`. A shift is the RMS of a latent's
+change over the standard deviation of the latent. Means over photographs; brackets: their 95 % intervals by a bootstrap
+over photographs.
 
 """
 
@@ -361,9 +373,8 @@ def card(args):
         lines = [f"| {what} | {aim} | {interval([of(row) for row in rows])} |" for what, aim, of in AIMS]
         shifts = [f"| {made} | " + " | ".join(interval([row[f"{source}, {space_}, {purifier}"] for row in rows])
                                              for space_ in ("teacher", "pupil") for purifier in ("none", "JPEG 75")) + " |"
-                  for made, source in (("uniform noise", "noise"), ("encoder-max on the teacher", "teacher"),
-                                       ("encoder-max on ours", "pupil"))]
-        steps = {half: torch.load(args.work / f"{space}-{half}.pt", weights_only=True)["step"] for half in latent_spaces.HALVES}
+                  for source, made in MADE.items()]
+        steps = json.loads((latent_spaces.COPIES / space / TRAINING).read_text())
         tables.append("\n".join([
             f"## {space}: {SPACES[space].title}", "",
             f"Teacher: {SPACES[space].hub_id}. Trained for {steps['encoder']} steps of {BATCH} pairs (encoder) and "

@@ -30,7 +30,7 @@ def test_defaults_are_the_methods(name, given, expected):
 @pytest.mark.parametrize("name, given, says", [
     ("sds", {"flat": True}, "flat compares the losses of two places, and the loss that sds reports is not the function whose"),
     ("noise", {"flat": True}, "noise has no loss that could be flat: leave flat out"),
-    ("mist", {"refine_text": True}, "refine_text is for sifm, sifm-output, semantic-attack, tdae, not for mist: it moves the text along"),
+    ("mist", {"refine_text": True}, "refine_text is for sifm, sifm-output, semantic-attack, tdae, not for mist: it moves"),
     ("latent", {"refine_text": True}, "refine_text is for sifm, sifm-output, semantic-attack, tdae, not for latent"),
     ("sifm", {"blur": 0.1}, "blur 0.1: a standard deviation from 0.3 to 16 pixels"),
     ("sifm", {"blur": 30.0}, "blur 30: a standard deviation from"),

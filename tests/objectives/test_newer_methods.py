@@ -1,4 +1,5 @@
-"""The direction of DANP, DiffusionGuard, TDAE and SIFM at the output: within 20 steps they go where their papers say, on noise not optimised."""
+"""The direction of DANP, DiffusionGuard, TDAE and SIFM at the output: within 20 steps they go where they should, on noise not
+optimised."""
 
 from contextlib import nullcontext
 from dataclasses import replace
