@@ -17,7 +17,7 @@ from .text_refinement import EVERY, REACH, ROUNDS, refine_text
 
 NUMBERS = {"flat": {"share": SHARE, "weight": WEIGHT}, "refine_text": {"every": EVERY, "rounds": ROUNDS, "reach": REACH}}
 ON_BY_DEFAULT = {"tdae": ("flat", "refine_text")}
-REFINED = ("sifm", "sifm-output", "semantic-attack", "tdae")             # methods of the package whose objectives have texts and leaves
+REFINED = ("sifm", "sifm-output", "semantic-attack", "tdae")    # whose objectives have texts and leaves
 NOT_FLAT = {"sds": "flat compares the losses of two places, and the loss that sds reports is not the function whose gradient "
                    "it follows: leave flat out, or choose another method",
             "noise": "noise has no loss that could be flat: leave flat out"}
