@@ -1,14 +1,13 @@
-"""Measure a miniature editor on photographs: does it obey, does noise matter, does immunization thwart it.
+"""Measure SIFM on a miniature editor: readings of what the paper leaves open, plain code, bfloat16.
 
-    python tools/measure_miniature.py edits --editor miniature          100 samples: clean, noise, SIFM, unseen prompts
-    python tools/measure_miniature.py edits --photos FOLDER             of your photographs instead of those that ship
-    python tools/measure_miniature.py edits --noisy deploy              the same with another option of SIFM
+    python tools/measure_miniature.py readings --samples 12             what to choose where the paper does not say
     python tools/measure_miniature.py plain --samples 10                difference of SIFM's fast step from plain code
     python tools/measure_miniature.py bfloat16 --samples 20             loss of SIFM with denoiser and VAE in bfloat16
 
-Results go to --work, one JSON line per sample; a run that was interrupted goes on, and --shard 0/2 and 1/2 share the work.
-Shares are given with their 95 % Wilson interval. "of clean successes": among the samples whose edit obeys on the clean picture.
-Mismatch and damage are those that both judges find. `tools/measure_judges.py` measures the judges themselves.
+`readings` runs on the photographs that ship, which no table of methods reports; `sifm_min.evaluate` makes those tables, on
+other photographs. Its results go to --work, one JSON line each; a run that was interrupted goes on, and --shard 0/2 and 1/2
+share the work. Shares have their 95 % Wilson interval. Thwarted, mismatch and damage are what both judges find; the measures
+behind them are means. `tools/measure_judges.py` measures the judges themselves.
 """
 
 import argparse
@@ -26,11 +25,21 @@ from sifm_min.files.digests import digest, picture_sha256  # noqa: E402
 from sifm_min.files.ledger import Ledger, read_rows  # noqa: E402
 from sifm_min.files.weight_digests import hash_weights  # noqa: E402
 from sifm_min.judging.intervals import wilson  # noqa: E402
-from sifm_min.miniature import deciding, photographs  # noqa: E402
+from sifm_min.miniature import deciding, fidelity, photographs, recogniser  # noqa: E402
 from sifm_min.miniature.verdict import Verdict  # noqa: E402
 
+# Readings of what the paper leaves open, beside the controls: name -> (method, options). "last" is the editor's last tap.
+READINGS = {
+    "noise": ("noise", {}), "photoguard-encoder": ("photoguard-encoder", {}), "sifm": ("sifm", {}),
+    "deploy": ("sifm", {"noisy": "deploy"}), "4 timesteps, deploy": ("sifm", {"noisy": "deploy", "timesteps": 4}),
+    "output": ("sifm", {"noisy": "deploy", "timesteps": 4, "taps": "last"}),
+    "output, distance alone (sifm-output)": ("sifm-output", {}),
+    "output, 2 high timesteps": ("sifm-output", {"timesteps": [999, 624]}),
+    "output, 2 low timesteps": ("sifm-output", {"timesteps": [499, 249]})}
 
-def edits(args):
+
+def readings(args):
+    """Measure every one of `READINGS` on each sample, and print the table of those samples that all of them have."""
     editor = sifm_min.load_editor(args.editor)
     args.work.mkdir(parents=True, exist_ok=True)
     hash_weights(editor, args.work)
@@ -38,74 +47,66 @@ def edits(args):
     part, parts = (int(p) for p in args.shard.split("/"))
     samples = drawn(args)
     keys = [digest([[picture_sha256(one.image) for one in (sample, *sample.unseen)], sample.prompt, sample.unseen_prompts,
-                    about["weights"], about["defaults"], judges, args.steps, args.edit_seed, args.noisy])
+                    about["weights"], about["defaults"], judges, args.steps, args.edit_seed])
             for sample in samples]                           # what decides a row; rows of other runs are passed over
-    with Ledger(args.work / f"edits-{part}of{parts}.jsonl") as ledger:
-        done = {row["key"] for row in ledger.rows}
+    with Ledger(args.work / f"readings-{part}of{parts}.jsonl") as ledger:
+        done = {(row["key"], row["reading"]) for row in ledger.rows}
         for index in range(part, len(samples), parts):
-            if keys[index] not in done:
-                ledger.append({"key": keys[index], **measure(editor, samples[index], args)})
-    known = {row["key"]: row for file in sorted(args.work.glob("edits-*of*.jsonl")) for row in read_rows(file)}
-    summarise(args.editor, [known[key] for key in keys if key in known])
+            for name in ("clean", *READINGS):
+                if (keys[index], name) not in done:
+                    ledger.append({"key": keys[index], "reading": name, **measure(editor, samples[index], name, args)})
+    rows = [row for file in sorted(args.work.glob("readings-*of*.jsonl")) for row in read_rows(file) if row["key"] in keys]
+    summarise(args.editor, rows)
 
 
 def drawn(args):
-    """The samples: of the photographs that ship, or of a folder's, or of those of a list."""
-    found = photographs.of_folder(args.photos, notes=args.list) if args.photos else None
+    """The samples: of the photographs that ship, or of a folder's."""
+    found = photographs.of_folder(args.photos) if args.photos else None
     return miniature.samples(args.samples, args.seed, pictures=found)
 
 
-def measure(editor, sample, args):
-    """Verdicts (both judges and their consensus) of every edit of one sample, and the pictures' distances."""
-    options = {} if args.noisy == "default" else {"noisy": args.noisy}
-    started = time.perf_counter()
-    prompt = sample.prompt
-    sifm = sifm_min.immunize(sample.image, editor, prompt, method="sifm", steps=args.steps, **options)
-    seconds = time.perf_counter() - started
-    noise = sifm_min.immunize(sample.image, editor, prompt, method="noise")
-    arms = {"clean": sample.image, "noise": noise.image, "sifm": sifm.image}
+def measure(editor, sample, name, args):
+    """The verdicts and the measures of the edits of one sample after one reading, for its prompt and its unseen ones."""
+    picture, seconds = sample.image, 0.0
+    if name != "clean":
+        method, options = READINGS[name]
+        options = {key: [editor.tap_names[-1]] if value == "last" else value for key, value in options.items()}
+        started = time.perf_counter()
+        picture = sifm_min.immunize(sample.image, editor, sample.prompt, method=method, steps=args.steps, **options).image
+        seconds = time.perf_counter() - started
     asked = (sample, *sample.unseen)
-    record = {"kind": sample.kind, "category": sample.category, "photograph": sample.photograph, "prompt": prompt,
-              "seconds": seconds, "linf": sifm.report["linf_steps"]}
-    for arm, picture in arms.items():
-        cases = asked if arm != "noise" else asked[:1]
-        outputs = editor.edit([picture] * len(cases), [case.prompt for case in cases], seed=args.edit_seed)
-        record[arm] = [verdicts(case, output) for case, output in zip(cases, outputs, strict=True)]
-    return record
+    outputs = editor.edit([picture] * len(asked), [case.prompt for case in asked], seed=args.edit_seed)
+    return {"seconds": seconds, "edits": [measured(case, output) for case, output in zip(asked, outputs, strict=True)]}
 
 
-def verdicts(sample, edited):
-    found = {name: judge(sample, edited) for name, judge in miniature.judges.items()}
-    consensus = Verdict.consensus(found.values())
-    return {"obeyed": consensus.obeyed, "success": consensus.success, "mismatch": consensus.semantic_mismatch,
-            "damage": consensus.perceptual_degradation,
-            **{name: [v.semantic_mismatch, v.perceptual_degradation] for name, v in found.items()}}
+def measured(sample, edited):
+    """The consensus of both judges on an edit, and the numbers behind it."""
+    measures, (names, score) = fidelity.measures_of(sample, edited), recogniser.read_edit(sample.image, edited)
+    named = recogniser.verdict_by(names[recogniser.class_of(sample.kind, sample.option)], score)
+    consensus = Verdict.consensus([measures.verdict, named])
+    return {"obeyed": consensus.obeyed, "thwarted": consensus.success, "mismatch": consensus.semantic_mismatch,
+            "damage": consensus.perceptual_degradation, "residual": measures.residual, "structure": measures.structure,
+            "contrast": measures.contrast, "score of damage": score}
 
 
-def summarise(name, records):
-    total = len(records)
-    if not total:
+def summarise(name, rows):
+    """Print the table: shares and means over the edits that both judges accept on the clean picture."""
+    found = defaultdict(dict)
+    for row in rows:
+        found[row["key"]][row["reading"]] = row
+    whole = [each for each in found.values() if each.keys() >= {"clean", *READINGS}]
+    working = [(each, i) for each in whole for i, edit in enumerate(each["clean"]["edits"]) if edit["obeyed"]]
+    print(f"{name}: {len(whole)} pictures, {len(working)} edits that both judges accept on the clean picture")
+    if not working:
         return
-    print(f"{name}: {total} samples, wordings that were never trained")
-    for arm in ("clean", "noise", "sifm"):
-        print(f"  {arm:6} original prompt: obeyed {share(sum(r[arm][0]['obeyed'] for r in records), total)}, "
-              f"thwarted {share(sum(r[arm][0]['success'] for r in records), total)}")
-    for label, pick in (("original prompt", slice(0, 1)), ("five unseen prompts", slice(1, None))):
-        for arm in ("noise", "sifm"):
-            pairs = [(a, b) for r in records for a,
-                     b in zip(r["clean"][pick], r[arm][pick], strict=False) if a["obeyed"]]
-            if pairs:
-                print(f"  {arm:6} {label}, of clean successes: "
-                      f"still obeyed {share(sum(b['obeyed'] for _, b in pairs), len(pairs))}, "
-                      f"thwarted {share(sum(b['success'] for _, b in pairs), len(pairs))}, "
-                      f"mismatch {share(sum(b['mismatch'] for _, b in pairs), len(pairs))}, "
-                      f"damage {share(sum(b['damage'] for _, b in pairs), len(pairs))}")
-    kinds = defaultdict(list)
-    for r in records:
-        kinds[r["kind"]].append(r["clean"][0]["obeyed"])
-    print("  clean, by kind: " + ", ".join(f"{kind} {sum(v)}/{len(v)}" for kind, v in sorted(kinds.items())))
-    seconds = sorted(r["seconds"] for r in records)[total // 2]
-    print(f"  SIFM: median {seconds:.1f} s a picture, at most {max(r['linf'] for r in records)}/255")
+    shares, means = ("thwarted", "mismatch", "damage"), ("residual", "structure", "contrast", "score of damage")
+    print("| reading | " + " | ".join((*shares, *means, "seconds")) + " |\n|" + "---|" * (2 + len(shares) + len(means)))
+    for reading in ("clean", *READINGS):
+        edits = [each[reading]["edits"][i] for each, i in working]
+        cells = [share(sum(edit[what] for edit in edits), len(edits)) for what in shares]
+        cells += [f"{sum(edit[what] for edit in edits) / len(edits):.3f}" for what in means]
+        seconds = sum(each[reading]["seconds"] for each in whole) / len(whole)
+        print(f"| {reading} | " + " | ".join(cells) + f" | {seconds:.1f} |")
 
 
 def share(count, total):
@@ -149,7 +150,7 @@ def beside(args, attacker, runs):
                             on_step=lambda step, loss, terms, told=told: told.append(loss))
             picture = images.quantize(images.picture(sample.image), delta, 0.03)
             edited = attacker.edit(picture, prompt, seed=args.edit_seed)
-            verdict[name].append(verdicts(sample, edited)["success"])
+            verdict[name].append(miniature.judge(sample, edited).success)
             ended[name] = steps[0], told[-1]
         signs.append((ended[one][0] == ended[other][0]).float().mean().item())
         losses.append(abs(ended[one][1] / ended[other][1] - 1))
@@ -197,22 +198,20 @@ def plainly(editor, x_orig, contexts, *, generator):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("edits", "plain", "bfloat16"))
+    parser.add_argument("what", choices=("readings", "plain", "bfloat16"))
     parser.add_argument("--editor", default="miniature")
-    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--photos", type=Path, metavar="FOLDER", help="photographs (default: those that ship)")
-    parser.add_argument("--list", type=Path, metavar="FILE", help="the photographs to take, such as tools/evaluation.jsonl")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--edit-seed", type=int, default=1,
                         help="of the attacker's noise; the default is not the one that SIFM draws its own noise from")
-    parser.add_argument("--noisy", choices=("default", "paper", "deploy"), default="default")
     parser.add_argument("--shard", default="0/1")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("build/measurements"))
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    {"edits": edits, "plain": plain, "bfloat16": bfloat16}[args.what](args)
+    {"readings": readings, "plain": plain, "bfloat16": bfloat16}[args.what](args)
 
 
 if __name__ == "__main__":
