@@ -51,7 +51,7 @@ def editor(monkeypatch):
     return made
 
 
-def test_readings_count_what_fails_beyond_the_clean_edit_and_resume(editor, tmp_path, capsys):
+def test_readings_count_what_fails_beyond_clean_and_resume(editor, tmp_path, capsys):
     def table(*more):
         tool.main(["readings", "--samples", str(COUNT), "--steps", "3", "--work", str(tmp_path), *more])
         return capsys.readouterr().out
