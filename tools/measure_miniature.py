@@ -18,14 +18,16 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+from measure_judges import measured, verdicts  # noqa: E402
+
 import sifm_min  # noqa: E402
 from sifm_min import images, miniature, pgd, sifm  # noqa: E402
 from sifm_min.files.digests import digest, picture_sha256  # noqa: E402
 from sifm_min.files.ledger import Ledger, read_rows  # noqa: E402
 from sifm_min.files.weight_digests import hash_weights  # noqa: E402
 from sifm_min.judging.intervals import wilson  # noqa: E402
-from sifm_min.miniature import deciding, fidelity, photographs, recogniser  # noqa: E402
+from sifm_min.miniature import deciding, photographs  # noqa: E402
 from sifm_min.miniature.verdict import Verdict  # noqa: E402
 
 # Readings of what the paper leaves open, beside the controls: name -> (method, options). "last" is the editor's last tap.
@@ -76,17 +78,16 @@ def measure(editor, sample, name, args):
         seconds = time.perf_counter() - started
     asked = (sample, *sample.unseen)
     outputs = editor.edit([picture] * len(asked), [case.prompt for case in asked], seed=args.edit_seed)
-    return {"seconds": seconds, "edits": [measured(case, output) for case, output in zip(asked, outputs, strict=True)]}
+    return {"seconds": seconds, "edits": [counted(case, output) for case, output in zip(asked, outputs, strict=True)]}
 
 
-def measured(sample, edited):
+def counted(sample, edited):
     """The consensus of both judges on an edit, and the numbers behind it."""
-    measures, (names, score) = fidelity.measures_of(sample, edited), recogniser.read_edit(sample.image, edited)
-    named = recogniser.verdict_by(names[recogniser.class_of(sample.kind, sample.option)], score)
-    consensus = Verdict.consensus([measures.verdict, named])
+    found = measured(sample, edited)
+    consensus = Verdict.consensus(verdicts(found).values())
     return {"obeyed": consensus.obeyed, "thwarted": consensus.success, "mismatch": consensus.semantic_mismatch,
-            "damage": consensus.perceptual_degradation, "residual": measures.residual, "structure": measures.structure,
-            "contrast": measures.contrast, "score of damage": score}
+            "damage": consensus.perceptual_degradation, "score of damage": found["damage"],
+            **{name: found["oracle"][name] for name in ("residual", "structure", "contrast")}}
 
 
 def summarise(name, rows):
