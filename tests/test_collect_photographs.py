@@ -17,6 +17,7 @@ from photographs import smooth
 from PIL import Image, ImageCms
 
 from sifm_min.miniature import photographs
+from sifm_min.miniature.kinds import KINDS
 
 source = Path(__file__).resolve().parents[1] / "tools" / "collect_photographs.py"
 spec = importlib.util.spec_from_file_location("collect_photographs", source)
@@ -158,3 +159,16 @@ def test_folder_is_checked_against_the_evaluation_set(tmp_path, monkeypatch, cap
     said = capsys.readouterr()
     assert said.out == "1 of 4 photographs are as listed\n"
     assert said.err == "a.png is missing\nb.png is another picture\nc.png is 100x75, not 200x150\n"
+
+
+def test_evaluation_manifest_has_the_listed_photographs():
+    """Each of the 100 once, with its source and licence, and prompts that were never trained."""
+    listed = {row["file"]: row for row in map(json.loads, tool.EVALUATION.read_text().splitlines())}
+    rows = [json.loads(line) for line in tool.EVALUATION.with_name("evaluation_manifest.jsonl").read_text().splitlines()]
+    origins = [row["origin"]["photograph"] for row in rows]
+    assert Counter(row["category"] for row in rows) == tool.COMPOSITION and len(listed) == len(rows)
+    assert {origin["name"]: (origin["licence"], origin["sha256"]) for origin in origins} == {
+        file: (row["licence"], row["sha256"]) for file, row in listed.items()}
+    for row in rows:
+        asked = zip([row["prompt"], *row["unseen_prompts"]], row["origin"]["edits"], strict=True)
+        assert all(prompt in KINDS[kind].held_out(option) for prompt, (kind, option) in asked)
