@@ -570,7 +570,7 @@ def test_run_without_a_gradient_is_refused(variant, editor, contexts, x_orig):
 
 def test_native_presets_name_loop_and_options_that_exist():
     from sifm_min import methods
-    assert set(baselines.NATIVE) == METHODS.keys() - {"sifm", "noise", "latent"}
+    assert set(baselines.NATIVE) == METHODS.keys() - {"sifm", "sifm-output", "noise", "latent"}
     for method, native in baselines.NATIVE.items():
         loop, own = methods.settings(method, "native")
         assert {**loop, **own} == {**methods.PROTOCOL, **native.settings}

@@ -168,8 +168,8 @@ def test_methods_that_the_paper_leaves_out_have_a_note(pair, contexts, x_orig):
     assert {method for method, note in noted.items() if "leaves this method out on Stable Diffusion 3" in note} == OURS
     assert "joint attention" in noted["semantic-attack"] and noted["tdae"] == noted["semantic-attack"]
     assert all("the paper has no editor of rectified flow" in noted[method] for method in ("danp", "diffusionguard"))
-    assert {method for method, note in noted.items() if not note} == {"sifm", "photoguard-encoder", "photoguard-diffusion",
-                                                                      "editshield"}
+    assert {method for method, note in noted.items() if not note} == {"sifm", "sifm-output", "photoguard-encoder",
+                                                                      "photoguard-diffusion", "editshield"}
 
 
 def test_options_without_meaning_are_refused_in_one_sentence(pair, contexts, x_orig):
