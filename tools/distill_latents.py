@@ -293,7 +293,7 @@ def measured(args, teacher, pupil, picture):
             figures[f"PSNR {name}"] = metrics.psnr(picture_of.clamp(0, 1), pixels).item()
     jpeg = ATTACKS["jpeg-75"]
     for made in MADE:
-        changed = protected(args, Latents([spaces.get(made.split()[0], teacher)]), picture, made)
+        changed = protected(args, spaces, picture, made)
         for purifier, clean, noisy in (("none", picture, changed), ("JPEG 75", jpeg(picture), jpeg(changed))):
             for space in spaces:
                 figures[f"{made}, {space}, {purifier}"] = shift(of(space, images.to_pixels(noisy)),
@@ -301,21 +301,21 @@ def measured(args, teacher, pupil, picture):
     return figures
 
 
-def protected(args, editor, picture, made):
-    """The picture with one of the perturbations of `MADE`, on 8 bits; the editor has the autoencoder that it is made on."""
-    pixels, generator = images.to_pixels(picture), torch.Generator().manual_seed(0)
-    if made.endswith("to zero"):
-        objective = photoguard_encoder(editor, pixels, [None], generator=generator)
-    else:
-        objective = latent(editor, pixels, [None], generator=generator, sizes=args.size)
-    delta = pgd(pixels, objective, EPS, steps=0 if made == "noise" else args.steps, step_size=2 / 255, schedule="linear",
+def protected(args, spaces, picture, made):
+    """The picture with one of the perturbations of `MADE`, on 8 bits. spaces: {"teacher", "pupil"}."""
+    (_, home, attack), pixels, generator = MADE[made], images.to_pixels(picture), torch.Generator().manual_seed(0)
+    options = {"sizes": args.size} if attack is latent else {}
+    objective = attack and attack(Latents([spaces[home]]), pixels, [None], generator=generator, **options)
+    delta = pgd(pixels, objective, EPS, steps=args.steps if attack else 0, step_size=2 / 255, schedule="linear",
                 generator=generator)
     return images.to_image(on_8_bits(pixels, delta))
 
 
-# The perturbations, each with its row of the card: made on one of the two, to move its latent away or to zero.
-MADE = {"noise": "uniform noise", "teacher": "encoder-max on the teacher", "pupil": "encoder-max on ours",
-        "teacher to zero": "to zero on the teacher", "pupil to zero": "to zero on ours"}
+# The perturbations: name in the journal -> (row of the card, the autoencoder that it is made on, the method).
+MADE = {"noise": ("uniform noise", None, None),
+        "teacher": ("encoder-max on the teacher", "teacher", latent), "pupil": ("encoder-max on ours", "pupil", latent),
+        "teacher to zero": ("to zero on the teacher", "teacher", photoguard_encoder),
+        "pupil to zero": ("to zero on ours", "pupil", photoguard_encoder)}
 AIMS = [                                                     # (what, aim, a function of a photograph's figures)
     ("latent error / standard deviation", "at most .25", lambda f: f["latent error"]),
     ("correlation of the latents", "at least .97", lambda f: f["correlation"]),
@@ -373,7 +373,7 @@ def card(args):
         lines = [f"| {what} | {aim} | {interval([of(row) for row in rows])} |" for what, aim, of in AIMS]
         shifts = [f"| {made} | " + " | ".join(interval([row[f"{source}, {space_}, {purifier}"] for row in rows])
                                              for space_ in ("teacher", "pupil") for purifier in ("none", "JPEG 75")) + " |"
-                  for source, made in MADE.items()]
+                  for source, (made, _, _) in MADE.items()]
         steps = json.loads((latent_spaces.COPIES / space / TRAINING).read_text())
         tables.append("\n".join([
             f"## {space}: {SPACES[space].title}", "",
